@@ -1,0 +1,153 @@
+// tilestream::linear, its weight packing, and the embedding lookup: tensors -> checks -> params -> backend.
+#include "tilestream/linear.h"
+
+#include <torch/library.h>
+
+#include "api/checks.h"
+
+namespace tilestream::api {
+namespace {
+
+bool is_quantised(PackedFormat f) { return f != PackedFormat::kFloat32 && f != PackedFormat::kBFloat16; }
+
+PackedFormat check_packed(const at::Tensor& packed, const char* name, int64_t n, int64_t k, int64_t format) {
+  TORCH_CHECK_VALUE(format >= 0 && format <= int64_t(PackedFormat::kU8G32), "format is ", format, "; allowed: 0 to 5 (tilestream.ops.PackedFormat)");
+  const auto f = PackedFormat(format);
+  check_tensor(packed, name, {at::kByte}, 1);
+  TORCH_CHECK_VALUE(n >= 1 && k >= 1, name, " is ", n, " x ", k, "; n and k must be positive");
+  TORCH_CHECK_VALUE(!is_quantised(f) || k % kGroupK == 0, "k is ", k, "; group-quantised weights need a multiple of ", kGroupK);
+  TORCH_CHECK_VALUE(packed.numel() == packed_bytes(f, n, k), name, " has ", packed.numel(), " bytes; ", n, " x ", k, " in format ", format, " takes ",
+                    packed_bytes(f, n, k));
+  TORCH_CHECK_VALUE(reinterpret_cast<uintptr_t>(packed.const_data_ptr()) % 64 == 0, name, " must start at a 64-byte boundary");
+  return f;
+}
+
+void linear(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias, const at::Tensor& out, int64_t n,
+            int64_t format) {
+  check_tensor(x, "x", kFloatTypes, 2);
+  check_tensor(out, "out", kFloatTypes, 2);
+  check_same_dtype(out, "out", x, "x");
+  check_size(out, "out", 0, x.size(0), "rows of x");
+  check_size(out, "out", 1, n, "n");
+  LinearParams p{};
+  p.format = check_packed(weight, "weight", n, x.size(1), format);
+  if (bias.has_value()) {
+    check_tensor(*bias, "bias", {at::kFloat}, 1);
+    check_size(*bias, "bias", 0, n, "n");
+  }
+  p.x = x.const_data_ptr();
+  p.weight = weight.const_data_ptr();
+  p.bias = optional_data<float>(bias);
+  p.y = out.mutable_data_ptr();
+  p.m = x.size(0), p.n = n, p.k = x.size(1);
+  p.x_row_stride = x.stride(0), p.y_row_stride = out.stride(0);
+  p.x_dtype = dtype_of(x);
+  cpu::linear(p);
+}
+
+void pack_gguf(const at::Tensor& rows, int64_t gguf_type, const at::Tensor& packed, int64_t n, int64_t k, int64_t panel_begin, int64_t format) {
+  check_tensor(rows, "rows", {at::kByte}, 2);
+  TORCH_CHECK_VALUE(format >= 0 && format <= int64_t(PackedFormat::kU8G32), "format is ", format, "; allowed: 0 to 5");
+  const auto f = PackedFormat(format);
+  check_tensor(packed, "packed", {at::kByte}, 1);
+  check_size(rows, "rows", 0, n, "n");
+  const int64_t end = panel_begin + ceil_div(n, kPanelColumns);
+  TORCH_CHECK_VALUE(panel_begin >= 0 && end * panel_bytes(f, k) <= packed.numel(), "packed has ", packed.numel(), " bytes; panels ", panel_begin,
+                    " to ", end - 1, " of ", panel_bytes(f, k), " bytes do not fit");
+  struct Known { GgufType type; int64_t block, bytes; PackedFormat packed; };
+  constexpr Known kKnown[] = {
+      {GgufType::kF32, 1, 4, PackedFormat::kFloat32},      {GgufType::kF16, 1, 2, PackedFormat::kBFloat16},
+      {GgufType::kBF16, 1, 2, PackedFormat::kBFloat16},    {GgufType::kQ4_0, 32, 18, PackedFormat::kU4G32S},
+      {GgufType::kQ4_1, 32, 20, PackedFormat::kU4G32},     {GgufType::kQ8_0, 32, 34, PackedFormat::kU8G32S},
+      {GgufType::kQ4_K, 256, 144, PackedFormat::kU4G32},   {GgufType::kQ5_K, 256, 176, PackedFormat::kU8G32},
+      {GgufType::kQ6_K, 256, 210, PackedFormat::kU8G32S},
+  };
+  const Known* known = nullptr;
+  for (const Known& candidate : kKnown) {
+    if (int64_t(candidate.type) == gguf_type) known = &candidate;
+  }
+  TORCH_CHECK_VALUE(known != nullptr, "gguf_type is ", gguf_type, "; supported: F32 (0), F16 (1), Q4_0 (2), Q4_1 (3), Q8_0 (8), Q4_K (12), Q5_K (13), Q6_K (14), BF16 (30)");
+  TORCH_CHECK_VALUE(k % known->block == 0, "k is ", k, "; this GGUF type needs a multiple of ", known->block);
+  check_size(rows, "rows", 1, k / known->block * known->bytes, "bytes of one row of this GGUF type");
+  TORCH_CHECK_VALUE(f == known->packed || !is_quantised(f), "format is ", format, "; this GGUF type packs to ", int(known->packed), ", 0 or 1");
+  PackGgufParams p{};
+  p.rows = rows.const_data_ptr<uint8_t>();
+  p.row_bytes = rows.stride(0);
+  p.packed = packed.mutable_data_ptr();
+  p.n = n, p.k = k, p.panel_begin = panel_begin;
+  p.type = known->type;
+  p.format = f;
+  cpu::pack_gguf(p);
+}
+
+void pack_weight(const std::optional<at::Tensor>& values, const std::optional<at::Tensor>& q, const std::optional<at::Tensor>& scale,
+                 const std::optional<at::Tensor>& zero, int64_t group, const at::Tensor& packed, int64_t n, int64_t k, int64_t format) {
+  PackParams p{};
+  p.format = check_packed(packed, "packed", n, k, format);
+  p.packed = packed.mutable_data_ptr();
+  p.n = n, p.k = k, p.group = group;
+  if (!is_quantised(p.format)) {
+    TORCH_CHECK_VALUE(values.has_value() && !q.has_value(), "formats 0 and 1 are packed from values, not from q");
+    check_tensor(*values, "values", {at::kFloat}, 2);
+    check_contiguous(*values, "values");
+    check_size(*values, "values", 0, n, "n");
+    check_size(*values, "values", 1, k, "k");
+    p.values = values->const_data_ptr<float>();
+  } else {
+    TORCH_CHECK_VALUE(q.has_value() && scale.has_value() && !values.has_value(), "group-quantised formats are packed from q and scale, not from values");
+    TORCH_CHECK_VALUE(group >= kGroupK && group % kGroupK == 0 && k % group == 0, "group is ", group, "; allowed: multiples of 32 that divide k = ", k);
+    const bool symmetric = p.format == PackedFormat::kU4G32S || p.format == PackedFormat::kU8G32S;
+    TORCH_CHECK_VALUE(symmetric != zero.has_value(), "zero is ", zero.has_value() ? "given" : "missing", " for format ", format,
+                      "; the symmetric formats (2, 4) have none, the others need it");
+    check_tensor(*q, "q", {at::kByte}, 2);
+    check_contiguous(*q, "q");
+    check_size(*q, "q", 0, n, "n");
+    check_size(*q, "q", 1, k, "k");
+    for (const auto& [t, name] : {std::pair{&scale, "scale"}, {&zero, "zero"}}) {
+      if (!t->has_value()) continue;
+      check_tensor(**t, name, {at::kFloat}, 2);
+      check_contiguous(**t, name);
+      check_size(**t, name, 0, n, "n");
+      check_size(**t, name, 1, k / group, "k / group");
+    }
+    const bool four_bits = p.format == PackedFormat::kU4G32S || p.format == PackedFormat::kU4G32;
+    if (four_bits) check_range(q->const_data_ptr<uint8_t>(), q->numel(), "q", 0, 16);
+    p.q = q->const_data_ptr<uint8_t>();
+    p.scale = scale->const_data_ptr<float>();
+    p.zero = optional_data<float>(zero);
+  }
+  cpu::pack_weight(p);
+}
+
+void embedding(const at::Tensor& ids, const at::Tensor& weight, const at::Tensor& out, int64_t n, int64_t format) {
+  check_tensor(ids, "ids", {at::kLong}, 1);
+  check_tensor(out, "out", kFloatTypes, 2);
+  check_contiguous(out, "out");
+  check_size(out, "out", 0, ids.size(0), "num_tokens");
+  EmbeddingParams p{};
+  p.format = check_packed(weight, "weight", n, out.size(1), format);
+  p.ids = ids.const_data_ptr<int64_t>();
+  check_range(p.ids, ids.size(0), "ids", 0, n);
+  p.weight = weight.const_data_ptr();
+  p.y = out.mutable_data_ptr();
+  p.num_tokens = ids.size(0), p.n = n, p.k = out.size(1);
+  p.y_dtype = dtype_of(out);
+  cpu::embedding(p);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(tilestream, m) {
+  m.def("linear(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) out, *, int n, int format) -> ()");
+  m.def("pack_gguf(Tensor rows, int gguf_type, Tensor(a!) packed, *, int n, int k, int panel_begin, int format) -> ()");
+  m.def("pack_weight(Tensor? values, Tensor? q, Tensor? scale, Tensor? zero, int group, Tensor(a!) packed, *, int n, int k, int format) -> ()");
+  m.def("embedding(Tensor ids, Tensor weight, Tensor(a!) out, *, int n, int format) -> ()");
+}
+TORCH_LIBRARY_IMPL(tilestream, CPU, m) {
+  m.impl("linear", linear);
+  m.impl("pack_gguf", pack_gguf);
+  m.impl("pack_weight", pack_weight);
+  m.impl("embedding", embedding);
+}
+
+}  // namespace tilestream::api

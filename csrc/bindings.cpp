@@ -1,0 +1,26 @@
+// The Python module tilestream._C: loading it registers the torch ops (csrc/api); what is not an op is exposed here.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "cpu/common/thread_pool.h"
+#include "cpu/dispatch.h"
+
+namespace tilestream {
+void bind_planner(pybind11::module_& m);  // plan/bind_planner.cpp
+}
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Native part of tilestream.";
+  m.def("simd_level", &tilestream::cpu::simd_level, "The SIMD level in use.");
+  m.def("simd_levels", &tilestream::cpu::simd_levels, "SIMD levels this CPU runs, weakest first.");
+  m.def("set_simd_level", &tilestream::cpu::set_simd_level, pybind11::arg("name"));
+  m.def("num_threads", &tilestream::cpu::num_threads, "Worker threads of the CPU backend.");
+  m.def(
+      "set_num_threads",
+      [](int num) {
+        if (num < 1 || num > 256) throw std::invalid_argument("num_threads is " + std::to_string(num) + "; allowed: 1 to 256");
+        tilestream::cpu::set_num_threads(num);
+      },
+      pybind11::arg("num"));
+  tilestream::bind_planner(m);
+}

@@ -1,0 +1,168 @@
+// Rotary embedding of q and k, key statistics, quantisation and the write into a paged cache, in one pass.
+//
+// All arithmetic is float32. Every (token, kv head) is one task. Where two tokens may share memory (the nibbles of a
+// blocked int4 page, a page's key statistics) a page and head belong to one worker, which takes them in token order;
+// otherwise tasks are shared evenly. Bound by memory: each input is read once, each output written once.
+// Limits: head_dim a multiple of 16, at most 256 (api/kv_cache.h checks it).
+#include "tilestream/append_kv.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "cpu/common/thread_pool.h"
+#include "cpu/elements.h"
+#include "cpu/kv_block.h"
+
+namespace tilestream::cpu::TILESTREAM_LEVEL {
+namespace {
+
+constexpr int kMaxHeadDim = 256;
+// A launch pays from about 5 us of work on one worker (measured: a value in about 1 ns).
+constexpr int64_t kValuesPerWorker = 4096;
+
+// cos: [rotary_dim / 2], sin: the same.
+void rotate(float* x, const float* cos, const float* sin, int rotary_dim, bool interleaved) {
+  const int half = rotary_dim / 2;
+  if (interleaved) {
+    for (int i = 0; i < half; ++i) {
+      const float a = x[2 * i], b = x[2 * i + 1];
+      x[2 * i] = a * cos[i] - b * sin[i];
+      x[2 * i + 1] = b * cos[i] + a * sin[i];
+    }
+    return;
+  }
+  for (int i = 0; i < half; ++i) {
+    const float a = x[i], b = x[i + half];
+    x[i] = a * cos[i] - b * sin[i];
+    x[i + half] = b * cos[i] + a * sin[i];
+  }
+}
+
+template <class E>
+void load_row(const typename E::Storage* x, int num, float* row) {
+  for (int d = 0; d < num; d += 16) store(row + d, E::load(x + d));
+}
+
+// value = q * scale + zero with scale and zero as float16 keeps them. A NaN or an infinity in the row makes scale NaN.
+void quantise(const float* row, int num, int most, uint8_t* q, uint16_t* scale_zero) {
+  F32x16 low = load(row), high = low, check = zero();
+  for (int d = 0; d < num; d += 16) {
+    low = min(low, load(row + d));
+    high = max(high, load(row + d));
+    check = fma(load(row + d), zero(), check);
+  }
+  float lanes[16];
+  store(lanes, low);
+  float least = lanes[0];
+  for (float x : lanes) least = x < least ? x : least;
+  scale_zero[0] = float_to_f16((reduce_max(high) - least) / float(most) + reduce_add(check));
+  scale_zero[1] = float_to_f16(least);
+  const float scale = f16_to_float(scale_zero[0]);
+  const F32x16 divisor = set1(scale > 0.0f ? scale : 1.0f), offset = set1(f16_to_float(scale_zero[1]));
+  for (int d = 0; d < num; d += 16) {
+    // NaN is the first operand: both min and max then give the second.
+    const F32x16 n = round_nearest(div(sub(load(row + d), offset), divisor));
+    store_s8(reinterpret_cast<int8_t*>(q) + d, to_int(sub(max(min(n, set1(float(most))), zero()), set1(128.0f))));
+    for (int i = 0; i < 16; ++i) q[d + i] ^= 0x80;  // back from 0..255 - 128, which a signed byte holds
+  }
+}
+
+template <class Order>
+void write_row(const AppendKvParams& p, const KvSide& side, int64_t page, int64_t head, int64_t offset, const float* row) {
+  typename Order::Element stored[kMaxHeadDim];
+  if constexpr (Order::kPair == 4) {
+    auto* scales = static_cast<uint16_t*>(p.kv_scales) +
+                   kv_scale_index(side, page, head, offset, p.num_kv_heads, p.page_size);
+    quantise(row, side.head_dim, Order::kNibbles ? 15 : 255, stored, scales);
+  } else {
+    for (int d = 0; d < side.head_dim; d += 16) {
+      if constexpr (std::is_same_v<Order, Float32Order>) store(stored + d, load(row + d));
+      if constexpr (std::is_same_v<Order, Float16Order>) store_f16(stored + d, load(row + d));
+      if constexpr (std::is_same_v<Order, BFloat16Order>) store_bf16(stored + d, load(row + d));
+    }
+  }
+  write_kv_row<Order>(side, page, head, offset, stored);
+}
+
+void update_key_stats(float* stats, const float* row, int head_dim, bool first) {
+  float* high = stats + head_dim;
+  for (int d = 0; d < head_dim; d += 16) {
+    const F32x16 k = load(row + d);
+    store(stats + d, first ? k : min(k, load(stats + d)));
+    store(high + d, first ? k : max(k, load(high + d)));
+  }
+}
+
+template <class E>
+class Appender {
+ public:
+  explicit Appender(const AppendKvParams& p) : p_(p), k_(k_side(p)), v_(v_side(p)) {}
+
+  void rotate_q(int64_t token) const {
+    if (p_.q == nullptr || p_.cos_sin == nullptr) return;
+    float row[kMaxHeadDim];
+    for (int h = 0; h < p_.num_qo_heads; ++h) {
+      auto* q = static_cast<typename E::Storage*>(p_.q) + token * p_.q_token_stride + h * p_.q_head_stride;
+      load_row<E>(q, p_.head_dim_qk, row);
+      rotate_at(token, row);
+      for (int d = 0; d < p_.head_dim_qk; d += 16) E::store(q + d, load(row + d));
+    }
+  }
+
+  template <class Order>
+  void append(int64_t token, int64_t head) const {
+    const int64_t slot = p_.slot_mapping[token], page = slot / p_.page_size, offset = slot % p_.page_size;
+    const auto* k = static_cast<const typename E::Storage*>(p_.k) + token * p_.k_in_token_stride + head * p_.k_in_head_stride;
+    const auto* v = static_cast<const typename E::Storage*>(p_.v) + token * p_.v_in_token_stride + head * p_.v_in_head_stride;
+    float row[kMaxHeadDim];
+    load_row<E>(k, p_.head_dim_qk, row);
+    if (p_.cos_sin != nullptr) rotate_at(token, row);
+    if (p_.key_stats != nullptr) {
+      float* stats = p_.key_stats + (page * p_.num_kv_heads + head) * 2 * p_.head_dim_qk;
+      update_key_stats(stats, row, p_.head_dim_qk, offset == 0);
+    }
+    write_row<Order>(p_, k_, page, head, offset, row);
+    load_row<E>(v, p_.head_dim_vo, row);
+    write_row<Order>(p_, v_, page, head, offset, row);
+  }
+
+  template <class Order>
+  void run() const {
+    const int64_t num_heads = p_.num_kv_heads;
+    const bool shared = p_.key_stats != nullptr || (Order::kNibbles && k_.blocked);
+    auto body = [&](int worker, int num_workers) {
+      const Share tokens = share_of(p_.num_tokens, worker, num_workers);
+      for (long t = tokens.begin; t < tokens.end; ++t) rotate_q(t);
+      const int64_t num_tasks = p_.num_tokens * num_heads;
+      const Share share = shared ? Share{0, long(num_tasks)} : share_of(num_tasks, worker, num_workers);
+      for (int64_t i = share.begin; i < share.end; ++i) {
+        const int64_t slot = p_.slot_mapping[i / num_heads], head = i % num_heads;
+        if (slot < 0 || (shared && (slot / p_.page_size * num_heads + head) % num_workers != worker)) continue;
+        append<Order>(i / num_heads, head);
+      }
+    };
+    const int64_t values = p_.num_tokens * (num_heads * (p_.head_dim_qk + p_.head_dim_vo) +
+                                            (p_.q != nullptr ? int64_t(p_.num_qo_heads) * p_.head_dim_qk : 0));
+    parallel(int(std::min<int64_t>(ceil_div(values, kValuesPerWorker), 1 << 16)), body);
+  }
+
+ private:
+  void rotate_at(int64_t token, float* row) const {
+    const float* cos = p_.cos_sin + int64_t(p_.positions[token]) * p_.rotary_dim;
+    rotate(row, cos, cos + p_.rotary_dim / 2, p_.rotary_dim, p_.interleaved);
+  }
+
+  const AppendKvParams& p_;
+  const KvSide k_, v_;
+};
+
+}  // namespace
+
+void append_kv(const AppendKvParams& p) {
+  with_element(p.x_dtype, [&](auto element) {
+    const Appender<decltype(element)> appender(p);
+    with_block_order(p.kv_dtype, [&](auto order) { appender.template run<decltype(order)>(); });
+  });
+}
+
+}  // namespace tilestream::cpu::TILESTREAM_LEVEL

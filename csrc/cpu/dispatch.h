@@ -1,0 +1,27 @@
+// Which SIMD level runs, chosen once at start-up from the CPU and TILESTREAM_SIMD.
+#pragma once
+
+#include <string>
+#include <vector>
+
+// Every op of the backend: (name, parameter struct). Each level defines all of them.
+#define TILESTREAM_CPU_OPS(X)            \
+  X(attention, AttentionParams)          \
+  X(merge_states, MergeStatesParams)     \
+  X(append_kv, AppendKvParams)           \
+  X(gather_kv, GatherKvParams)           \
+  X(linear, LinearParams)                \
+  X(pack_gguf, PackGgufParams)           \
+  X(pack_weight, PackParams)             \
+  X(embedding, EmbeddingParams)          \
+  X(rms_norm, RmsNormParams)             \
+  X(act_and_mul, ActAndMulParams)        \
+  X(sample, SampleParams)
+
+namespace tilestream::cpu {
+
+std::string simd_level();                    // the level in use
+std::vector<std::string> simd_levels();      // what this build and this CPU can run, weakest first
+void set_simd_level(const std::string& name);  // throws std::invalid_argument naming what is allowed
+
+}  // namespace tilestream::cpu

@@ -1,0 +1,160 @@
+// y = x . W^T + bias on packed weights.
+//
+// Rows are cut into tiles of at most kTileRows, tiles into blocks whose activations stay in L2, and the
+// (block, panel) pairs are dealt to the workers in contiguous shares, panels innermost: at small M every worker
+// streams its own part of the weights once, at large M a panel is used for a whole block.
+// Every (row, column) is computed by the same operations in the same order whatever M, the tile and the worker.
+#include <algorithm>
+
+#include "cpu/common/thread_pool.h"
+#include "cpu/linear_tile.h"
+
+namespace tilestream::cpu::TILESTREAM_LEVEL {
+namespace {
+
+constexpr int64_t kBlockBytes = 512 << 10;       // activations of a block: half of Zen 4's L2
+constexpr int64_t kOwnCopyElements = 16 << 10;   // up to here every worker prepares its own activations: no barrier
+constexpr int64_t kNsPerWorker = 4000;           // a launch costs 1 to 2 us
+
+struct Tiling {
+  int64_t m, num_tiles, num_blocks, num_panels;
+  int64_t first_tile(int64_t block) const { return num_tiles * block / num_blocks; }
+  int64_t first_row(int64_t tile) const { return m * tile / num_tiles; }  // tiles differ by at most one row
+};
+
+template <PackedFormat F>
+constexpr int64_t row_bytes(int64_t k) {
+  return F == PackedFormat::kFloat32    ? 4 * k
+         : F == PackedFormat::kBFloat16 ? 2 * round_up(k, 2)
+                                        : k / kGroupK * kRowGroupBytes;
+}
+
+// Whether the kernel can read x where it lies.
+template <PackedFormat F>
+bool reads_x_directly(const LinearParams& p) {
+  return (F == PackedFormat::kFloat32 && p.x_dtype == DType::kFloat32) ||
+         (F == PackedFormat::kBFloat16 && p.x_dtype == DType::kBFloat16 && p.k % 2 == 0);
+}
+
+template <PackedFormat F>
+void prepare_tiles(const LinearParams& p, const Tiling& tiling, int64_t begin, int64_t end, uint8_t* prepared) {
+  with_element(p.x_dtype, [&](auto element) {
+    using E = decltype(element);
+    for (int64_t t = begin; t < end; ++t) {
+      const int64_t first = tiling.first_row(t), rows = tiling.first_row(t + 1) - first;
+      uint8_t* tile = prepared + first * row_bytes<F>(p.k);
+      for (int64_t r = 0; r < rows; ++r) {
+        const auto* x = static_cast<const typename E::Storage*>(p.x) + (first + r) * p.x_row_stride;
+        if constexpr (F == PackedFormat::kFloat32) {
+          row_to_float<E>(x, p.k, reinterpret_cast<float*>(tile + r * row_bytes<F>(p.k)));
+        } else if constexpr (F == PackedFormat::kBFloat16) {
+          row_to_bf16<E>(x, p.k, reinterpret_cast<uint16_t*>(tile + r * row_bytes<F>(p.k)));
+        } else {
+          quantise_row<E, F>(x, p.k, int(r), int(rows), tile);
+        }
+      }
+    }
+  });
+}
+
+// Adds the bias and writes `rows` rows of one panel's columns in y's dtype; columns past n are not touched.
+void write_tile(const LinearParams& p, const float* tile, int64_t first_row, int64_t rows, int64_t column) {
+  const int64_t columns = std::min<int64_t>(kPanelColumns, p.n - column);
+  with_element(p.x_dtype, [&](auto element) {
+    using E = decltype(element);
+    auto* y = static_cast<typename E::Storage*>(p.y) + first_row * p.y_row_stride + column;
+    for (int64_t c = 0; c < columns; c += 16) {
+      const int64_t num = std::min<int64_t>(16, columns - c);
+      const F32x16 bias =
+          p.bias != nullptr ? load_first(static_cast<const float*>(p.bias) + column + c, int(num)) : zero();
+      for (int64_t r = 0; r < rows; ++r) {
+        store_part<E>(y + r * p.y_row_stride + c, add(load(tile + r * kPanelColumns + c), bias), num);
+      }
+    }
+  });
+}
+
+// Tile t of num_tiles fetches its part of the next panel, spread over its steps.
+template <PackedFormat F>
+void set_fetch(TileArgs& args, const uint8_t* next, int64_t t, int64_t num_tiles) {
+  const int64_t steps = ceil_div(args.k, kFetchStepK<F>);
+  const int64_t lines = ceil_div(ceil_div(panel_bytes(F, args.k), 64 * steps), num_tiles);
+  args.next = next + t * lines * steps * 64;
+  args.next_lines = next != nullptr && args.next < next + panel_bytes(F, args.k) ? int(lines) : 0;
+}
+
+template <PackedFormat F>
+void run_share(const LinearParams& p, const Tiling& tiling, const uint8_t* x, int64_t x_row_bytes, Share units) {
+  const int64_t stride = panel_bytes(F, p.k);
+  alignas(64) float out[kTileRows * kPanelColumns];
+  for (int64_t unit = units.begin; unit < units.end; ++unit) {
+    const int64_t block = unit / tiling.num_panels, panel = unit % tiling.num_panels;
+    const int64_t begin = tiling.first_tile(block), end = tiling.first_tile(block + 1);
+    const auto* weight = static_cast<const uint8_t*>(p.weight);
+    // A lone tile that reads forwards leaves fetching to the hardware, which does it better (35 against 25 GB/s).
+    const bool fetches = end - begin > 1 || (is_eight_bit(F) && tiling.m > kStreamedRows);
+    const uint8_t* next = fetches && unit + 1 < units.end ? weight + (unit + 1) % tiling.num_panels * stride : nullptr;
+    TileArgs args{weight + panel * stride, nullptr, x_row_bytes, p.k, out, nullptr, 0};
+    for (int64_t t = begin; t < end; ++t) {
+      const int64_t first = tiling.first_row(t), rows = tiling.first_row(t + 1) - first;
+      args.x = x + first * x_row_bytes;
+      set_fetch<F>(args, next, t - begin, end - begin);
+      TileTable<F>::kRun[rows - 1](args);
+      write_tile(p, out, first, rows, panel * kPanelColumns);
+    }
+  }
+}
+
+// Workers worth waking: time from the weight bytes at 20 bytes/ns and the products at 200 per ns (one Zen 4 core).
+int useful_workers(const LinearParams& p) {
+  const int64_t ns = packed_bytes(p.format, p.n, p.k) / 20 + p.m * p.n * p.k / 200;
+  return int(std::clamp<int64_t>(ns / kNsPerWorker + 1, 1, 256));
+}
+
+template <PackedFormat F>
+void run_linear(const LinearParams& p) {
+  const int max_workers = std::min(useful_workers(p), num_threads());
+  Tiling tiling{p.m, ceil_div(p.m, kTileRows), 1, ceil_div(p.n, kPanelColumns)};
+  const int64_t enough_units = ceil_div(4 * max_workers, tiling.num_panels);  // for even shares
+  tiling.num_blocks = std::clamp(std::max(ceil_div(p.m * row_bytes<F>(p.k), kBlockBytes), max_workers > 1 ? enough_units : 1),
+                                 int64_t(1), tiling.num_tiles);
+  const bool direct = reads_x_directly<F>(p), own_copy = p.m * p.k <= kOwnCopyElements;
+  const int64_t prepared_bytes = direct ? 0 : round_up(p.m * row_bytes<F>(p.k), 64);
+  const int64_t own_bytes = own_copy ? prepared_bytes : 0;
+  uint8_t* shared = static_cast<uint8_t*>(scratch(Scratch::kLaunch, size_t(prepared_bytes - own_bytes)));
+  if (!direct && !own_copy) {
+    auto prepare = [&](int worker, int num_workers) {
+      const Share tiles = share_of(tiling.num_tiles, worker, num_workers);
+      prepare_tiles<F>(p, tiling, tiles.begin, tiles.end, shared);
+    };
+    parallel(max_workers, prepare);
+  }
+  auto body = [&](int worker, int num_workers) {
+    uint8_t* own = static_cast<uint8_t*>(scratch(Scratch::kWorker, size_t(own_bytes)));
+    const uint8_t* x = static_cast<const uint8_t*>(p.x);
+    int64_t x_row_bytes = dtype_bytes(p.x_dtype, p.x_row_stride);
+    if (!direct) {
+      if (own_copy) prepare_tiles<F>(p, tiling, 0, tiling.num_tiles, own);
+      x = own_copy ? own : shared;
+      x_row_bytes = row_bytes<F>(p.k);
+    }
+    run_share<F>(p, tiling, x, x_row_bytes, share_of(tiling.num_blocks * tiling.num_panels, worker, num_workers));
+  };
+  parallel(max_workers, body);
+}
+
+}  // namespace
+
+void linear(const LinearParams& p) {
+  if (p.m == 0 || p.n == 0) return;
+  switch (p.format) {
+    case PackedFormat::kFloat32: return run_linear<PackedFormat::kFloat32>(p);
+    case PackedFormat::kBFloat16: return run_linear<PackedFormat::kBFloat16>(p);
+    case PackedFormat::kU4G32S: return run_linear<PackedFormat::kU4G32S>(p);
+    case PackedFormat::kU4G32: return run_linear<PackedFormat::kU4G32>(p);
+    case PackedFormat::kU8G32S: return run_linear<PackedFormat::kU8G32S>(p);
+    case PackedFormat::kU8G32: return run_linear<PackedFormat::kU8G32>(p);
+  }
+}
+
+}  // namespace tilestream::cpu::TILESTREAM_LEVEL

@@ -1,0 +1,97 @@
+// y = x . W^T (+ bias) on packed weights, and the packing itself.
+//
+// Packed formats (PackedFormat). N is padded to a multiple of 32 columns ("panel"); panels follow one
+// another; within a panel K runs outermost. Group = 32 consecutive k.
+//   kU4G32S / kU4G32: per (panel, group): u4 data [2 halves of 16 columns][4 vectors][16 columns][4 bytes],
+//       byte b of vector v: low nibble = k 8v + b, high nibble = k 8v + 4 + b; then scale float16 [32];
+//       then, for kU4G32 only, zero float16 [32].  weight = q * scale + zero;  S: zero = -8 * scale.
+//   kU8G32S / kU8G32: u8 data [2][8 vectors][16 columns][4 k]; scale, zero as above; S: zero = -128 * scale.
+//   kBFloat16: [K/2][32][2] bfloat16 (K odd: the last pair's second element is 0).
+//   kFloat32:  [K][32] float32.
+// Activations of the group-quantised formats are quantised per row and group of 32 to int8, symmetric
+// (scale = max|x| / 127), so that the inner product is exact in int32.
+#pragma once
+
+#include "tilestream/types.h"
+
+namespace tilestream {
+
+enum class PackedFormat : int32_t { kFloat32 = 0, kBFloat16 = 1, kU4G32S = 2, kU4G32 = 3, kU8G32S = 4, kU8G32 = 5 };
+
+constexpr int kPanelColumns = 32;
+constexpr int kGroupK = 32;
+
+// Bytes of one panel for a K (a multiple of 32 for the group-quantised formats).
+constexpr int64_t panel_bytes(PackedFormat f, int64_t k) {
+  const int64_t groups = ceil_div(k, kGroupK);
+  return f == PackedFormat::kFloat32    ? k * kPanelColumns * 4
+         : f == PackedFormat::kBFloat16 ? round_up(k, 2) * kPanelColumns * 2
+         : f == PackedFormat::kU4G32S   ? groups * (512 + 64)
+         : f == PackedFormat::kU4G32    ? groups * (512 + 128)
+         : f == PackedFormat::kU8G32S   ? groups * (1024 + 64)
+                                        : groups * (1024 + 128);
+}
+constexpr int64_t packed_bytes(PackedFormat f, int64_t n, int64_t k) {
+  return ceil_div(n, kPanelColumns) * panel_bytes(f, k);
+}
+
+struct LinearParams {
+  const void* x;       // [m, k], x_dtype; last dim contiguous
+  const void* weight;  // packed_bytes(format, n, k) bytes, 64-byte aligned
+  const void* bias;    // [n] float32, or null
+  void* y;             // [m, n], x_dtype; last dim contiguous
+  int64_t m, n, k;
+  int64_t x_row_stride, y_row_stride;
+  DType x_dtype;       // float32, float16, bfloat16
+  PackedFormat format;
+};
+
+// GGUF block types this library reads (ggml's numbers).
+enum class GgufType : int32_t {
+  kF32 = 0, kF16 = 1, kQ4_0 = 2, kQ4_1 = 3, kQ8_0 = 8, kQ4_K = 12, kQ5_K = 13, kQ6_K = 14, kBF16 = 30
+};
+
+// Packs rows of GGUF blocks. Q4_0 -> kU4G32S, Q4_1/Q4_K -> kU4G32, Q8_0 -> kU8G32S, Q5_K -> kU8G32,
+// Q6_K -> kU8G32S (two groups of 16 share the larger scale; error at most 1/2 step of 8 bits), all without
+// a float detour for the rest; F32/F16/BF16 -> kFloat32 or kBFloat16. Any type -> kFloat32/kBFloat16 dequantises.
+struct PackGgufParams {
+  const uint8_t* rows;  // [n, row_bytes] GGUF blocks
+  int64_t row_bytes;
+  void* packed;
+  int64_t n, k;
+  int64_t panel_begin;  // first panel written: lets several tensors (q, k, v) share one packed weight, n % 32 == 0 each
+  GgufType type;
+  PackedFormat format;
+};
+
+// Packs already separated values: q uint8 [n, k] (0..15 or 0..255), scale/zero float32 [n, k / group].
+// For kFloat32 / kBFloat16, `values` [n, k] float32 is packed instead.
+struct PackParams {
+  const float* values;
+  const uint8_t* q;
+  const float* scale;
+  const float* zero;
+  int64_t group;  // multiple of 32
+  void* packed;
+  int64_t n, k;
+  PackedFormat format;
+};
+
+// Rows of a packed weight as float32 (embedding lookup; the tied lm_head shares the memory).
+struct EmbeddingParams {
+  const int64_t* ids;   // [num_tokens], checked by the caller
+  const void* weight;
+  void* y;              // [num_tokens, k], y_dtype
+  int64_t num_tokens, n, k;
+  DType y_dtype;
+  PackedFormat format;
+};
+
+namespace cpu {
+void linear(const LinearParams& params);
+void pack_gguf(const PackGgufParams& params);
+void pack_weight(const PackParams& params);
+void embedding(const EmbeddingParams& params);
+}  // namespace cpu
+
+}  // namespace tilestream

@@ -1,0 +1,36 @@
+// RMS normalisation and gated activations, row by row.
+#pragma once
+
+#include "tilestream/types.h"
+
+namespace tilestream {
+
+// out = x * rsqrt(mean(x^2) + eps) * weight. With residual: residual += x first, and the norm is of residual.
+struct RmsNormParams {
+  const void* x;       // [outer, inner, hidden] through strides; last dim contiguous
+  void* residual;      // as x, or null; updated in place
+  const float* weight; // [hidden]
+  void* out;           // may be x
+  int64_t outer, inner, hidden;  // a 2-D input has inner = 1; [T, H, D] views of a fused QKV have inner = H
+  int64_t x_outer_stride, x_inner_stride, residual_outer_stride, residual_inner_stride, out_outer_stride, out_inner_stride;
+  float eps;
+  DType dtype;
+};
+
+enum class Activation : int32_t { kSilu = 0, kGeluTanh = 1 };
+
+// out[t, i] = act(x[t, i]) * x[t, hidden + i]
+struct ActAndMulParams {
+  const void* x;  // [num_tokens, 2 * hidden]; last dim contiguous
+  void* out;      // [num_tokens, hidden]
+  int64_t num_tokens, hidden, x_row_stride, out_row_stride;
+  DType dtype;
+  Activation activation;
+};
+
+namespace cpu {
+void rms_norm(const RmsNormParams& params);
+void act_and_mul(const ActAndMulParams& params);
+}  // namespace cpu
+
+}  // namespace tilestream

@@ -1,0 +1,39 @@
+"""The kernels as torch ops. Each file here is one op: its contract, its checks, one call.
+
+The functions allocate their outputs; `torch.ops.tilestream.*` write into given ones and are what model code on a
+hot path calls.
+"""
+
+from tilestream import _native  # noqa: F401  (registers torch.ops.tilestream)
+from tilestream.ops import _fakes  # noqa: F401
+from tilestream.ops.activation import gelu_tanh_and_mul, silu_and_mul
+from tilestream.ops.append_kv import append_kv, gather_kv
+from tilestream.ops.attention import attention, merge_states
+from tilestream.ops.kv_cache import KvCache
+from tilestream.ops.linear import PackedFormat, PackedWeight, embedding, linear, pack_gguf, pack_weight
+from tilestream.ops.norm import fused_add_rms_norm, rms_norm
+from tilestream.ops.plan import AttentionPlan, AttentionPlanner
+from tilestream.ops.sample import Penalties, SampleOutput, sample
+
+__all__ = [
+    "AttentionPlan",
+    "AttentionPlanner",
+    "KvCache",
+    "PackedFormat",
+    "PackedWeight",
+    "Penalties",
+    "SampleOutput",
+    "append_kv",
+    "attention",
+    "embedding",
+    "fused_add_rms_norm",
+    "gather_kv",
+    "gelu_tanh_and_mul",
+    "linear",
+    "merge_states",
+    "pack_gguf",
+    "pack_weight",
+    "rms_norm",
+    "sample",
+    "silu_and_mul",
+]

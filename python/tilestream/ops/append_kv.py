@@ -1,0 +1,75 @@
+"""Rotary embedding and the write into the paged KV cache; and the way back."""
+
+from __future__ import annotations
+
+import torch
+
+from tilestream.ops.kv_cache import KvCache
+
+
+def append_kv(
+    q: torch.Tensor | None,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    positions: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    kv_cache: KvCache,
+    *,
+    cos_sin: torch.Tensor | None = None,
+    interleaved: bool = False,
+    key_stats: torch.Tensor | None = None,
+) -> None:
+    """Rotate q in place, rotate k, quantise k and v as the cache stores them, and write their pages: one pass.
+
+    Args:
+        q: [num_tokens, num_qo_heads, head_dim], float32, float16 or bfloat16; rotated in place; or None.
+        k: [num_tokens, num_kv_heads, head_dim], as q; v: [num_tokens, num_kv_heads, head_dim_vo], as k.
+        positions: [num_tokens], int32, rows of cos_sin.
+        slot_mapping: [num_tokens], int32, page * page_size + offset; -1 writes nothing.
+        kv_cache: written in place. int8 and int4: asymmetric per token and head, value = q * scale + zero.
+        cos_sin: [max_position, rotary_dim], float32, cosines then sines; None: no rotation.
+        interleaved: True rotates pairs (2i, 2i + 1) (GPT-J), False halves (NeoX).
+        key_stats: [num_pages, num_kv_heads, 2, head_dim], float32: per-page minimum and maximum of the rotated keys,
+            updated in place; a write at offset 0 starts a page's afresh.
+    Returns:
+        None.
+    Raises:
+        ValueError, TypeError: which argument, what it was, what is allowed; slots and positions are checked too.
+    Source: RoFormer (2104.09864); KV4, QServe (2405.04532); key statistics, LServe (2502.14866).
+    """
+    torch.ops.tilestream.append_kv(
+        q,
+        k,
+        v,
+        cos_sin,
+        positions,
+        slot_mapping,
+        kv_cache.k_cache,
+        kv_cache.v_cache,
+        kv_cache.kv_scales,
+        key_stats,
+        interleaved=interleaved,
+        blocked=kv_cache.blocked,
+        int4=kv_cache.int4,
+    )
+
+
+def gather_kv(kv_cache: KvCache, slot_mapping: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Read tokens back from a cache of any layout and dtype.
+
+    Args:
+        kv_cache: the pages.
+        slot_mapping: [num_tokens], int32, page * page_size + offset.
+    Returns:
+        k: [num_tokens, num_kv_heads, head_dim], float32.   v: [num_tokens, num_kv_heads, head_dim_vo], float32.
+    Raises:
+        ValueError, TypeError: which argument, what it was, what is allowed.
+    """
+    num_tokens, num_kv_heads = slot_mapping.size(0), kv_cache.k_cache.size(1)
+    head_dim = kv_cache.k_cache.size(3) * (2 if kv_cache.int4 else 1)
+    k = torch.empty(num_tokens, num_kv_heads, head_dim)
+    v = torch.empty(num_tokens, num_kv_heads, kv_cache.head_dim_vo)
+    torch.ops.tilestream.gather_kv(
+        kv_cache.k_cache, kv_cache.v_cache, kv_cache.kv_scales, slot_mapping, k, v, blocked=kv_cache.blocked, int4=kv_cache.int4
+    )
+    return k, v

@@ -1,0 +1,143 @@
+"""Linear layers and embeddings on packed weights (csrc/include/tilestream/linear.h has the formats)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+
+import torch
+
+
+class PackedFormat(IntEnum):
+    """How a packed weight stores its values. S: symmetric, the zero point is the middle of the range."""
+
+    FLOAT32 = 0
+    BFLOAT16 = 1
+    U4G32S = 2
+    U4G32 = 3
+    U8G32S = 4
+    U8G32 = 5
+
+
+_GROUP_BYTES = {
+    PackedFormat.U4G32S: 576,
+    PackedFormat.U4G32: 640,
+    PackedFormat.U8G32S: 1088,
+    PackedFormat.U8G32: 1152,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class PackedWeight:
+    """A weight matrix [n, k] in the kernels' own order.
+
+    Args:
+        data: uint8, 1-D, 64-byte aligned.
+        n, k: output and input features.
+        format: how `data` is to be read.
+    """
+
+    data: torch.Tensor
+    n: int
+    k: int
+    format: PackedFormat
+
+    @staticmethod
+    def empty(n: int, k: int, format: PackedFormat) -> PackedWeight:
+        """Uninitialised room for a packed [n, k] weight: panels of 32 columns, groups of 32 along k."""
+        if format == PackedFormat.FLOAT32:
+            panel = k * 32 * 4
+        elif format == PackedFormat.BFLOAT16:
+            panel = (k + k % 2) * 32 * 2
+        else:
+            panel = -(-k // 32) * _GROUP_BYTES[format]
+        return PackedWeight(torch.empty(-(-n // 32) * panel, dtype=torch.uint8), n, k, PackedFormat(format))
+
+
+def linear(
+    x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = None, *, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """y = x . W^T (+ bias) on a packed weight.
+
+    Args:
+        x: [num_tokens, k], float32, float16 or bfloat16, last dim contiguous. For the group-quantised formats every row
+            is quantised to int8 in groups of 32 on the way in.
+        weight: packed [n, k].
+        bias: [n], float32.
+        out: [num_tokens, n], as x; allocated when None.
+    Returns:
+        [num_tokens, n], as x. A row's result does not depend on the other rows, bit for bit.
+    Raises:
+        ValueError, TypeError: which argument, what it was, what is allowed.
+    Error: exact in integers within a group; float32 accumulation over groups. Deterministic: yes.
+    """
+    if out is None:
+        out = x.new_empty(x.size(0), weight.n)
+    torch.ops.tilestream.linear(x, weight.data, bias, out, n=weight.n, format=weight.format)
+    return out
+
+
+def pack_weight(
+    values: torch.Tensor | None = None,
+    *,
+    q: torch.Tensor | None = None,
+    scale: torch.Tensor | None = None,
+    zero: torch.Tensor | None = None,
+    format: PackedFormat,
+) -> PackedWeight:
+    """Pack a weight given as floats (FLOAT32, BFLOAT16) or as integers with scales (the group-quantised formats).
+
+    Args:
+        values: [n, k], float32.
+        q: [n, k], uint8: 0..15 for the U4 formats, 0..255 for the U8 ones.
+        scale: [n, k / group], float32, group a multiple of 32: weight = q * scale + zero; stored as float16.
+        zero: as scale; the symmetric formats have none (zero = -8 * scale or -128 * scale).
+        format: the packed format.
+    Returns:
+        The packed weight.
+    Raises:
+        ValueError, TypeError: which argument, what it was, what is allowed.
+    """
+    source = values if q is None else q
+    if source is None:
+        raise ValueError("pack_weight needs values (FLOAT32, BFLOAT16) or q and scale (the group-quantised formats)")
+    n, k = source.shape
+    group = k if scale is None else k // scale.size(1)
+    packed = PackedWeight.empty(n, k, format)
+    torch.ops.tilestream.pack_weight(values, q, scale, zero, group, packed.data, n=n, k=k, format=format)
+    return packed
+
+
+def pack_gguf(rows: torch.Tensor, gguf_type: int, k: int, *, format: PackedFormat) -> PackedWeight:
+    """Pack rows of GGUF blocks without a detour through floats.
+
+    Args:
+        rows: [n, bytes per row], uint8, the tensor as it stands in the file.
+        gguf_type: ggml's type number: F32, F16, BF16, Q4_0, Q4_1, Q8_0, Q4_K, Q5_K or Q6_K.
+        k: input features.
+        format: the type's own packed format, or FLOAT32 / BFLOAT16 to dequantise.
+    Returns:
+        The packed weight.
+    Raises:
+        ValueError, TypeError: which argument, what it was, what is allowed.
+    """
+    packed = PackedWeight.empty(rows.size(0), k, format)
+    torch.ops.tilestream.pack_gguf(rows, gguf_type, packed.data, n=rows.size(0), k=k, panel_begin=0, format=format)
+    return packed
+
+
+def embedding(ids: torch.Tensor, weight: PackedWeight, *, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Rows of a packed weight, dequantised: a token embedding that shares its memory with a tied lm_head.
+
+    Args:
+        ids: [num_tokens], int64, in [0, n).
+        weight: packed [n, k].
+        dtype: of the result: float32, float16 or bfloat16.
+    Returns:
+        [num_tokens, k], dtype.
+    Raises:
+        ValueError, TypeError: which argument, what it was, what is allowed; ids are checked too.
+    """
+    out = torch.empty(ids.size(0), weight.k, dtype=dtype)
+    torch.ops.tilestream.embedding(ids, weight.data, out, n=weight.n, format=weight.format)
+    return out

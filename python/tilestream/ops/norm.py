@@ -1,0 +1,40 @@
+"""RMS normalisation."""
+
+from __future__ import annotations
+
+import torch
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, *, eps: float = 1e-6, out: torch.Tensor | None = None) -> torch.Tensor:
+    """out = x * rsqrt(mean(x ** 2) + eps) * weight, over the last dimension.
+
+    Args:
+        x: [num_tokens, hidden] or [num_tokens, num_heads, hidden], float32, float16 or bfloat16; last dim contiguous.
+        weight: [hidden], float32.
+        eps: added to the mean square.
+        out: as x; may be x itself; allocated when None.
+    Returns:
+        out.
+    Raises:
+        ValueError, TypeError: which argument, what it was, what is allowed.
+    """
+    if out is None:
+        out = torch.empty_like(x)
+    torch.ops.tilestream.rms_norm(x, weight, out, eps=eps)
+    return out
+
+
+def fused_add_rms_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, *, eps: float = 1e-6) -> None:
+    """residual += x; x = rms_norm(residual): both in place, one pass.
+
+    Args:
+        x: [num_tokens, hidden], float32, float16 or bfloat16; overwritten by the normalised sum.
+        residual: as x; overwritten by the sum.
+        weight: [hidden], float32.
+        eps: added to the mean square.
+    Returns:
+        None.
+    Raises:
+        ValueError, TypeError: which argument, what it was, what is allowed.
+    """
+    torch.ops.tilestream.fused_add_rms_norm(x, residual, weight, eps=eps)

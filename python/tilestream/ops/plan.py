@@ -1,0 +1,99 @@
+"""Plans: one step's attention work as a stream of tiles, dealt to workers (csrc/include/tilestream/plan.h)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from tilestream._native import _C
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionPlan:
+    """A plan and the workspace its partial results need.
+
+    Args:
+        plan: int32, 1-D, the packed plan (layout in plan.h).
+        workspace: float32, 1-D, room for the plan's partial rows.
+    """
+
+    plan: torch.Tensor
+    workspace: torch.Tensor
+
+
+class AttentionPlanner:
+    """Makes the plans of successive steps; keeps and reuses its buffers, so a plan is valid until the next one.
+
+    Args:
+        num_qo_heads, num_kv_heads: heads; num_qo_heads must be a multiple of num_kv_heads.
+        head_dim_vo: elements of one output head (sizes the workspace).
+        page_size: tokens per page: 16, 32 or 64.
+        num_workers: workers the tiles are dealt to; default: the CPU backend's threads.
+        causal: a query sees keys up to its own position (bottom-right aligned).
+        window_left: -1: off; otherwise keys at distance 0..window_left are seen.
+        batch_invariant: cut only at multiples of `split_tokens`, so that a request's result is bitwise the same
+            whatever else is in the batch and however its prompt was chunked.
+        tile_rows, tile_keys, split_tokens, cost_tile, cost_row: see plan.h. The defaults are the CPU backend's.
+    Raises:
+        ValueError: a size that the planner does not take, with the value and what is allowed.
+    """
+
+    def __init__(
+        self,
+        num_qo_heads: int,
+        num_kv_heads: int,
+        head_dim_vo: int,
+        *,
+        page_size: int = 16,
+        num_workers: int | None = None,
+        causal: bool = True,
+        window_left: int = -1,
+        batch_invariant: bool = False,
+        tile_rows: int | None = None,
+        tile_keys: int = 64,
+        split_tokens: int = 1024,
+        cost_tile: int = 8,
+        cost_row: int = 1,
+    ) -> None:
+        group_size = max(1, num_qo_heads // max(1, num_kv_heads))
+        self.row_floats = group_size * (head_dim_vo + 1)
+        self.planner = _C.Planner(
+            num_qo_heads=num_qo_heads,
+            num_kv_heads=num_kv_heads,
+            page_size=page_size,
+            num_workers=_C.num_threads() if num_workers is None else num_workers,
+            tile_rows=max(96, group_size) if tile_rows is None else tile_rows,
+            tile_keys=tile_keys,
+            split_tokens=split_tokens,
+            window_left=window_left,
+            causal=causal,
+            batch_invariant=batch_invariant,
+            cost_tile=cost_tile,
+            cost_row=cost_row,
+        )
+        self.workspace = torch.empty(0)
+
+    def plan(
+        self,
+        cu_seqlens_q: torch.Tensor,
+        kv_lens: torch.Tensor,
+        prefix_groups: Sequence[tuple[int, Sequence[int]]] = (),
+    ) -> AttentionPlan:
+        """The plan of one step.
+
+        Args:
+            cu_seqlens_q: [batch_size + 1], int32, CPU: prefix sums of the query lengths, from 0.
+            kv_lens: [batch_size] or [batch_size, num_kv_heads], int32, CPU: KV tokens, this step's own included.
+            prefix_groups: (prefix_tokens, request indices) of requests that hold the same first pages.
+        Returns:
+            The plan, valid until the next call on this planner.
+        Raises:
+            ValueError: lengths that do not fit together, with the values.
+        """
+        plan = torch.from_numpy(self.planner.plan(cu_seqlens_q.numpy(), kv_lens.numpy(), list(prefix_groups)))
+        need = int(plan[18]) * self.row_floats  # PlanHeader::num_partial_rows
+        if self.workspace.numel() < need:
+            self.workspace = torch.empty(need)
+        return AttentionPlan(plan, self.workspace)

@@ -1,0 +1,30 @@
+"""The backends of this build, as tests and benches run over them."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from tilestream._native import _C
+
+
+@dataclasses.dataclass(frozen=True)
+class Backend:
+    """A backend and the device of its tensors."""
+
+    name: str
+    device: torch.device
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def backends() -> list[Backend]:
+    """What this build and this machine can run."""
+    return [Backend("cpu", torch.device("cpu"))]
+
+
+def simd_levels() -> list[str]:
+    """SIMD levels of the CPU backend that this machine runs, weakest first."""
+    return _C.simd_levels()
