@@ -1,0 +1,221 @@
+"""The engine on a thread of its own, with streams for asyncio."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Sequence
+
+from tilestream.engine.engine import Engine
+from tilestream.engine.errors import EngineDeadError, QueueFullError
+from tilestream.engine.metrics import EngineMetrics
+from tilestream.engine.request import RequestDelta
+from tilestream.sampling_params import SamplingParams
+
+logger = logging.getLogger("tilestream.engine")
+
+_Item = RequestDelta | Exception  # what a channel carries; an exception, or a finish_reason, is the last
+
+
+def _is_last(item: _Item) -> bool:
+    return isinstance(item, Exception) or item.finish_reason is not None
+
+
+class _Channel:
+    """The engine's end of one stream: it is written to whether or not anyone reads."""
+
+    def __init__(self, request_id: str, loop: asyncio.AbstractEventLoop) -> None:
+        self.request_id = request_id
+        self.loop = loop
+        self.items: asyncio.Queue[_Item] = asyncio.Queue()
+
+
+class RequestStream:
+    """The deltas of one request, as they come: `async for delta in stream`.
+
+    A reader that goes away before the last delta aborts the request: by cancellation, by aclose() or
+    leaving `async with`, or by dropping the stream.
+    """
+
+    def __init__(self, channel: _Channel, abort: Callable[[_Channel], None]) -> None:
+        self._channel = channel
+        self._abort = abort
+        self._ended = False
+
+    def __aiter__(self) -> RequestStream:
+        return self
+
+    async def __anext__(self) -> RequestDelta:
+        if self._ended:
+            raise StopAsyncIteration
+        try:
+            item = await self._channel.items.get()
+        except asyncio.CancelledError:
+            self.close()
+            raise
+        self._ended = _is_last(item)
+        if isinstance(item, Exception):
+            raise item
+        return item
+
+    def close(self) -> None:
+        """Stop reading; aborts the request unless it has ended. May be called twice."""
+        if not self._ended:
+            self._ended = True
+            self._abort(self._channel)
+
+    async def aclose(self) -> None:
+        self.close()
+
+    async def __aenter__(self) -> RequestStream:
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+
+class AsyncEngine:
+    """Runs an Engine's steps on one thread while there is work, and sleeps otherwise.
+
+    Only that thread touches the engine; others leave commands, which it takes between steps. Results go to
+    each reader's event loop by call_soon_threadsafe, so no reader, however slow or dead, holds up a step.
+
+    Args:
+        engine: used by nobody else from now on.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._condition = threading.Condition()  # guards all below; reentrant, so __del__ may need it any time
+        self._commands: deque[Callable[[], None]] = deque()
+        self._channels: dict[str, _Channel] = {}  # requests whose last item is not delivered yet
+        self._num_unqueued = 0  # requests accepted here that the engine has not seen yet
+        self._stopping = False
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="tilestream-engine", daemon=True)
+        self._thread.start()
+
+    def stream(self, request_id: str, prompt_token_ids: Sequence[int], params: SamplingParams) -> RequestStream:
+        """Start a request; call it in a running event loop.
+
+        Raises:
+            ValueError, TypeError, PromptTooLongError, QueueFullError: as Engine.add_request.
+            EngineDeadError: after shutdown() or a fault.
+        """
+        token_ids = self._engine.validate(prompt_token_ids, params)
+        channel = _Channel(request_id, asyncio.get_running_loop())
+        with self._condition:
+            self._check_running()
+            if request_id in self._channels:
+                raise ValueError(f"request_id {request_id!r} is in use by an unfinished request")
+            num_waiting = self._engine.num_waiting + self._num_unqueued
+            if num_waiting >= self._engine.config.max_queued_requests:
+                raise QueueFullError(num_waiting, self._engine.config.max_queued_requests)
+            self._channels[request_id] = channel
+            self._num_unqueued += 1
+            self._commands.append(lambda: self._add_now(request_id, token_ids, params))
+            self._condition.notify()
+        return RequestStream(channel, self._abort_channel)
+
+    def abort(self, request_id: str) -> None:
+        """End a request; its reader gets a last delta with finish_reason "abort". Unknown ids are ignored."""
+        with self._condition:
+            channel = self._channels.get(request_id)
+        if channel is not None:
+            self._abort_channel(channel)
+
+    @property
+    def metrics(self) -> EngineMetrics:
+        return self._engine.metrics
+
+    @property
+    def is_running(self) -> bool:
+        """Whether requests can run: not shut down, no fault."""
+        return not self._stopping and self._failure is None and self._thread.is_alive()
+
+    def shutdown(self) -> None:
+        """Abort everything, end all streams, stop the thread. Waits for the step in progress; may be called
+        twice."""
+        with self._condition:
+            self._stopping = True
+            self._condition.notify()
+        self._thread.join()
+
+    def _check_running(self) -> None:
+        if self._failure is not None:
+            raise EngineDeadError(f"the engine has failed: {self._failure!r}") from self._failure
+        if self._stopping:
+            raise EngineDeadError("the engine is shut down")
+
+    def _abort_channel(self, channel: _Channel) -> None:
+        with self._condition:
+            if self.is_running:
+                self._commands.append(lambda: self._abort_now(channel))
+                self._condition.notify()
+
+    # From here on: the engine's thread.
+
+    def _run(self) -> None:
+        try:
+            while self._wait_for_work():
+                self._run_commands()
+                self._deliver((delta.request_id, delta) for delta in self._engine.step())
+            self._run_commands()
+            for channel in list(self._channels.values()):
+                self._abort_now(channel)
+        except BaseException as error:
+            logger.exception("the engine failed")
+            with self._condition:
+                self._failure = error
+                orphans = list(self._channels)
+            dead = EngineDeadError(f"the engine has failed: {error!r}")
+            self._deliver((request_id, dead) for request_id in orphans)
+
+    def _wait_for_work(self) -> bool:
+        with self._condition:
+            self._condition.wait_for(lambda: self._stopping or self._commands or self._engine.has_work())
+            return not self._stopping
+
+    def _run_commands(self) -> None:
+        while self._commands:
+            self._commands.popleft()()
+
+    def _add_now(self, request_id: str, token_ids: list[int], params: SamplingParams) -> None:
+        try:
+            with self._condition:
+                self._num_unqueued -= 1
+                self._engine.add_request(request_id, token_ids, params)
+        except Exception as error:
+            self._deliver([(request_id, error)])
+
+    def _abort_now(self, channel: _Channel) -> None:
+        # The id may belong to a newer request by now: this one's last delta was on its way when it was dropped.
+        if self._channels.get(channel.request_id) is channel:
+            last = self._engine.abort(channel.request_id)
+            if last is not None:
+                self._deliver([(channel.request_id, last)])
+
+    def _deliver(self, items: Iterable[tuple[str, _Item]]) -> None:
+        """Hand items to their readers' loops: one wake-up per loop, however many readers it has."""
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Channel, _Item]]] = defaultdict(list)
+        with self._condition:
+            for request_id, item in items:
+                channel = self._channels.pop(request_id, None) if _is_last(item) else self._channels.get(request_id)
+                if channel is not None:
+                    by_loop[channel.loop].append((channel, item))
+        for loop, batch in by_loop.items():
+            try:
+                loop.call_soon_threadsafe(_put_all, batch)
+            except RuntimeError:  # the loop is closed, its readers are gone
+                for channel, _ in batch:
+                    self._abort_channel(channel)
+
+
+def _put_all(batch: list[tuple[_Channel, _Item]]) -> None:
+    for channel, item in batch:
+        channel.items.put_nowait(item)

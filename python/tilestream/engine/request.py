@@ -1,0 +1,95 @@
+"""States and token counts of one request, and what its reader gets after each step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Literal
+
+from tilestream.engine.detokenizer import Detokenizer
+from tilestream.engine.prefix_cache import CacheNode
+from tilestream.sampling_params import SamplingParams
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+class RequestState(Enum):
+    WAITING = "waiting"  # queued, holds no page
+    RUNNING = "running"  # holds pages
+    FINISHED = "finished"
+
+
+@dataclass(eq=False, slots=True)
+class Request:
+    """One request. There are no phases: `num_computed_tokens` catches up with `num_tokens`, in chunks
+    while it is far behind (prefill, or recomputing after a preemption), by one when it is one behind.
+
+    `token_ids` is the prompt and then the output. `pages[i]` holds the KV of tokens
+    [i * page_size, (i + 1) * page_size). Times are seconds of time.monotonic().
+    """
+
+    request_id: str
+    token_ids: list[int]
+    num_prompt_tokens: int
+    params: SamplingParams
+    seed: int
+    detokenizer: Detokenizer
+    arrival_s: float
+
+    state: RequestState = RequestState.WAITING
+    num_computed_tokens: int = 0
+    num_cached_tokens: int | None = None  # prompt tokens found in the prefix cache; None: not admitted yet
+    pages: list[int] = field(default_factory=list)
+    cache_node: CacheNode | None = None  # end of the chain of pages known to the prefix cache
+    num_registered_pages: int = 0  # length of that chain
+    first_scheduled_s: float | None = None
+    first_token_s: float | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        return len(self.token_ids) - self.num_computed_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Natural-log probabilities at one position. `top`: (token id, logprob), most likely first."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestDelta:
+    """What is new for one request. The delta with a finish_reason is its last.
+
+    text: new text, whole characters only; it may lag behind token_ids (a character or a possible stop
+        string still incomplete) and never leads.
+    stop_reason: the stop string or stop token id that ended it; None for end-of-sequence.
+    error: a sentence for people, with finish_reason "error"; with "length", too, where the size of the KV
+        cache and not the request set the limit.
+    Times are seconds of time.monotonic(), None where it has not happened.
+    """
+
+    request_id: str
+    text: str = ""
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+    error: str | None = None
+    num_prompt_tokens: int
+    num_output_tokens: int
+    num_cached_tokens: int = 0
+    arrival_s: float | None = None
+    first_scheduled_s: float | None = None
+    first_token_s: float | None = None
+    finish_s: float | None = None

@@ -1,0 +1,90 @@
+"""One model step: the batch's tensors, the forward pass, the draw of tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from tilestream.engine.batch import BatchBuilder, build_sampling_inputs
+from tilestream.engine.config import EngineConfig
+from tilestream.engine.scheduler import StepPlan
+from tilestream.ops import AttentionPlanner, KvCache, sample
+
+
+@dataclass(frozen=True, slots=True)
+class SampledTokens:
+    """Draws of one step, one entry per sampling request in the step's order.
+
+    Args:
+        token_ids: -1 where the logits held NaN, or nothing to draw.
+        logprobs: of the drawn tokens, natural log.
+        top_ids, top_logprobs: the most likely tokens of each row, as many as any row of the step asked for;
+            None when none did.
+    """
+
+    token_ids: list[int]
+    logprobs: list[float]
+    top_ids: list[list[int]] | None = None
+    top_logprobs: list[list[float]] | None = None
+
+
+class ModelRunner:
+    """Owns the KV cache and runs StepPlans on a model.
+
+    Args:
+        model: config and forward(step, kv_caches) (tilestream.models).
+        config: the engine's limits.
+        kv_dtype: float32, float16, bfloat16, int8 or int4.
+    """
+
+    def __init__(self, model, config: EngineConfig, *, kv_dtype: str = "bfloat16") -> None:
+        m = model.config
+        self.model = model
+        self.kv_caches = [
+            KvCache.allocate(config.num_pages, m.num_kv_heads, config.page_size, m.head_dim, kv_dtype=kv_dtype)
+            for _ in range(m.num_layers)
+        ]
+        planners = {
+            window_left: AttentionPlanner(
+                m.num_qo_heads,
+                m.num_kv_heads,
+                m.head_dim,
+                page_size=config.page_size,
+                window_left=window_left,
+                batch_invariant=config.batch_invariant,
+            )
+            for window_left in sorted(set(m.window_left))
+        }
+        self.batch = BatchBuilder(
+            planners,
+            page_size=config.page_size,
+            max_pages_per_seq=-(-min(config.max_model_len, config.capacity_tokens) // config.page_size),
+            # Twice as many rows as can run: those of finished requests are dropped many at a time.
+            max_num_seqs=2 * config.max_running_requests,
+        )
+
+    @torch.inference_mode()
+    def run(self, step: StepPlan) -> SampledTokens:
+        """Run one step: compute its tokens' KV, and draw a token for each request that is up to date."""
+        logits = self.model.forward(self.batch.build(step), self.kv_caches)
+        requests = [item.request for item in step.scheduled if item.samples]
+        if not requests:
+            return SampledTokens([], [])
+        s = build_sampling_inputs(requests)
+        drawn = sample(
+            logits,
+            s.temperature,
+            s.top_k,
+            s.top_p,
+            s.min_p,
+            s.seeds,
+            s.positions,
+            penalties=s.penalties,
+            num_top_logprobs=s.num_top_logprobs,
+        )
+        if s.num_top_logprobs == 0:
+            return SampledTokens(drawn.tokens.tolist(), drawn.logprobs.tolist())
+        return SampledTokens(
+            drawn.tokens.tolist(), drawn.logprobs.tolist(), drawn.top_ids.tolist(), drawn.top_logprobs.tolist()
+        )

@@ -1,0 +1,234 @@
+"""`LLM`: a model, its KV cache and an engine, in one object."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from tilestream._native import _C
+from tilestream.engine.config import EngineConfig
+from tilestream.engine.engine import Engine
+from tilestream.engine.request import FinishReason, RequestDelta, TokenLogprobs
+from tilestream.engine.runner import ModelRunner
+from tilestream.models import load_model
+from tilestream.ops.kv_cache import KV_DTYPES
+from tilestream.sampling_params import SamplingParams
+
+DEFAULT_MODEL = "smollm2-135m-instruct"
+# Without a --kv-cache-tokens: this share of the memory that is free, and no more than this many full contexts.
+_KV_MEMORY_SHARE = 0.25
+_KV_MAX_CONTEXTS = 16
+
+Prompt = str | Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class RequestOutput:
+    """A finished request.
+
+    Args:
+        prompt: as given, None for token ids.
+        prompt_token_ids, token_ids: the prompt's and the answer's tokens.
+        text: the answer.
+        logprobs: one entry per answer token, when asked for.
+        finish_reason: "stop", "length", "abort" or "error"; stop_reason: the stop string or token, if any.
+        error: a sentence, with finish_reason "error".
+        num_cached_tokens: prompt tokens whose KV was found in the prefix cache.
+        ttft_s: seconds from the request's arrival to its first token; e2e_s: to its end.
+    """
+
+    prompt: str | None
+    prompt_token_ids: list[int]
+    text: str
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs] | None
+    finish_reason: FinishReason
+    stop_reason: str | int | None
+    error: str | None
+    num_cached_tokens: int
+    ttft_s: float | None
+    e2e_s: float | None
+
+
+class LLM:
+    """Generates text with a model, on this machine.
+
+    Args:
+        model: "smollm2-135m-instruct", a GGUF file, a Hugging Face directory, or a hub id.
+        dtype: "auto" (a GGUF's own quantised weights; bfloat16 for others), "float32" or "bfloat16".
+        kv_dtype: "auto" (float32 with dtype="float32", else bfloat16), float32, float16, bfloat16, int8 or int4.
+        page_size: tokens per KV page: 16, 32 or 64.
+        kv_cache_tokens: tokens the KV cache holds; None: a quarter of the free memory, at most 16 full contexts.
+        max_model_len: most tokens of one request; None: the model's context length, or the cache if smaller.
+        max_num_seqs, token_budget, max_queued_requests, enable_prefix_caching, batch_invariant, seed: see EngineConfig.
+        num_threads: CPU threads; None: all this process may use (or TILESTREAM_NUM_THREADS).
+        progress: called with (done, total) bytes while loading.
+    Raises:
+        ModelLoadError: the model cannot be found or read, with the file and what is wrong.
+        ValueError: an option that is not allowed, with its value and what is.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike = DEFAULT_MODEL,
+        *,
+        dtype: str = "auto",
+        kv_dtype: str = "auto",
+        page_size: int = 32,
+        kv_cache_tokens: int | None = None,
+        max_model_len: int | None = None,
+        max_num_seqs: int = 256,
+        token_budget: int = 512,
+        max_queued_requests: int = 1024,
+        enable_prefix_caching: bool = True,
+        batch_invariant: bool = False,
+        seed: int | None = None,
+        num_threads: int | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        if num_threads is not None:
+            _C.set_num_threads(num_threads)
+        if kv_dtype == "auto":
+            kv_dtype = "float32" if dtype == "float32" else "bfloat16"
+        if kv_dtype not in KV_DTYPES:
+            raise ValueError(f"kv_dtype is {kv_dtype!r}; supported: auto, {', '.join(KV_DTYPES)}")
+        loaded = load_model(os.fspath(model), dtype=dtype, progress=progress)
+        m = loaded.model.config
+        if kv_cache_tokens is None:
+            kv_cache_tokens = _default_kv_cache_tokens(m, kv_dtype, page_size)
+        capacity = kv_cache_tokens // max(1, page_size) * page_size
+        self.name = loaded.name
+        self.tokenizer = loaded.tokenizer
+        self.config = m
+        engine_config = EngineConfig(
+            kv_cache_tokens=kv_cache_tokens,
+            max_model_len=min(m.max_position, capacity) if max_model_len is None else max_model_len,
+            page_size=page_size,
+            max_num_seqs=max_num_seqs,
+            token_budget=token_budget,
+            max_queued_requests=max_queued_requests,
+            enable_prefix_caching=enable_prefix_caching,
+            batch_invariant=batch_invariant,
+            seed=seed,
+        )
+        if engine_config.max_model_len > m.max_position:
+            raise ValueError(f"max_model_len is {max_model_len}; this model's positions end at {m.max_position}")
+        runner = ModelRunner(loaded.model, engine_config, kv_dtype=kv_dtype)
+        self.engine = Engine(runner, loaded.tokenizer, engine_config)
+        self._ids = itertools.count()
+
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> list[RequestOutput]:
+        """Answer prompts, batched; returns when all are done.
+
+        Args:
+            prompts: a text or token ids, or a list of them.
+            params: for all, or one for each; default SamplingParams().
+        Returns:
+            One output per prompt, in order.
+        Raises:
+            ValueError: an empty or too long prompt, or as many params as prompts are needed; nothing is left running.
+        """
+        batch = [prompts] if _is_one_prompt(prompts) else list(prompts)
+        each = list(params) if isinstance(params, Sequence) else [params or SamplingParams()] * len(batch)
+        if len(each) != len(batch):
+            raise ValueError(f"{len(batch)} prompts but {len(each)} params; give one params for all, or one for each")
+        token_ids = [self._encode(prompt) for prompt in batch]
+        ids = self._add_all(token_ids, each)
+        deltas: dict[str, list[RequestDelta]] = {request_id: [] for request_id in ids}
+        unfinished = set(ids)
+        while unfinished:
+            for delta in self.engine.step():
+                if delta.request_id in deltas:
+                    deltas[delta.request_id].append(delta)
+                    if delta.finish_reason is not None:
+                        unfinished.discard(delta.request_id)
+        return [_output(p, t, deltas[i]) for p, t, i in zip(batch, token_ids, ids, strict=True)]
+
+    def chat(self, messages: Sequence[dict], params: SamplingParams | None = None) -> RequestOutput:
+        """Answer a conversation, through the model's chat template.
+
+        Args:
+            messages: [{"role": "user", "content": "..."}, ...].
+            params: default SamplingParams().
+        Returns:
+            The answer.
+        Raises:
+            ValueError: the model has no chat template, or it refuses these messages.
+        """
+        text = self.tokenizer.apply_chat_template(list(messages))
+        return self.generate([self.tokenizer.encode(text, add_special_tokens=False)], params)[0]
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[RequestDelta]:
+        """Answer one prompt, token by token; leaving the loop early aborts the request.
+
+        Args:
+            prompt: a text or token ids.
+            params: default SamplingParams().
+        Returns:
+            An iterator of deltas; the last one has a finish_reason.
+        Raises:
+            ValueError: an empty or too long prompt.
+        """
+        (request_id,) = self._add_all([self._encode(prompt)], [params or SamplingParams()])
+        finished = False
+        try:
+            while not finished:
+                for delta in self.engine.step():
+                    if delta.request_id == request_id:
+                        finished = delta.finish_reason is not None
+                        yield delta
+        finally:
+            if not finished:
+                self.engine.abort(request_id)
+
+    def _encode(self, prompt: Prompt) -> list[int]:
+        return self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+
+    def _add_all(self, token_ids: list[list[int]], params: list[SamplingParams]) -> list[str]:
+        """Add requests; when one is refused, the others are taken back before the error goes on."""
+        ids: list[str] = []
+        try:
+            for tokens, p in zip(token_ids, params, strict=True):
+                request_id = f"llm-{next(self._ids)}"
+                self.engine.add_request(request_id, tokens, p)
+                ids.append(request_id)
+        except Exception:
+            for request_id in ids:
+                self.engine.abort(request_id)
+            raise
+        return ids
+
+
+def _is_one_prompt(prompts: Prompt | Sequence[Prompt]) -> bool:
+    return isinstance(prompts, str) or (len(prompts) > 0 and all(isinstance(p, int) for p in prompts))
+
+
+def _output(prompt: Prompt, token_ids: list[int], deltas: list[RequestDelta]) -> RequestOutput:
+    last = deltas[-1]
+    logprobs = [entry for delta in deltas for entry in delta.logprobs or ()]
+    return RequestOutput(
+        prompt=prompt if isinstance(prompt, str) else None,
+        prompt_token_ids=token_ids,
+        text="".join(delta.text for delta in deltas),
+        token_ids=[token for delta in deltas for token in delta.token_ids],
+        logprobs=logprobs if any(delta.logprobs is not None for delta in deltas) else None,
+        finish_reason=last.finish_reason,
+        stop_reason=last.stop_reason,
+        error=last.error,
+        num_cached_tokens=last.num_cached_tokens,
+        ttft_s=None if last.first_token_s is None else last.first_token_s - last.arrival_s,
+        e2e_s=None if last.finish_s is None else last.finish_s - last.arrival_s,
+    )
+
+
+def _default_kv_cache_tokens(config, kv_dtype: str, page_size: int) -> int:
+    element_bytes = 0.5 if kv_dtype == "int4" else KV_DTYPES[kv_dtype].itemsize
+    scale_bytes = 4 if kv_dtype in ("int8", "int4") else 0
+    token_bytes = config.num_layers * config.num_kv_heads * 2 * (config.head_dim * element_bytes + scale_bytes)
+    free_bytes = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    tokens = min(int(free_bytes * _KV_MEMORY_SHARE / token_bytes), _KV_MAX_CONTEXTS * config.max_position)
+    return max(tokens, page_size)

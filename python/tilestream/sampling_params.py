@@ -1,0 +1,99 @@
+"""How one request wants its tokens drawn, and where it wants to stop."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+MAX_LOGPROBS = 20  # the OpenAI API's limit for `top_logprobs`
+_SEED_MIN, _SEED_MAX = -(2**63), 2**63 - 1  # the sample op takes int64 seeds
+
+
+def _number(name: str, value: object, allowed: str, *, low: float, high: float, low_open: bool = False) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    too_low = value <= low if low_open else value < low
+    if not math.isfinite(value) or too_low or value > high:
+        raise ValueError(f"{name} must be {allowed}, got {value}")
+
+
+def _integer(name: str, value: object, allowed: str, *, low: int, high: int | None = None) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if value < low or (high is not None and value > high):
+        raise ValueError(f"{name} must be {allowed}, got {value}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """Sampling and stopping of one request.
+
+    Args:
+        max_tokens: most tokens to generate, >= 1; None: up to the model's context length.
+        temperature: >= 0; 0 takes the most likely token (greedy).
+        top_k: keep the k most likely tokens; 0 (or -1, as vLLM writes it): off.
+        top_p: keep the smallest set of tokens with this probability mass, in (0, 1]; 1: off.
+        min_p: drop tokens less likely than min_p times the most likely one, in [0, 1]; 0: off.
+        repetition_penalty: > 0; above 1 makes tokens of the prompt and the output less likely; 1: off.
+        presence_penalty: in [-2, 2], subtracted once from the logit of every token in the output; 0: off.
+        frequency_penalty: in [-2, 2], subtracted once per occurrence in the output; 0: off.
+        seed: int64; the same seed, prompt and parameters give the same tokens. None: one is drawn.
+        stop: a string or strings that end the output; not part of it unless include_stop_str_in_output.
+        stop_token_ids: token ids that end the output, besides the model's end-of-sequence tokens.
+        ignore_eos: go on after an end-of-sequence token.
+        logprobs: None, or how many of the most likely tokens to report at each position, 0..20, besides
+            the drawn one, which is always reported then.
+        include_stop_str_in_output: keep the stop string (or the stop token's text) in the output.
+    Raises:
+        TypeError, ValueError: which parameter, what it was, what is allowed.
+    """
+
+    max_tokens: int | None = 16
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    include_stop_str_in_output: bool = False
+
+    def __post_init__(self) -> None:
+        if self.max_tokens is not None:
+            _integer("max_tokens", self.max_tokens, "None or at least 1", low=1)
+        _number("temperature", self.temperature, "finite and at least 0", low=0, high=math.inf)
+        _integer("top_k", self.top_k, "0 (off) or at least 1", low=-1)
+        _number("top_p", self.top_p, "in (0, 1]", low=0, high=1, low_open=True)
+        _number("min_p", self.min_p, "in [0, 1]", low=0, high=1)
+        _number("repetition_penalty", self.repetition_penalty, "finite, above 0", low=0, high=math.inf, low_open=True)
+        _number("presence_penalty", self.presence_penalty, "in [-2, 2]", low=-2, high=2)
+        _number("frequency_penalty", self.frequency_penalty, "in [-2, 2]", low=-2, high=2)
+        if self.seed is not None:
+            _integer("seed", self.seed, "None or an int64", low=_SEED_MIN, high=_SEED_MAX)
+        if self.logprobs is not None:
+            _integer("logprobs", self.logprobs, f"None or in 0..{MAX_LOGPROBS}", low=0, high=MAX_LOGPROBS)
+        self._normalise()
+
+    def _normalise(self) -> None:
+        """Give `top_k`, `stop` and `stop_token_ids` their one canonical form (the dataclass is frozen)."""
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        for string in stop:
+            if not isinstance(string, str):
+                raise TypeError(f"stop must be a string or strings, got {string!r}")
+            if not string:
+                raise ValueError("stop must not contain an empty string: it would end every output at once")
+        stop_token_ids = tuple(self.stop_token_ids or ())
+        for token_id in stop_token_ids:
+            _integer("stop_token_ids", token_id, "token ids, at least 0", low=0)
+        object.__setattr__(self, "stop", stop)
+        object.__setattr__(self, "stop_token_ids", stop_token_ids)
+        object.__setattr__(self, "top_k", max(self.top_k, 0))
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature == 0
