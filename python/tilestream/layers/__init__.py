@@ -1,0 +1,1 @@
+"""Layers own their weights and call ops that write into the step's scratch buffers."""

@@ -1,0 +1,42 @@
+"""Linear layers on packed weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from tilestream.ops.linear import PackedWeight
+
+
+class Linear:
+    """y = x . W^T (+ bias).
+
+    Args:
+        weight: packed [n, k].
+        bias: [n] float32, or None.
+    """
+
+    def __init__(self, weight: PackedWeight, bias: torch.Tensor | None = None) -> None:
+        self.weight, self.bias = weight, bias
+        self.n, self.k = weight.n, weight.k
+        self._op, self._data, self._format = torch.ops.tilestream.linear.default, weight.data, int(weight.format)
+
+    def __call__(self, x: torch.Tensor, out: torch.Tensor) -> None:
+        """Writes [num_tokens, n] into `out` from x [num_tokens, k]; rows of either may be strided."""
+        self._op(x, self._data, self.bias, out, n=self.n, format=self._format)
+
+
+class StackedLinear:
+    """Linear layers of one input whose outputs stand side by side, for weights that cannot share one packing."""
+
+    def __init__(self, parts: Sequence[Linear]) -> None:
+        self.parts = list(parts)
+        self.n = sum(part.n for part in parts)
+
+    def __call__(self, x: torch.Tensor, out: torch.Tensor) -> None:
+        """As Linear: column ranges of `out` in the order of the parts."""
+        begin = 0
+        for part in self.parts:
+            part(x, out[:, begin : begin + part.n])
+            begin += part.n

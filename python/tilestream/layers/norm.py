@@ -1,0 +1,27 @@
+"""RMS normalisation."""
+
+from __future__ import annotations
+
+import torch
+
+
+class RmsNorm:
+    """x * rsqrt(mean(x^2) + eps) * weight over the last dimension.
+
+    Args:
+        weight: [hidden] float32; Gemma's stored offset of 1 is already added.
+        eps: added to the mean square.
+    """
+
+    def __init__(self, weight: torch.Tensor, eps: float) -> None:
+        self.weight, self.eps = weight, eps
+        self._norm = torch.ops.tilestream.rms_norm.default
+        self._add_norm = torch.ops.tilestream.fused_add_rms_norm.default
+
+    def __call__(self, x: torch.Tensor) -> None:
+        """Normalises x, [num_tokens, hidden] or [num_tokens, num_heads, hidden], in place."""
+        self._norm(x, self.weight, x, eps=self.eps)
+
+    def add(self, x: torch.Tensor, residual: torch.Tensor) -> None:
+        """residual += x; x = norm(residual)."""
+        self._add_norm(x, residual, self.weight, eps=self.eps)

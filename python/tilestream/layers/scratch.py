@@ -1,0 +1,60 @@
+"""Activation buffers of a step, kept between steps so that a decode allocates nothing."""
+
+from __future__ import annotations
+
+import torch
+
+from tilestream.models.config import ModelConfig
+
+
+class Scratch:
+    """Views for one number of tokens, into buffers shared by all layers and all steps.
+
+    Attributes:
+        x, residual: [num_tokens, hidden].
+        qkv: [num_tokens, qo_size + 2 * kv_size]; q, k, v are its [num_tokens, heads, head_dim] views.
+        heads, heads_flat: attention's output, [num_tokens, num_qo_heads, head_dim] and [num_tokens, qo_size].
+        gate_up, act: [num_tokens, 2 * intermediate] and [num_tokens, intermediate].
+    """
+
+    def __init__(self, config: ModelConfig, base: torch.Tensor, num_tokens: int) -> None:
+        self._base, self._offset, self._num_tokens = base, 0, num_tokens
+        self.x = self._take(config.hidden_size)
+        self.residual = self._take(config.hidden_size)
+        self.qkv = self._take(config.qo_size + 2 * config.kv_size)
+        self.heads_flat = self._take(config.qo_size)
+        self.gate_up = self._take(2 * config.intermediate_size)
+        self.act = self._take(config.intermediate_size)
+        head_dim, qo, kv = config.head_dim, config.qo_size, config.kv_size
+        self.q = self.qkv[:, :qo].unflatten(1, (-1, head_dim))
+        self.k = self.qkv[:, qo : qo + kv].unflatten(1, (-1, head_dim))
+        self.v = self.qkv[:, qo + kv :].unflatten(1, (-1, head_dim))
+        self.heads = self.heads_flat.unflatten(1, (-1, head_dim))
+
+    def _take(self, width: int) -> torch.Tensor:
+        """The next [num_tokens, width] buffer, at a 64-byte boundary."""
+        begin, num = self._offset, self._num_tokens * width
+        self._offset = begin + -(-num // 16) * 16
+        return self._base[begin : begin + num].view(self._num_tokens, width)
+
+
+class ScratchPool:
+    """Hands out a Scratch per number of tokens; the memory below grows and never shrinks."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self._config = config
+        self._floats_per_token = (
+            2 * config.hidden_size + 2 * (config.qo_size + config.kv_size) + 3 * config.intermediate_size
+        )
+        self._base = torch.empty(0)
+        self._views: dict[int, Scratch] = {}
+
+    def get(self, num_tokens: int) -> Scratch:
+        views = self._views.get(num_tokens)
+        if views is None:
+            need = num_tokens * self._floats_per_token + 6 * 16  # six buffers, each rounded up to 16 floats
+            if self._base.numel() < need:
+                self._base = torch.empty(need)
+                self._views.clear()
+            views = self._views[num_tokens] = Scratch(self._config, self._base, num_tokens)
+        return views

@@ -1,0 +1,186 @@
+"""The decoder of every family here: pre-norm attention and gated MLP on a residual stream.
+
+    residual += x;  x = attention(norm(residual));  residual += x;  x = mlp(norm(residual));  ...
+
+Families differ in data, not in code: biases, per-head norms, post norms, windows, RoPE and scales come from the
+configuration and from which weights a checkpoint has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from tilestream.layers.attention import Attention
+from tilestream.layers.embedding import Embedding
+from tilestream.layers.linear import Linear
+from tilestream.layers.mlp import GatedMlp
+from tilestream.layers.norm import RmsNorm
+from tilestream.layers.rope import RopeConfig, RopeTable
+from tilestream.layers.scratch import Scratch, ScratchPool
+from tilestream.models.config import ModelConfig
+from tilestream.models.weights import WeightLoader
+from tilestream.ops.kv_cache import KvCache
+
+if TYPE_CHECKING:
+    from tilestream.engine.batch import StepInputs
+
+_FIRST_ROPE_ROWS = 1024  # tokens; doubled whenever a longer sequence comes
+
+
+class DecoderLayer:
+    """One layer. With post norms (Gemma) each branch is normalised again before it joins the residual stream."""
+
+    def __init__(
+        self,
+        attention: Attention,
+        mlp: GatedMlp,
+        *,
+        attn_norm: RmsNorm,
+        mlp_norm: RmsNorm,
+        post_attn_norm: RmsNorm | None,
+        post_mlp_norm: RmsNorm | None,
+    ) -> None:
+        self.attention, self.mlp = attention, mlp
+        self.attn_norm, self.mlp_norm = attn_norm, mlp_norm
+        self.post_attn_norm, self.post_mlp_norm = post_attn_norm, post_mlp_norm
+
+    def __call__(self, buf: Scratch, step: StepInputs, cache: KvCache) -> None:
+        x, residual = buf.x, buf.residual
+        self.attn_norm.add(x, residual)
+        self.attention(buf, step, cache)
+        if self.post_attn_norm is not None:
+            self.post_attn_norm(x)
+        self.mlp_norm.add(x, residual)
+        self.mlp(buf)
+        if self.post_mlp_norm is not None:
+            self.post_mlp_norm(x)
+
+
+class LlamaModel:
+    """A decoder-only language model over a paged KV cache, float32 activations on the CPU.
+
+    Args:
+        config: shapes and switches.
+        embedding, layers, norm, lm_head: the parts, in the order a token meets them.
+        ropes: the RoPE tables that the layers share.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        embedding: Embedding,
+        layers: Sequence[DecoderLayer],
+        norm: RmsNorm,
+        lm_head: Linear,
+        ropes: Sequence[RopeTable],
+    ) -> None:
+        self.config = config
+        self._ropes, self._rope_rows = list(ropes), 0
+        self.embedding, self.layers, self.norm, self.lm_head = embedding, list(layers), norm, lm_head
+        self._scratch = ScratchPool(config)
+        self._logits = torch.empty(0, config.vocab_size)
+        self._last = torch.empty(2, 0, config.hidden_size)
+
+    @torch.inference_mode()
+    def forward(self, step: StepInputs, kv_caches: Sequence[KvCache]) -> torch.Tensor:
+        """Run one step: append its keys and values, return the logits of the rows asked for.
+
+        Args:
+            step: token_ids int64 [num_tokens], positions and slot_mapping int32 [num_tokens], block_table int32
+                [batch_size, max_pages_per_seq], plans {window_left: plan}, logits_rows int64 [num_rows].
+            kv_caches: one per layer.
+        Returns:
+            [num_rows, vocab_size] float32, overwritten by the next call.
+        """
+        self._reach(int(step.positions.max()))
+        buf = self._scratch.get(step.token_ids.size(0))
+        x, residual = buf.x, buf.residual
+        self.embedding(step.token_ids, x)
+        residual.zero_()
+        for layer, cache in zip(self.layers, kv_caches, strict=True):
+            layer(buf, step, cache)
+        return self._project(x, residual, step.logits_rows)
+
+    def _reach(self, position: int) -> None:
+        """Make the RoPE tables cover `position`, as far as the model's context goes; append_kv rejects the rest."""
+        if position < self._rope_rows or self._rope_rows == self.config.max_position:
+            return
+        wanted = max(position + 1, 2 * self._rope_rows, _FIRST_ROPE_ROWS)
+        self._rope_rows = min(wanted, self.config.max_position)
+        for rope in self._ropes:
+            rope.grow(self._rope_rows)
+
+    def _project(self, x: torch.Tensor, residual: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Final norm and output projection of `rows` only: the vocabulary is the widest matrix of the model."""
+        num_rows, width = rows.size(0), x.size(1)
+        if self._logits.size(0) < num_rows:
+            self._logits = torch.empty(num_rows, self.config.vocab_size)
+            self._last = torch.empty(2, num_rows, width)
+        logits, x_rows, residual_rows = self._logits[:num_rows], self._last[0, :num_rows], self._last[1, :num_rows]
+        torch.index_select(x, 0, rows, out=x_rows)
+        torch.index_select(residual, 0, rows, out=residual_rows)
+        self.norm.add(x_rows, residual_rows)
+        self.lm_head(x_rows, logits)
+        if cap := self.config.final_soft_cap:
+            logits.div_(cap).tanh_().mul_(cap)
+        return logits
+
+
+def build_model(config: ModelConfig, weights: WeightLoader) -> LlamaModel:
+    """Assemble a model from a checkpoint's weights.
+
+    Args:
+        config: the model's shape.
+        weights: reads and packs tensors; names are GGUF's.
+    Raises:
+        ModelLoadError: a tensor is missing, surplus, or of another shape than `config` implies.
+    """
+    hidden, eps = config.hidden_size, config.rms_eps
+    ropes = {rope: RopeTable(rope) for rope in map(config.layer_rope, range(config.num_layers))}
+    table = weights.linear("token_embd", config.vocab_size, hidden)
+    layers = [_build_layer(config, weights, i, ropes) for i in range(config.num_layers)]
+    norm = RmsNorm(weights.vector("output_norm.weight", hidden), eps)
+    lm_head = table if config.tied_embeddings else weights.linear("output", config.vocab_size, hidden)
+    weights.check_all_used()
+    embedding = Embedding(table.weight, config.embedding_scale)
+    return LlamaModel(config, embedding, layers, norm, lm_head, list(ropes.values()))
+
+
+def _build_layer(
+    config: ModelConfig, weights: WeightLoader, layer_idx: int, ropes: dict[RopeConfig, RopeTable]
+) -> DecoderLayer:
+    hidden, inner, eps, prefix = config.hidden_size, config.intermediate_size, config.rms_eps, f"blk.{layer_idx}."
+
+    def norm(name: str, size: int) -> RmsNorm:
+        return RmsNorm(weights.vector(f"{prefix}{name}.weight", size), eps)
+
+    attention = Attention(
+        weights.stacked(
+            [prefix + "attn_q", prefix + "attn_k", prefix + "attn_v"],
+            [config.qo_size, config.kv_size, config.kv_size],
+            hidden,
+        ),
+        weights.linear(prefix + "attn_output", hidden, config.qo_size),
+        q_norm=norm("attn_q_norm", config.head_dim) if config.qk_norm else None,
+        k_norm=norm("attn_k_norm", config.head_dim) if config.qk_norm else None,
+        rope=ropes[config.layer_rope(layer_idx)],
+        window_left=config.window_left[layer_idx],
+        sm_scale=config.sm_scale,
+        logits_soft_cap=config.logits_soft_cap,
+    )
+    mlp = GatedMlp(
+        weights.stacked([prefix + "ffn_gate", prefix + "ffn_up"], [inner, inner], hidden),
+        weights.linear(prefix + "ffn_down", hidden, inner),
+        config.activation,
+    )
+    return DecoderLayer(
+        attention,
+        mlp,
+        attn_norm=norm("attn_norm", hidden),
+        mlp_norm=norm("ffn_norm", hidden),
+        post_attn_norm=norm("post_attention_norm", hidden) if config.post_norms else None,
+        post_mlp_norm=norm("post_ffw_norm", hidden) if config.post_norms else None,
+    )

