@@ -1,0 +1,5 @@
+"""`python -m tilestream`."""
+
+from tilestream.cli import main
+
+main()

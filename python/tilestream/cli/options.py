@@ -1,0 +1,73 @@
+"""Options that more than one command takes, and what they mean to `LLM`."""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Annotated
+
+import typer
+
+DEFAULT_MODEL = "smollm2-135m-instruct"
+
+Model = Annotated[
+    str,
+    typer.Option(
+        "--model",
+        "-m",
+        help="A GGUF file, a Hugging Face directory, a hub id, or the alias of the model that comes with the package.",
+    ),
+]
+NumThreads = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        min=1,
+        help="Threads that compute. Default: all that this process may use, or TILESTREAM_NUM_THREADS.",
+        rich_help_panel="Engine",
+    ),
+]
+
+
+class KvDtype(str, Enum):
+    """Types of the KV cache."""
+
+    auto = "auto"
+    float32 = "float32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+    int8 = "int8"
+    int4 = "int4"
+
+
+KvDtypeOption = Annotated[
+    KvDtype,
+    typer.Option("--kv-dtype", help="Type of the KV cache; auto: bfloat16.", rich_help_panel="Engine"),
+]
+KvCacheTokens = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        min=1,
+        help="Tokens that the KV cache holds, over all requests. Default: a quarter of the free memory, at most 16 "
+        "contexts.",
+        rich_help_panel="Engine",
+    ),
+]
+TokenBudget = Annotated[
+    int,
+    typer.Option(
+        metavar="N",
+        min=1,
+        help="Most tokens of one engine step: long prompts are cut into chunks of this, so that running "
+        "answers keep flowing.",
+        rich_help_panel="Engine",
+    ),
+]
+BatchInvariant = Annotated[
+    bool,
+    typer.Option(
+        "--batch-invariant",
+        help="Give a request the same bits whatever else is in the batch; costs some speed.",
+        rich_help_panel="Engine",
+    ),
+]

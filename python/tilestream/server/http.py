@@ -1,0 +1,243 @@
+"""The routes: parse a request, hand it to the engine, answer with JSON or a stream of events."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import tilestream
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from prometheus_client import CONTENT_TYPE_LATEST
+
+from tilestream.server.errors import ApiError, BodyLimitMiddleware, install_error_handlers, internal_error, read_json
+from tilestream.server.generation import ClientLeftError, generate, unless_client_leaves
+from tilestream.server.metrics import ServerMetrics
+from tilestream.server.protocol import ChatCompletionRequest, CompletionRequest, GenerationRequest, parse_request
+from tilestream.server.responses import SSE_DONE, Answer, ChatAnswer, CompletionAnswer, sse_event
+
+if TYPE_CHECKING:
+    from starlette.types import Receive, Scope, Send
+
+    from tilestream.engine.async_engine import AsyncEngine
+    from tilestream.engine.request import RequestDelta
+    from tilestream.models.tokenizer import Tokenizer
+    from tilestream.sampling_params import SamplingParams
+
+    Deltas = AsyncGenerator[tuple[int, RequestDelta], None]
+
+logger = logging.getLogger("tilestream.server")
+
+# 128k prompt tokens are about 1 MB of JSON, as ids or as text.
+DEFAULT_MAX_BODY_BYTES = 4 * 2**20
+# A text of that size takes seconds to tokenise, off the event loop; shorter ones must not wait behind it.
+_TOKENIZING_THREADS = 4
+# nginx's code for a client that closed its connection; nobody reads it but an access log.
+_CLIENT_LEFT_STATUS = 499
+
+
+class Server:
+    """What the routes share.
+
+    Args:
+        engine: runs the requests; shut down with the server.
+        tokenizer: text to ids, chat template, bytes of a token.
+        model_name: the name that clients ask for.
+        max_model_len: tokens of prompt and answer together; told in /v1/models.
+    """
+
+    def __init__(self, engine: AsyncEngine, tokenizer: Tokenizer, *, model_name: str, max_model_len: int) -> None:
+        self.engine = engine
+        self.tokenizer = tokenizer
+        self.model_name = model_name
+        self.metrics = ServerMetrics(engine, model_name)
+        self.model_card = {
+            "id": model_name,
+            "object": "model",
+            "created": int(time.time()),
+            "owned_by": "tilestream",
+            "max_model_len": max_model_len,
+        }
+        self.tokenizing = ThreadPoolExecutor(_TOKENIZING_THREADS, thread_name_prefix="tokenize")
+
+    def check_model(self, name: str | None) -> None:
+        if name is not None and name != self.model_name:
+            message = f"The model {name!r} does not exist here; this server has {self.model_name!r}."
+            raise ApiError(404, message, param="model", code="model_not_found")
+
+    async def prompt_ids(self, prompts: list[str | list[int]], *, add_special_tokens: bool) -> list[list[int]]:
+        """Token ids of each prompt; ids pass as they are, for the engine to check."""
+        encode = partial(self.tokenizer.encode, add_special_tokens=add_special_tokens)
+        loop = asyncio.get_running_loop()
+        return [
+            await loop.run_in_executor(self.tokenizing, encode, prompt) if isinstance(prompt, str) else prompt
+            for prompt in prompts
+        ]
+
+    def answer(
+        self,
+        kind: type[Answer],
+        id_prefix: str,
+        body: GenerationRequest,
+        prompts: list[list[int]],
+        params: list[SamplingParams],
+    ) -> Answer:
+        """An empty answer to `body`, with an id of its own."""
+        return kind(
+            f"{id_prefix}-{uuid.uuid4().hex}",
+            self.model_name,
+            self.tokenizer,
+            num_prompt_tokens=[len(prompt) for prompt in prompts],
+            choices_per_prompt=len(params),
+            include_usage=body.include_usage(),
+        )
+
+    async def run(
+        self,
+        http: Request,
+        body: GenerationRequest,
+        answer: Answer,
+        prompts: list[list[int]],
+        params: list[SamplingParams],
+    ) -> Response:
+        """Generates and answers. An error before the first token still gets its own HTTP status."""
+        deltas = generate(
+            self.engine, self.metrics, answer.answer_id, prompts, params, prompt_field=body.prompt_field
+        )
+        try:
+            if body.stream:
+                first = await unless_client_leaves(http, anext(deltas))
+                return EventStream(first, deltas, answer)
+            await unless_client_leaves(http, _collect(deltas, answer))
+            return JSONResponse(answer.whole())
+        except ClientLeftError:
+            return Response(status_code=_CLIENT_LEFT_STATUS)
+
+
+async def _collect(deltas: Deltas, answer: Answer) -> None:
+    async with contextlib.aclosing(deltas):
+        async for index, delta in deltas:
+            answer.add(index, delta)
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events of one request. However it ends, the engine's part ends with it."""
+
+    def __init__(self, first: tuple[int, RequestDelta], deltas: Deltas, answer: Answer) -> None:
+        super().__init__(
+            self._events(first, deltas, answer),
+            media_type="text/event-stream",
+            headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},  # proxies must not hold events back
+        )
+        self._deltas = deltas
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self._deltas.aclose()
+
+    @staticmethod
+    async def _events(first: tuple[int, RequestDelta], deltas: Deltas, answer: Answer) -> AsyncIterator[str]:
+        try:
+            for chunk in [*answer.opening_chunks(), *answer.chunks(*first)]:
+                yield sse_event(chunk)
+            async for index, delta in deltas:
+                for chunk in answer.chunks(index, delta):
+                    yield sse_event(chunk)
+            for chunk in answer.closing_chunks():
+                yield sse_event(chunk)
+        except ApiError as error:
+            yield sse_event(error.body())
+        except Exception:
+            logger.exception("%s failed", answer.answer_id)
+            yield sse_event(internal_error().body())
+        yield SSE_DONE
+
+
+def create_app(
+    engine: AsyncEngine,
+    tokenizer: Tokenizer,
+    *,
+    model_name: str,
+    max_model_len: int,
+    max_body_bytes: int = DEFAULT_MAX_BODY_BYTES,
+) -> FastAPI:
+    """The ASGI application.
+
+    Args:
+        engine, tokenizer, model_name, max_model_len: as for Server.
+        max_body_bytes: a longer request body is refused with 413.
+    """
+    server = Server(engine, tokenizer, model_name=model_name, max_model_len=max_model_len)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        await asyncio.to_thread(engine.shutdown)
+        server.tokenizing.shutdown()
+
+    app = FastAPI(title="Tilestream", version=tilestream.__version__, lifespan=lifespan)
+    app.add_middleware(BodyLimitMiddleware, max_body_bytes=max_body_bytes)
+    install_error_handlers(app)
+    _add_generation_routes(app, server)
+    _add_information_routes(app, server)
+    return app
+
+
+def _body_schema(kind: type[GenerationRequest]) -> dict[str, Any]:
+    """Shows the fields in /docs; the body is parsed by hand so that errors keep OpenAI's form."""
+    schema = kind.model_json_schema()
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+def _add_generation_routes(app: FastAPI, server: Server) -> None:
+    @app.post("/v1/completions", openapi_extra=_body_schema(CompletionRequest))
+    async def completions(http: Request) -> Response:
+        body = parse_request(CompletionRequest, await read_json(http))
+        server.check_model(body.model)
+        params = body.sampling_params()
+        prompts = await server.prompt_ids(body.prompts(), add_special_tokens=True)
+        answer = server.answer(CompletionAnswer, "cmpl", body, prompts, params)
+        return await server.run(http, body, answer, prompts, params)
+
+    @app.post("/v1/chat/completions", openapi_extra=_body_schema(ChatCompletionRequest))
+    async def chat_completions(http: Request) -> Response:
+        body = parse_request(ChatCompletionRequest, await read_json(http))
+        server.check_model(body.model)
+        params = body.sampling_params()
+        try:
+            text = server.tokenizer.apply_chat_template(body.template_messages(), **body.template_options())
+        except ValueError as error:
+            raise ApiError(400, f"{server.model_name}: {error}", param="messages") from None
+        prompts = await server.prompt_ids([text], add_special_tokens=False)  # the template has written them
+        answer = server.answer(ChatAnswer, "chatcmpl", body, prompts, params)
+        return await server.run(http, body, answer, prompts, params)
+
+
+def _add_information_routes(app: FastAPI, server: Server) -> None:
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [server.model_card]}
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> dict[str, Any]:
+        server.check_model(name)
+        return server.model_card
+
+    @app.get("/health")
+    async def health() -> Response:
+        if not server.engine.is_running:
+            raise ApiError(503, "The engine has stopped; the log says why.", code="engine_stopped")
+        return JSONResponse({"status": "ok"})
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(server.metrics.render(), headers={"Content-Type": CONTENT_TYPE_LATEST})

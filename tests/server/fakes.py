@@ -1,0 +1,113 @@
+"""An AsyncEngine and a Tokenizer that answer at once, by rule: what the server's fast tests run on."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+from tilestream.engine.errors import PromptTooLongError, QueueFullError
+from tilestream.engine.metrics import EngineMetrics
+from tilestream.engine.request import RequestDelta, TokenLogprobs
+from tilestream.sampling_params import SamplingParams
+
+ANSWER = "Grüße: the quick brown fox jumps over the lazy dog. "
+MAX_MODEL_LEN = 1000
+EOS = 256
+
+
+class ByteTokenizer:
+    """One token per byte."""
+
+    vocab_size = 257
+    has_chat_template = True
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        return list(text.encode())
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return bytes([token_id]) if token_id < EOS else b""
+
+    def apply_chat_template(self, messages: list[dict[str, str]], **options: object) -> str:
+        if messages[-1]["role"] == "assistant":
+            raise ValueError("the last message must be the user's")
+        shown = [f"<{m['role']}>{m['content']}" for m in messages] + [f"[{k}={v}]" for k, v in options.items()]
+        return "".join(shown)
+
+
+class FakeAsyncEngine:
+    """Answers with ANSWER's bytes, from the seed's place on.
+
+    Prompts steer it: `FAIL` ends with an error delta, `BUG` raises, `SLOW` waits between tokens,
+    `STUCK` never gives a token, `LATE FAIL` fails after three tokens.
+    """
+
+    def __init__(self, max_requests: int = 1000) -> None:
+        self.max_requests = max_requests
+        self.active: dict[str, tuple[list[int], SamplingParams]] = {}
+        self.seen: list[tuple[list[int], SamplingParams]] = []
+        self.metrics = EngineMetrics()
+        self.is_running = True
+
+    def shutdown(self) -> None:
+        self.is_running = False
+
+    async def stream(self, request_id: str, prompt: list[int], params: SamplingParams) -> AsyncIterator[RequestDelta]:
+        if not prompt:
+            raise ValueError("prompt_token_ids is empty; at least one token is needed")
+        if not all(0 <= i < ByteTokenizer.vocab_size for i in prompt):
+            raise ValueError(f"prompt_token_ids is {prompt}, but the vocabulary is 0..{ByteTokenizer.vocab_size - 1}")
+        if len(prompt) >= MAX_MODEL_LEN:
+            raise PromptTooLongError(len(prompt), MAX_MODEL_LEN - 1, "the model's context length")
+        if len(self.active) >= self.max_requests:
+            raise QueueFullError(len(self.active), self.max_requests)
+        self.active[request_id] = (prompt, params)
+        self.seen.append((prompt, params))
+        reason = "abort"
+        try:
+            async for delta in self._deltas(request_id, prompt, params):
+                reason = delta.finish_reason or reason
+                yield delta
+        finally:
+            del self.active[request_id]
+            self.metrics.finished_requests[reason] += 1
+
+    async def _deltas(self, request_id: str, prompt: list[int], params: SamplingParams) -> AsyncIterator[RequestDelta]:
+        text = bytes(i for i in prompt if i < EOS).decode(errors="replace")
+        source = ANSWER.encode()
+        max_tokens = params.max_tokens or MAX_MODEL_LEN - len(prompt)
+        pending, out = b"", ""
+        for i in range(max_tokens):
+            await asyncio.sleep(3600 if "STUCK" in text else 0.02 if "SLOW" in text else 0)
+            if "BUG" in text:
+                raise RuntimeError("secret detail")
+            failed = "FAIL" in text and (i == 3 or "LATE" not in text)
+            token = source[((params.seed or 0) + i) % len(source)]
+            pending += bytes([token])
+            try:
+                piece, pending = pending.decode(), b""
+            except UnicodeDecodeError:
+                piece = ""
+            out += piece
+            hit = next((s for s in params.stop if s in out), None)
+            last = i == max_tokens - 1
+            self.metrics.generation_tokens += 1
+            yield RequestDelta(
+                request_id=request_id,
+                text="" if failed or hit else piece,
+                token_ids=[token],
+                logprobs=self._logprobs(token, params),
+                finish_reason="error" if failed else "stop" if hit else "length" if last else None,
+                error="logits are NaN" if failed else None,
+                num_prompt_tokens=len(prompt),
+                num_output_tokens=i + 1,
+                num_cached_tokens=2,
+            )
+            if failed or hit:
+                return
+
+    @staticmethod
+    def _logprobs(token: int, params: SamplingParams) -> list[TokenLogprobs] | None:
+        if params.logprobs is None:
+            return None
+        top = tuple(((token + k) % EOS, -0.5 - k) for k in range(params.logprobs))
+        return [TokenLogprobs(token, -0.5, top)]
