@@ -1,0 +1,104 @@
+"""Linear layers on packed weights, bfloat16 activations, against torch and oneDNN
+
+Weights are cycled through 128 MB (more than any cache here) for up to 8 rows, and warm above. Ours includes quantising
+the activations; oneDNN int8 gets them quantised, per tensor and not per group of 32: less work and less accuracy.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from bench.harness import Report, interleave
+from tilestream import ops
+from tilestream.ops import PackedFormat, PackedWeight
+
+CYCLED_BYTES = 128 << 20
+SHAPES = [(4096, 4096), (1536, 576)]
+# Rows per weight format and, for each, the peers worth comparing with.
+PEERS = {
+    PackedFormat.U4G32S: ("int4pack", "onednn_int8", "bf16"),
+    PackedFormat.U4G32: ("int4pack", "onednn_int8", "bf16"),
+    PackedFormat.U8G32S: ("onednn_int8", "int_mm", "bf16"),
+    PackedFormat.BFLOAT16: ("bf16",),
+    PackedFormat.FLOAT32: ("fp32",),
+}
+
+
+def random_weight(n: int, k: int, format: PackedFormat) -> PackedWeight:
+    if format in (PackedFormat.FLOAT32, PackedFormat.BFLOAT16):
+        return ops.pack_weight(torch.randn(n, k), format=format)
+    levels = 16 if format in (PackedFormat.U4G32S, PackedFormat.U4G32) else 256
+    q = torch.randint(0, levels, (n, k), dtype=torch.uint8)
+    scale = torch.rand(n, k // 32) / levels
+    symmetric = format in (PackedFormat.U4G32S, PackedFormat.U8G32S)
+    return ops.pack_weight(q=q, scale=scale, zero=None if symmetric else scale * -levels / 2, format=format)
+
+
+def cycled(run: Callable[[object], object], make: Callable[[], object], weight_bytes: int, m: int) -> Callable[[], object]:
+    """run(weight) on the next of enough equal weights that none is still in a cache."""
+    num = -(-CYCLED_BYTES // weight_bytes) if m <= 8 else 1
+    first = make()
+    weights = itertools.cycle([first] + [first.clone() if isinstance(first, torch.Tensor) else make() for _ in range(num - 1)])
+    return lambda: run(next(weights))
+
+
+def peer(name: str, x: torch.Tensor, n: int) -> Callable[[], object]:
+    m, k = x.shape
+    if name == "bf16":
+        return cycled(lambda w: torch.nn.functional.linear(x, w), lambda: torch.randn(n, k).bfloat16(), 2 * n * k, m)
+    if name == "fp32":
+        x32 = x.float()
+        return cycled(lambda w: torch.nn.functional.linear(x32, w), lambda: torch.randn(n, k), 4 * n * k, m)
+    if name == "int4pack":
+        pack = torch.ops.aten._convert_weight_to_int4pack_for_cpu
+        scales = torch.rand(k // 32, n, 2).bfloat16()
+        make = lambda: pack(torch.randint(0, 16, (n, k), dtype=torch.int32), 1)  # noqa: E731
+        return cycled(lambda w: torch.ops.aten._weight_int4pack_mm_for_cpu(x, w, 32, scales), make, n * k // 2, m)
+    int8 = lambda: torch.randint(-127, 128, (n, k), dtype=torch.int8)  # noqa: E731
+    if name == "int_mm":
+        x8 = torch.randint(-127, 128, (m, k), dtype=torch.int8)
+        return cycled(lambda w: torch._int_mm(x8, w.t()), int8, n * k, m)
+    x8, scale, zero = torch.randint(0, 256, (m, k), dtype=torch.uint8), torch.rand(n), torch.zeros(n, dtype=torch.int64)
+    multiply = torch.ops.onednn.qlinear_pointwise
+    return cycled(
+        lambda w: multiply(x8, 0.1, 128, w, scale, zero, None, 1.0, 0, torch.bfloat16, "none", [], ""),
+        lambda: torch.ops.onednn.qlinear_prepack(int8(), [m, k]), n * k, m,
+    )  # fmt: skip
+
+
+def read_rate(num_bytes: int = CYCLED_BYTES) -> float:
+    """GB/s of a plain sum over memory, now."""
+    data = torch.ones(num_bytes // 4)
+    return num_bytes / min(interleave({"sum": data.sum}, rounds=5)["sum"]) / 1e9
+
+
+def check(x: torch.Tensor, weight: PackedWeight) -> None:
+    dense = ops.embedding(torch.arange(weight.n), weight)
+    expected = x.float() @ dense.t()
+    error = (ops.linear(x, weight).float() - expected).norm() / expected.norm()
+    assert error <= 0.02, error
+
+
+@pytest.mark.parametrize("n, k", SHAPES)
+@pytest.mark.parametrize("m", [1, 8, 64, 512])
+@pytest.mark.parametrize("format", list(PEERS), ids=lambda f: f.name)
+def test_linear(format: PackedFormat, m: int, n: int, k: int, report: Report) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(m, k, dtype=torch.float32 if format == PackedFormat.FLOAT32 else torch.bfloat16)
+    weight = random_weight(n, k, format)
+    check(x, weight)
+    num_bytes = weight.data.numel()
+    out = x.new_empty(m, n)
+    clone = lambda: PackedWeight(weight.data.clone(), n, k, format)  # noqa: E731
+    ours = cycled(lambda w: ops.linear(x, w, out=out), clone, num_bytes, m)
+    candidates = {"ours": ours} | {name: peer(name, x, n) for name in PEERS[format]}
+    times = interleave(candidates, rounds=max(12, min(400, int(4e10 / (2 * m * n * k)))), warmup=3)
+    median = statistics.median(times["ours"])
+    rate = f"{2 * m * n * k / median / 1e9:.0f} Gop/s, {num_bytes / median / 1e9:.1f} GB/s of weights"
+    limit = f"read {read_rate():.1f} GB/s" if m <= 8 else ""
+    report.add(f"linear {format.name}", f"m={m} n={n} k={k}", times, rate=rate, limit=limit)

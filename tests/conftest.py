@@ -1,0 +1,40 @@
+"""Fixtures for every test: a seed of the test's own, the backends, SIMD levels and thread counts."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from tilestream import testing
+from tilestream._native import _C
+
+
+@pytest.fixture(autouse=True)
+def _seed(request: pytest.FixtureRequest) -> None:
+    """Random numbers depend on the test's name alone, not on which tests ran before."""
+    torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))
+
+
+@pytest.fixture(params=testing.backends(), ids=str)
+def backend(request: pytest.FixtureRequest) -> testing.Backend:
+    return request.param
+
+
+@pytest.fixture(params=testing.simd_levels())
+def simd_level(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test once per SIMD level that this machine has."""
+    before = _C.simd_level()
+    _C.set_simd_level(request.param)
+    yield request.param
+    _C.set_simd_level(before)
+
+
+@pytest.fixture
+def set_num_threads() -> Iterator[Callable[[int], None]]:
+    """Sets the CPU backend's threads for this test only."""
+    before = _C.num_threads()
+    yield _C.set_num_threads
+    _C.set_num_threads(before)
