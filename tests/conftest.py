@@ -18,6 +18,12 @@ def _seed(request: pytest.FixtureRequest) -> None:
     torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _one_torch_thread() -> None:
+    """References are many small torch calls: a second thread costs more than it gives."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(params=testing.backends(), ids=str)
 def backend(request: pytest.FixtureRequest) -> testing.Backend:
     return request.param

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -136,16 +137,23 @@ class LLM:
         each = list(params) if isinstance(params, Sequence) else [params or SamplingParams()] * len(batch)
         if len(each) != len(batch):
             raise ValueError(f"{len(batch)} prompts but {len(each)} params; give one params for all, or one for each")
-        token_ids = [self._encode(prompt) for prompt in batch]
-        ids = self._add_all(token_ids, each)
+        token_ids = [self.engine.validate(self._encode(prompt), p) for prompt, p in zip(batch, each, strict=True)]
+        ids = [f"llm-{next(self._ids)}" for _ in batch]
+        queue = deque(zip(ids, token_ids, each, strict=True))
         deltas: dict[str, list[RequestDelta]] = {request_id: [] for request_id in ids}
         unfinished = set(ids)
-        while unfinished:
-            for delta in self.engine.step():
-                if delta.request_id in deltas:
-                    deltas[delta.request_id].append(delta)
-                    if delta.finish_reason is not None:
-                        unfinished.discard(delta.request_id)
+        try:
+            while unfinished:
+                while queue and self.engine.num_waiting < self.engine.config.max_queued_requests:
+                    self.engine.add_request(*queue.popleft())
+                for delta in self.engine.step():
+                    if delta.request_id in deltas:
+                        deltas[delta.request_id].append(delta)
+                        if delta.finish_reason is not None:
+                            unfinished.discard(delta.request_id)
+        finally:
+            for request_id in unfinished:  # only after an interruption
+                self.engine.abort(request_id)
         return [_output(p, t, deltas[i]) for p, t, i in zip(batch, token_ids, ids, strict=True)]
 
     def chat(self, messages: Sequence[dict], params: SamplingParams | None = None) -> RequestOutput:
@@ -173,7 +181,8 @@ class LLM:
         Raises:
             ValueError: an empty or too long prompt.
         """
-        (request_id,) = self._add_all([self._encode(prompt)], [params or SamplingParams()])
+        request_id = f"llm-{next(self._ids)}"
+        self.engine.add_request(request_id, self._encode(prompt), params or SamplingParams())
         finished = False
         try:
             while not finished:
@@ -187,20 +196,6 @@ class LLM:
 
     def _encode(self, prompt: Prompt) -> list[int]:
         return self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-
-    def _add_all(self, token_ids: list[list[int]], params: list[SamplingParams]) -> list[str]:
-        """Add requests; when one is refused, the others are taken back before the error goes on."""
-        ids: list[str] = []
-        try:
-            for tokens, p in zip(token_ids, params, strict=True):
-                request_id = f"llm-{next(self._ids)}"
-                self.engine.add_request(request_id, tokens, p)
-                ids.append(request_id)
-        except Exception:
-            for request_id in ids:
-                self.engine.abort(request_id)
-            raise
-        return ids
 
 
 def _is_one_prompt(prompts: Prompt | Sequence[Prompt]) -> bool:

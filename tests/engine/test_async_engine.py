@@ -121,6 +121,18 @@ async def test_a_cancelled_reader_aborts_its_request(make) -> None:
     assert engine.metrics.finished_requests == {"stop": 0, "length": 1, "abort": 1, "error": 0}
 
 
+async def test_cancelling_one_wait_ends_a_stream_that_is_still_held(make) -> None:
+    gate = Gate()
+    engine = make(gate=gate, kv_cache_tokens=4096, max_model_len=4096)
+    stream = engine.stream("a", HELLO, ENDLESS)
+    with pytest.raises(asyncio.TimeoutError):
+        await asyncio.wait_for(anext(stream), 0.01)
+    gate.open()
+    await until(lambda: engine.metrics.finished_requests["abort"] == 1)
+    with pytest.raises(StopAsyncIteration):
+        await anext(stream)
+
+
 async def leave_by_break(engine: AsyncEngine) -> None:
     async for _ in engine.stream("a", HELLO, ENDLESS):
         break

@@ -80,6 +80,11 @@ def test_text_that_may_become_a_stop_string_is_held_back() -> None:
     assert stream(pieces, ("<end>",), include_stop=True) == (["x", "", "", "", "<en", "<end>", ""], "<end>")
 
 
+def test_the_longest_possible_beginning_is_held_back() -> None:
+    assert stream([b"xab", b"c"], ("abc", "bz")) == (["x", "", ""], "abc")
+    assert stream([b"xab", b"c"], ("bz", "abc")) == (["x", "", ""], "abc")
+
+
 def test_nothing_after_the_stop_string() -> None:
     assert stream([b"ab|cd"], ("|",)) == (["ab", ""], "|")
     assert stream([b"ab|cd\xf0"], ("|",), include_stop=True) == (["ab|", ""], "|")

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.engine.forward import all_logits
 from tilestream import LLM, SamplingParams
-from tilestream.models.loader import resolve_model
+from tilestream._native import _C
+from bench.bench_model import shipped_file
 
 NUM_TOKENS = 64
 NEAR_TIE = 1e-3  # a gap of the two largest logits below which float32 rounding may decide
@@ -17,7 +19,7 @@ PROMPTS = (Path(__file__).parents[1] / "data" / "prompts.txt").read_text().split
 
 @pytest.fixture(scope="module")
 def gguf_file() -> Path:
-    return resolve_model("smollm2-135m-instruct")
+    return shipped_file()
 
 
 @pytest.fixture(scope="module")
@@ -62,8 +64,6 @@ def test_greedy_tokens_and_logits(float32_llm: LLM, transformers_model) -> None:
 
 def test_logits_within_1e_3(float32_llm: LLM, transformers_model) -> None:
     """Every logit of every position of a prompt, through the engine's own paged, chunked forward."""
-    from tests.engine.forward import all_logits
-
     tokens = [t for prompt in PROMPTS for t in float32_llm.tokenizer.encode(prompt)][:256]
     ours = all_logits(float32_llm, tokens)
     with torch.inference_mode():
@@ -77,30 +77,31 @@ def reference_outputs() -> list[list[int]]:
     return [llm.generate(prompt, greedy()).pop().token_ids for prompt in PROMPTS[:8]]
 
 
+@pytest.fixture
+def restore_threads():
+    before = _C.num_threads()
+    yield
+    _C.set_num_threads(before)
+
+
 @pytest.mark.parametrize(
     "options",
     [
         pytest.param(dict(kv_cache_tokens=16384), id="one batch, prefix reuse"),
         pytest.param(dict(kv_cache_tokens=16384, token_budget=48), id="small chunks"),
-        pytest.param(dict(kv_cache_tokens=512, page_size=16, max_model_len=256), id="preemption"),
+        pytest.param(dict(kv_cache_tokens=480, page_size=16, max_model_len=256), id="preemption"),
         pytest.param(dict(kv_cache_tokens=16384, num_threads=1), id="one thread"),
     ],
 )
-def test_batch_invariant_is_bitwise(reference_outputs: list[list[int]], options: dict) -> None:
+def test_batch_invariant_is_bitwise(reference_outputs: list[list[int]], options: dict, restore_threads) -> None:
     """Alone and in a batch, whole and in chunks, cached, preempted: the same tokens with the same logprobs."""
     llm = LLM(batch_invariant=True, **options)
-    try:
-        first = llm.generate(PROMPTS[:8], greedy(logprobs=0))
-        again = llm.generate(PROMPTS[:8], greedy(logprobs=0))
-    finally:
-        if "num_threads" in options:
-            from tilestream._native import _C
-
-            _C.set_num_threads(len(__import__("os").sched_getaffinity(0)))
+    first = llm.generate(PROMPTS[:8], greedy(logprobs=0))
+    again = llm.generate(PROMPTS[:8], greedy(logprobs=0))
     assert [o.token_ids for o in first] == reference_outputs
     assert [o.token_ids for o in again] == reference_outputs
     assert [[e.logprob for e in o.logprobs] for o in first] == [[e.logprob for e in o.logprobs] for o in again]
-    if options.get("kv_cache_tokens") == 512:
-        assert llm.engine.metrics().num_preemptions > 0
-    if "token_budget" not in options and options["kv_cache_tokens"] != 512:
+    if options.get("kv_cache_tokens") == 480:
+        assert llm.engine.metrics.num_preemptions > 0
+    if "token_budget" not in options and options["kv_cache_tokens"] != 480:
         assert all(o.num_cached_tokens > 0 for o in again if len(o.prompt_token_ids) > 32)

@@ -102,14 +102,17 @@ def test_no_more_run_than_the_budget_has_tokens() -> None:
 
 
 def test_a_prompt_is_admitted_only_beside_what_running_prompts_still_need() -> None:
-    """16 pages: a needs 10, of which it holds 2 after its first chunk; b's 6 fit, but leave no page to grow."""
-    a, b = make_request("a", 160), make_request("b", 96)
-    scheduler = make_scheduler(a, b, kv_cache_tokens=256, token_budget=32)
+    """16 pages, of which a needs 10 and holds 2 after its first chunk. b's 6 fit, but leave none for a to grow."""
+    a, b, c = make_request("a", 160), make_request("b", 96), make_request("c", 80)
+    scheduler = make_scheduler(a, b, kv_cache_tokens=256, token_budget=40)
     for _ in range(5):
-        assert step(scheduler) == {"a": 32}
+        assert step(scheduler) == {"a": 32}  # the other 8 tokens of the budget are b's if it came in
         assert b.state is RequestState.WAITING
     scheduler.finish(a)
     assert step(scheduler) == {"b": 32}
+    scheduler.finish(b)
+    scheduler = make_scheduler(make_request("a", 160), c, kv_cache_tokens=256, token_budget=40)
+    assert step(scheduler) == {"a": 32, "c": 8}  # 5 pages: one is left
 
 
 def test_a_prompt_of_the_whole_cache_runs_alone() -> None:
@@ -209,7 +212,7 @@ def test_a_preempted_request_comes_back_from_the_cache() -> None:
     a, b = make_request("a", 10), make_request("b", 40)
     scheduler = make_scheduler(a, b, kv_cache_tokens=128)
     step(scheduler)
-    scheduler._preempt_latest(StepPlan())
+    scheduler._preempt_latest()
     assert step(scheduler) == {"a": 1, "b": 41 - 32}
     assert b.num_cached_tokens == 0 and scheduler.prefix_cache_hits == 0  # not a hit of its prompt
 

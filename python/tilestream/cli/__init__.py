@@ -55,6 +55,8 @@ def _options(
 def main() -> None:
     """Entry point. An error is one line on stderr: exit code 2 for a wrong command line, 1 for the rest."""
     debug = os.environ.get("TILESTREAM_DEBUG") == "1"
+    # torch's own threads have next to nothing to do here, and their waiting takes the cores from our workers.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     try:
         sys.exit(app(prog_name="tilestream", standalone_mode=False))
     except Exception as error:

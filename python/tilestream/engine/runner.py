@@ -2,31 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
 from tilestream.engine.batch import BatchBuilder, build_sampling_inputs
 from tilestream.engine.config import EngineConfig
-from tilestream.engine.scheduler import StepPlan
+from tilestream.engine.scheduler import SampledTokens, StepPlan
 from tilestream.ops import AttentionPlanner, KvCache, sample
-
-
-@dataclass(frozen=True, slots=True)
-class SampledTokens:
-    """Draws of one step, one entry per sampling request in the step's order.
-
-    Args:
-        token_ids: -1 where the logits held NaN, or nothing to draw.
-        logprobs: of the drawn tokens, natural log.
-        top_ids, top_logprobs: the most likely tokens of each row, as many as any row of the step asked for;
-            None when none did.
-    """
-
-    token_ids: list[int]
-    logprobs: list[float]
-    top_ids: list[list[int]] | None = None
-    top_logprobs: list[list[float]] | None = None
 
 
 class ModelRunner:

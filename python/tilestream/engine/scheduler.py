@@ -47,7 +47,6 @@ class StepPlan:
     scheduled: list[ScheduledRequest] = field(default_factory=list)
     prefix_groups: list[PrefixGroup] = field(default_factory=list)
     num_tokens: int = 0
-    num_preempted: int = 0
 
     @property
     def num_samples(self) -> int:
@@ -110,9 +109,8 @@ class Scheduler:
             return None
         plan = StepPlan()
         self._schedule_decodes(plan)
-        num_reserved_pages, starved = self._schedule_prefills(plan)
-        if not (starved or plan.num_preempted):
-            self._admit(plan, num_reserved_pages)
+        num_reserved_pages = self._schedule_prefills(plan)
+        self._admit(plan, num_reserved_pages)
         if not self.config.batch_invariant:  # a shared-prefix job cuts where the batch says
             plan.prefix_groups = find_prefix_groups(
                 [item.request.pages for item in plan.scheduled],
@@ -171,14 +169,13 @@ class Scheduler:
             if request.num_uncomputed_tokens > 1:
                 continue
             while request.state is RequestState.RUNNING and self._room_tokens(request) < 1:
-                self._preempt_latest(plan)
+                self._preempt_latest()
             if request.state is RequestState.RUNNING:
                 self._take(plan, request, 1)
 
-    def _schedule_prefills(self, plan: StepPlan) -> tuple[int, bool]:
-        """Returns the pages that prompts in progress still need after this step, and whether one of them found
-        no page (then nobody else is admitted)."""
-        num_reserved_pages, starved = 0, False
+    def _schedule_prefills(self, plan: StepPlan) -> int:
+        """Returns the pages that prompts in progress still need after this step."""
+        num_reserved_pages = 0
         index = 0
         while index < len(self.running):
             request = self.running[index]
@@ -187,20 +184,19 @@ class Scheduler:
                 continue
             # A prefill takes pages from later prefills; a decode, which is scheduled already, keeps its own.
             while self._room_tokens(request) < 1 and self._latest_is_prefill_after(request):
-                self._preempt_latest(plan)
-            room_tokens = self._room_tokens(request)
-            starved |= room_tokens < 1
-            chunk = self._chunk_tokens(plan, request.num_uncomputed_tokens, room_tokens)
+                self._preempt_latest()
+            chunk = self._chunk_tokens(plan, request.num_uncomputed_tokens, self._room_tokens(request))
             if chunk > 0:
                 self._take(plan, request, chunk)
             num_reserved_pages += self._num_pages_for(request.num_tokens) - len(request.pages)
-        return num_reserved_pages, starved
+        return num_reserved_pages
 
     def _admit(self, plan: StepPlan, num_reserved_pages: int) -> None:
         """Admit from the front of the queue while everything fits, and stop at the first that does not.
 
         A request is admitted when its whole prompt fits beside what running prompts still need, and every
-        running request could still grow by one page: otherwise it would soon be preempted again.
+        running request could still grow by one page: otherwise it would soon be preempted again. So nothing is
+        admitted in a step that preempts: the front of the queue lacks the very page it was preempted for.
         """
         while (
             self.waiting
@@ -254,18 +250,16 @@ class Scheduler:
         latest = self.running[-1]
         return latest is not request and latest.num_uncomputed_tokens > 1
 
-    def _preempt_latest(self, plan: StepPlan) -> None:
+    def _preempt_latest(self) -> None:
         request = self.running.pop()
         self._release(request)
         request.state = RequestState.WAITING
         self.waiting.appendleft(request)
         self.num_preemptions += 1
-        plan.num_preempted += 1
 
     def _release(self, request: Request) -> None:
         self.pool.release(request.pages)
         self.cache.drop(request.cache_node)
         request.pages = []
         request.cache_node = None
-        request.num_registered_pages = 0
         request.num_computed_tokens = 0

@@ -58,21 +58,7 @@ def config_from_hf(values: Mapping[str, Any], source: str) -> ModelConfig:
     Raises:
         ModelLoadError: unknown model type, or a key that is missing, of a wrong type or out of range.
     """
-    if not isinstance(values, Mapping):
-        raise ModelLoadError(f"{source}: the top level is {type(values).__name__}; it must be an object")
-    model_type = values.get("model_type")
-    if not isinstance(model_type, str) or model_type not in _MODEL_TYPES:
-        raise ModelLoadError(f"{source}: model_type is {model_type!r}; supported: {', '.join(sorted(_MODEL_TYPES))}")
-    family = _MODEL_TYPES[model_type]
-    if values.get("quantization_config") is not None:
-        method = _Fields(values, source).mapping("quantization_config").get("quant_method")
-        raise ModelLoadError(
-            f"{source}: quantization_config ({method!r}) is not supported; use a GGUF file or unquantised weights"
-        )
-    fields = _Fields(values, source)
-    if isinstance(values.get("text_config"), Mapping):
-        fields = _Fields(_gemma3_text_defaults() | dict(values["text_config"]), f"{source} (text_config)")
-
+    family, fields = _family_and_fields(values, source)
     num_layers, hidden = fields.integer("num_hidden_layers"), fields.integer("hidden_size")
     num_qo_heads = fields.integer("num_attention_heads")
     if num_qo_heads <= 0 or not 0 < num_layers < 2**16:
@@ -113,6 +99,24 @@ def config_from_hf(values: Mapping[str, Any], source: str) -> ModelConfig:
         post_norms=gemma,
         tied_embeddings=bool(fields.values.get("tie_word_embeddings", gemma)),
     ).validate(source)
+
+
+def _family_and_fields(values: Mapping[str, Any], source: str) -> tuple[str, _Fields]:
+    """The model's family, and where the text decoder's keys are."""
+    if not isinstance(values, Mapping):
+        raise ModelLoadError(f"{source}: the top level is {type(values).__name__}; it must be an object")
+    model_type = values.get("model_type")
+    if not isinstance(model_type, str) or model_type not in _MODEL_TYPES:
+        raise ModelLoadError(f"{source}: model_type is {model_type!r}; supported: {', '.join(sorted(_MODEL_TYPES))}")
+    fields = _Fields(values, source)
+    if values.get("quantization_config") is not None:
+        method = fields.mapping("quantization_config").get("quant_method")
+        raise ModelLoadError(
+            f"{source}: quantization_config ({method!r}) is not supported; use a GGUF file or unquantised weights"
+        )
+    if isinstance(values.get("text_config"), Mapping):
+        fields = _Fields(_gemma3_text_defaults() | dict(values["text_config"]), f"{source} (text_config)")
+    return _MODEL_TYPES[model_type], fields
 
 
 def _gemma3_text_defaults() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Paged attention in float64, one request and one head at a time."""
+"""Paged attention in float64, one request and one kv head at a time."""
 
 import math
 from collections.abc import Callable
@@ -23,31 +23,31 @@ def visible(q_len: int, kv_len: int, *, causal: bool, window_left: int = -1) -> 
     return mask
 
 
-def one_head(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, *, sm_scale: float,
-             logits_soft_cap: float = 0.0, alibi_slope: float = 0.0,
-             sink: float = -math.inf) -> tuple[torch.Tensor, torch.Tensor]:
-    """softmax(mask(cap(sm_scale q . k) + slope (key - query position))) v.
+def one_group(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, *, sm_scale: float,
+              logits_soft_cap: float, alibi_slopes: torch.Tensor,
+              sinks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """softmax(mask(cap(sm_scale q . k) + slope (key - query position))) v for the q heads of one kv head.
 
     Args:
-        q: [q_len, head_dim].   k, v: [kv_len, head_dim], NaN allowed where no query sees them.
+        q: [group_size, q_len, head_dim].   k, v: [kv_len, head_dim], NaN allowed where no query sees them.
         mask: bool [q_len, kv_len].
-        sink: exp(sink) joins the denominator.
+        alibi_slopes: [group_size].
+        sinks: [group_size]: exp(sink) joins the denominator; -inf is off.
     Returns:
-        out: [q_len, head_dim_vo], lse: [q_len], float64; a row that sees no key gives 0 and -inf.
+        out: [group_size, q_len, head_dim_vo], lse: [group_size, q_len], float64; a row that sees no key gives 0, -inf.
     """
-    used = mask.any(0)
-    k = torch.where(used.unsqueeze(1), k.double(), 0.0)
-    v = torch.where(used.unsqueeze(1), v.double(), 0.0)
+    used = mask.any(0).unsqueeze(1)
+    k = torch.where(used, k.double(), 0.0)
+    v = torch.where(used, v.double(), 0.0)
     scores = sm_scale * (q.double() @ k.T)
     if logits_soft_cap > 0:
         scores = logits_soft_cap * torch.tanh(scores / logits_soft_cap)
     q_len, kv_len = mask.shape
-    position = torch.arange(kv_len - q_len, kv_len, dtype=torch.float64).unsqueeze(1)
-    scores = scores + alibi_slope * (torch.arange(kv_len, dtype=torch.float64) - position)
+    distance = torch.arange(kv_len) - torch.arange(kv_len - q_len, kv_len).unsqueeze(1)
+    scores = scores + alibi_slopes.double().view(-1, 1, 1) * distance
     scores = torch.where(mask, scores, -math.inf)
-    with_sink = torch.cat([scores, torch.full((q_len, 1), sink, dtype=torch.float64)], 1)
-    lse = torch.logsumexp(with_sink, 1)
-    weight = torch.exp(scores - torch.where(lse == -math.inf, 0.0, lse).unsqueeze(1))
+    lse = torch.logsumexp(torch.cat([scores, sinks.double().view(-1, 1, 1).expand(-1, q_len, 1)], 2), 2)
+    weight = torch.exp(scores - torch.where(lse == -math.inf, 0.0, lse).unsqueeze(2))
     empty = ~mask.any(1)
     return torch.where(empty.unsqueeze(1), 0.0, weight @ v), torch.where(empty, -math.inf, lse)
 
@@ -70,7 +70,7 @@ def attention(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, blo
               cu_seqlens_q: torch.Tensor, kv_lens: torch.Tensor, *, sm_scale: float | None = None, causal: bool = True,
               window_left: int = -1, logits_soft_cap: float = 0.0, alibi_slopes: torch.Tensor | None = None,
               sinks: torch.Tensor | None = None,
-              one_head: Callable = one_head) -> tuple[torch.Tensor, torch.Tensor]:
+              one_group: Callable = one_group) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of every request's new tokens over its pages.
 
     Args:
@@ -80,7 +80,7 @@ def attention(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, blo
         cu_seqlens_q: [batch_size + 1].
         kv_lens: [batch_size], or [batch_size, num_kv_heads] for page lists of each head's own: then positions are
             those in the list.
-        one_head: computes one request and head; tests put plain torch here.
+        one_group: computes one request and kv head; tests put plain torch here.
     Returns:
         out: [num_tokens, num_qo_heads, head_dim_vo], lse: [num_tokens, num_qo_heads], float64, natural log, sinks
         included.
@@ -91,18 +91,20 @@ def attention(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, blo
     sm_scale = head_dim**-0.5 if sm_scale is None else sm_scale
     out = torch.zeros(num_tokens, num_qo_heads, v_cache.shape[-1], dtype=torch.float64)
     lse = torch.full((num_tokens, num_qo_heads), -math.inf, dtype=torch.float64)
+    slopes = torch.zeros(num_qo_heads) if alibi_slopes is None else alibi_slopes
+    sinks = torch.full((num_qo_heads,), -math.inf) if sinks is None else sinks
+    per_head = kv_lens.dim() == 2
     for b in range(len(cu_seqlens_q) - 1):
-        begin, end = int(cu_seqlens_q[b]), int(cu_seqlens_q[b + 1])
-        for h in range(num_qo_heads):
-            kv_head = h // group_size
-            per_head = kv_lens.dim() == 2
+        tokens = slice(int(cu_seqlens_q[b]), int(cu_seqlens_q[b + 1]))
+        for kv_head in range(num_kv_heads):
+            heads = slice(kv_head * group_size, (kv_head + 1) * group_size)
             kv_len = int(kv_lens[b, kv_head] if per_head else kv_lens[b])
             pages = block_table[b * num_kv_heads + kv_head if per_head else b]
             k = gather_pages(k_cache[:, kv_head], pages, kv_len)
             v = gather_pages(v_cache[:, kv_head], pages, kv_len)
-            mask = visible(end - begin, kv_len, causal=causal, window_left=window_left)
-            out[begin:end, h], lse[begin:end, h] = one_head(
-                q[begin:end, h], k, v, mask, sm_scale=sm_scale, logits_soft_cap=logits_soft_cap,
-                alibi_slope=0.0 if alibi_slopes is None else float(alibi_slopes[h]),
-                sink=-math.inf if sinks is None else float(sinks[h]))
+            mask = visible(tokens.stop - tokens.start, kv_len, causal=causal, window_left=window_left)
+            group_out, group_lse = one_group(
+                q[tokens, heads].transpose(0, 1), k, v, mask, sm_scale=sm_scale, logits_soft_cap=logits_soft_cap,
+                alibi_slopes=slopes[heads], sinks=sinks[heads])
+            out[tokens, heads], lse[tokens, heads] = group_out.transpose(0, 1), group_lse.T
     return out, lse
