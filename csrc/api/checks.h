@@ -54,8 +54,8 @@ inline void check_range(const T* values, int64_t num, const char* name, int64_t 
     least = values[i] < least ? values[i] : least;
     most = values[i] > most ? values[i] : most;
   }
-  TORCH_CHECK_VALUE(num == 0 || least >= low, name, " holds ", least, "; allowed: ", low, " to ", high - 1);
-  TORCH_CHECK_VALUE(num == 0 || most < high, name, " holds ", most, "; allowed: ", low, " to ", high - 1);
+  TORCH_CHECK_VALUE(num == 0 || least >= low, name, " holds ", int64_t(least), "; allowed: ", low, " to ", high - 1);
+  TORCH_CHECK_VALUE(num == 0 || most < high, name, " holds ", int64_t(most), "; allowed: ", low, " to ", high - 1);
 }
 
 inline DType dtype_of(const at::Tensor& t) {

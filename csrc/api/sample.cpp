@@ -10,6 +10,8 @@
 namespace tilestream::api {
 namespace {
 
+constexpr int64_t kMaxVocabSize = (1 << 20) - 1;  // masses are summed in 44-bit fixed point in 64 bits
+
 using OptionalTensor = std::optional<at::Tensor>;
 
 template <class T>
@@ -54,13 +56,14 @@ void fill_penalties(SampleParams& p, const OptionalTensor& repetition, const Opt
 void sample(const at::Tensor& logits, const at::Tensor& temperature, const at::Tensor& top_k, const at::Tensor& top_p, const at::Tensor& min_p,
             const at::Tensor& seeds, const at::Tensor& positions, const OptionalTensor& repetition_penalty, const OptionalTensor& presence_penalty,
             const OptionalTensor& frequency_penalty, const OptionalTensor& history, const OptionalTensor& history_indptr,
-            const OptionalTensor& history_prompt_len, const at::Tensor& tokens, const at::Tensor& logprobs, const at::Tensor& top_ids,
+            const OptionalTensor& history_prompt_len, const at::Tensor& tokens, const OptionalTensor& logprobs, const at::Tensor& top_ids,
             const at::Tensor& top_logprobs) {
   check_tensor(logits, "logits", {at::kFloat}, 2);
   SampleParams p{};
   const int64_t b = p.batch_size = logits.size(0);
   p.vocab_size = logits.size(1);
-  TORCH_CHECK_VALUE(p.vocab_size >= 1, "logits has shape ", logits.sizes(), "; the vocabulary must not be empty");
+  TORCH_CHECK_VALUE(p.vocab_size >= 1 && p.vocab_size <= kMaxVocabSize, "logits has shape ", logits.sizes(), "; allowed vocabularies: 1 to ",
+                    kMaxVocabSize);
   p.logits = logits.const_data_ptr<float>();
   p.logits_row_stride = logits.stride(0);
   p.temperature = per_row<float>(temperature, "temperature", at::kFloat, b);
@@ -75,7 +78,7 @@ void sample(const at::Tensor& logits, const at::Tensor& temperature, const at::T
   p.positions = per_row<int64_t>(positions, "positions", at::kLong, b);
   fill_penalties(p, repetition_penalty, presence_penalty, frequency_penalty, history, history_indptr, history_prompt_len);
   per_row<int64_t>(tokens, "tokens", at::kLong, b);
-  per_row<float>(logprobs, "logprobs", at::kFloat, b);
+  if (logprobs.has_value()) per_row<float>(*logprobs, "logprobs", at::kFloat, b);
   check_tensor(top_ids, "top_ids", {at::kLong}, 2);
   check_tensor(top_logprobs, "top_logprobs", {at::kFloat}, 2);
   check_contiguous(top_ids, "top_ids");
@@ -86,7 +89,7 @@ void sample(const at::Tensor& logits, const at::Tensor& temperature, const at::T
   TORCH_CHECK_VALUE(top_ids.size(1) <= 64 && top_ids.size(1) <= p.vocab_size, "top_ids asks for ", top_ids.size(1), " logprobs; allowed: up to 64 and the vocabulary's ",
                     p.vocab_size);
   p.tokens = tokens.mutable_data_ptr<int64_t>();
-  p.logprobs = logprobs.mutable_data_ptr<float>();
+  p.logprobs = optional_data<float>(logprobs);
   p.num_top_logprobs = int32_t(top_ids.size(1));
   p.top_ids = top_ids.mutable_data_ptr<int64_t>();
   p.top_logprobs = top_logprobs.mutable_data_ptr<float>();
@@ -99,7 +102,7 @@ TORCH_LIBRARY_FRAGMENT(tilestream, m) {
   m.def(
       "sample(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, Tensor seeds, Tensor positions, "
       "Tensor? repetition_penalty, Tensor? presence_penalty, Tensor? frequency_penalty, Tensor? history, Tensor? history_indptr, "
-      "Tensor? history_prompt_len, Tensor(a!) tokens, Tensor(b!) logprobs, Tensor(c!) top_ids, Tensor(d!) top_logprobs) -> ()");
+      "Tensor? history_prompt_len, Tensor(a!) tokens, Tensor(b!)? logprobs, Tensor(c!) top_ids, Tensor(d!) top_logprobs) -> ()");
 }
 TORCH_LIBRARY_IMPL(tilestream, CPU, m) { m.impl("sample", sample); }
 

@@ -1,9 +1,9 @@
 // Paged attention from a plan (contract: tilestream/attention.h).
 //
 // Every worker runs its jobs, all meet, then the partial results are merged. A job packs its tokens' q heads of one kv
-// head into rows, walks its keys in tiles of 64 (borders at multiples of 64, whatever the plan's tiles), and passes
+// head into rows, walks its keys in tiles of 128 (borders at multiples of 128, whatever the plan's tiles), and passes
 // groups of up to kMaxRows rows over each tile: scores = q . K^T, one online-softmax step, out = alpha * out + P . V.
-// A tile of K and V (16 KB at head_dim 64 in bfloat16) stays in L1/L2 while the groups pass over it; q, out and the
+// A tile of K and V (32 KB at head_dim 64 in bfloat16) stays in L1/L2 while the groups pass over it; q, out and the
 // running max and sum of a job stay in L2.
 // Arithmetic: bfloat16 caches round q and the weights to bfloat16; float caches compute in float32; int8 and int4
 // caches in exact integers (attention_digits.h). Sums are float32. Decode is bound by reading K and V, prefill by the
@@ -91,8 +91,8 @@ struct JobMemory {
   float *q_factor, *q_sum;             // [rows]: integer products only
   SoftmaxState state;
   float* out;                          // [rows][head_dim_vo], not yet normalised
-  float *scores, *products, *alpha;    // of one group: [kMaxRows][64], [kMaxRows][head_dim_vo], [16]
-  uint32_t* weights;                   // [kMaxRows][units of 64 tokens]
+  float *scores, *products, *alpha;    // of one group: [kMaxRows][kTileKeys], [kMaxRows][head_dim_vo], [16]
+  uint32_t* weights;                   // [kMaxRows][units of kTileKeys tokens]
   float* row;                          // [head_dim_qk or head_dim_vo]
   TileScales* scales;
   char* pack;
@@ -253,7 +253,7 @@ class JobRunner {
     }
   }
 
-  // [rows][digits][64] products -> [rows][64] scores, in place.
+  // [rows][digits][kTileKeys] products -> [rows][kTileKeys] scores, in place.
   void scores_from_digits(int row_begin, int rows) {
     const int digits = launch_.num_digits;
     for (int r = 0; r < rows; ++r) {

@@ -1,4 +1,4 @@
-// Between the two products: logits, masks, and one online-softmax step in base 2 over a tile of 64 keys.
+// Between the two products: logits, masks, and one online-softmax step in base 2 over a tile of keys.
 //
 // A row's step is the same arithmetic whatever other rows are in the call. A tile in which a row sees no key leaves
 // the row's state as it was: its weights are exactly 0 and the factor on the old state is exactly 1 (or the state is 0).
@@ -80,10 +80,13 @@ inline float row_max(float* scores, const LogitRule& rule, const RowView& row) {
       store(scores + 16 * b, s[b]);
     }
   }
-  return reduce_max(max(max(s[0], s[1]), max(s[2], s[3])));
+  for (int half = kTileBlocks / 2; half > 0; half /= 2) {
+    for (int b = 0; b < half; ++b) s[b] = max(s[b], s[b + half]);
+  }
+  return reduce_max(s[0]);
 }
 
-// Weights exp2(logit - max) of scores [rows][64]: as bfloat16 pairs for a bfloat16 cache, else in place of the scores.
+// Weights exp2(logit - max) of scores [rows][kTileKeys]: as bfloat16 pairs for a bfloat16 cache, else in place of the scores.
 // alpha[r] (16 floats): the factor on what row r has accumulated so far.
 template <class C>
 __attribute__((noinline)) void softmax_step(int rows, float* scores, const LogitRule& rule, const RowView* views,
@@ -97,22 +100,26 @@ __attribute__((noinline)) void softmax_step(int rows, float* scores, const Logit
   // A row that has seen nothing has max = -inf; subtracting a finite number instead keeps its weights 0, not NaN.
   const F32x16 finite_max = max(set1(-FLT_MAX), new_max);
   store(lanes, finite_max);
-  store(alpha, exp2(sub(old_max, finite_max)));
+  store(alpha, exp2_weight(sub(old_max, finite_max)));
   for (int r = 0; r < rows; ++r) {
     float* s = scores + r * kTileKeys;
-    const F32x16 minus_max = set1(-lanes[r]);
+    const F32x16 largest = set1(lanes[r]);
+    // Rounded as the maximum was, so that the largest logit weighs exactly 1.
     F32x16 w[kTileBlocks];
-#pragma GCC unroll 4
-    for (int b = 0; b < kTileBlocks; ++b) w[b] = exp2(fma(load(s + 16 * b), scale, minus_max));
+#pragma GCC unroll 8
+    for (int b = 0; b < kTileBlocks; ++b) w[b] = exp2_weight(sub(mul(load(s + 16 * b), scale), largest));
     if constexpr (std::is_same_v<C, BFloat16Cache>) {
-      store_bf16x32(pairs + r * num_units<C>(kTileKeys), cvt_bf16x32(w[0], w[1]));
-      store_bf16x32(pairs + r * num_units<C>(kTileKeys) + 16, cvt_bf16x32(w[2], w[3]));
-    } else {
 #pragma GCC unroll 4
+      for (int b = 0; b < kTileBlocks; b += 2) {
+        store_bf16x32(pairs + r * num_units<C>(kTileKeys) + 8 * b, cvt_bf16x32(w[b], w[b + 1]));
+      }
+    } else {
+#pragma GCC unroll 8
       for (int b = 0; b < kTileBlocks; ++b) store(s + 16 * b, w[b]);
     }
-    const F32x16 sum = add(add(w[0], w[1]), add(w[2], w[3]));
-    store(state.sum + 16 * r, fma(load(state.sum + 16 * r), set1(alpha[r]), sum));
+#pragma GCC unroll 8
+    for (int b = 1; b < kTileBlocks; ++b) w[0] = add(w[0], w[b]);
+    store(state.sum + 16 * r, fma(load(state.sum + 16 * r), set1(alpha[r]), w[0]));
   }
 }
 

@@ -1,4 +1,4 @@
-// The two products of attention over one tile of 64 keys: scores = q . K^T and out = alpha * out + P . V.
+// The two products of attention over one tile of 128 keys: scores = q . K^T and out = alpha * out + P . V.
 //
 // Both read the cache in 64-byte vectors of the blocked order (types.h): a vector holds 16 lanes, which are keys for K
 // and values of head_dim for V, and in each lane the 1, 2 or 4 neighbours of the reduced axis that one multiply-add
@@ -13,7 +13,7 @@
 namespace tilestream::cpu::TILESTREAM_LEVEL {
 namespace {
 
-constexpr int kTileKeys = 64;
+constexpr int kTileKeys = 128;  // measured on Zen 4: 5 % faster than 64, whose softmax step is half latency
 constexpr int kTileBlocks = kTileKeys / kKvBlockTokens;
 
 // Accumulator vectors that fit: 32 registers of 16 lanes, 16 of 8 (AVX2), 32 or 16 of 4.
@@ -114,7 +114,7 @@ __attribute__((always_inline)) inline void scores_pass(const uint32_t* q, int un
     typename C::Vec k[kBlocks];
 #pragma GCC unroll 8
     for (int b = 0; b < kBlocks; ++b) {
-      k[b] = C::read(tile.k[block + b] + int64_t(i) * kLoadBytes<C>);
+      k[b] = in_register(C::read(tile.k[block + b] + int64_t(i) * kLoadBytes<C>));
       prefetch(tile.next_k[block + b] + int64_t(i) * kLoadBytes<C>);
     }
 #pragma GCC unroll 2
@@ -166,7 +166,7 @@ __attribute__((always_inline)) inline void values_pass(const uint32_t* p, const 
 #pragma GCC unroll 8
       for (int n = 0; n < kVecs; ++n) {
         const int64_t at = begin + i * row_bytes + n * kLoadBytes<C>;
-        v[n] = C::read(tile.v[b] + at);
+        v[n] = in_register(C::read(tile.v[b] + at));
         prefetch(tile.next_v[b] + at);
       }
 #pragma GCC unroll 2
@@ -210,7 +210,7 @@ __attribute__((noinline)) void values_rows(const uint32_t* p, const TileBlocks& 
   }
 }
 
-// q: [rows][units]; scores: [rows][64], blocks outside block_begin .. block_end untouched. rows in 1 .. kMaxRows.
+// q: [rows][units]; scores: [rows][kTileKeys], blocks outside block_begin .. block_end untouched. rows in 1 .. kMaxRows.
 template <class C, int kRows = kMaxRows>
 void tile_scores(int rows, const uint32_t* q, int units, const TileBlocks& tile, int block_begin, int block_end,
                  float* scores) {
@@ -218,7 +218,7 @@ void tile_scores(int rows, const uint32_t* q, int units, const TileBlocks& tile,
   if constexpr (kRows > 1) tile_scores<C, kRows - 1>(rows, q, units, tile, block_begin, block_end, scores);
 }
 
-// p: [rows][units of 64 tokens]; out: [rows][head_dim].
+// p: [rows][units of kTileKeys tokens]; out: [rows][head_dim].
 template <class C, int kRows = kMaxRows>
 void tile_values(int rows, const uint32_t* p, const TileBlocks& tile, int block_begin, int block_end, int head_dim,
                  const float* alpha, float* out) {

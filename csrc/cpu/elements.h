@@ -1,4 +1,5 @@
-// Tensor elements as floats: one struct per dtype, so that a kernel is a template over it.
+// Tensor elements as floats: one struct per dtype, so that a kernel is a template over it. load and store
+// take 16 elements, store_pair 32.
 #pragma once
 
 #include "cpu/simd/vec.h"
@@ -10,16 +11,20 @@ struct Float32 {
   using Storage = float;
   static F32x16 load(const float* p) { return TILESTREAM_LEVEL::load(p); }
   static void store(float* p, F32x16 a) { TILESTREAM_LEVEL::store(p, a); }
+  static void store_pair(float* p, F32x16 lo, F32x16 hi) { store(p, lo), store(p + 16, hi); }
 };
 struct Float16 {
   using Storage = uint16_t;
   static F32x16 load(const uint16_t* p) { return load_f16(p); }
   static void store(uint16_t* p, F32x16 a) { store_f16(p, a); }
+  static void store_pair(uint16_t* p, F32x16 lo, F32x16 hi) { store(p, lo), store(p + 16, hi); }
 };
 struct BFloat16 {
   using Storage = uint16_t;
   static F32x16 load(const uint16_t* p) { return load_bf16(p); }
   static void store(uint16_t* p, F32x16 a) { store_bf16(p, a); }
+  // One instruction where the level has it; that one writes denormals as 0.
+  static void store_pair(uint16_t* p, F32x16 lo, F32x16 hi) { store_bf16x32(p, cvt_bf16x32(lo, hi)); }
 };
 
 // The first n (0..16) elements; the other lanes are 0 and their memory is neither read nor written.

@@ -36,7 +36,8 @@ void read_group(const uint8_t* group, int column, float* values) {
   for (int i = 0; i < kGroupK; i += 16) store(values + i, fma(load_u8(q + i), set1(scale), set1(zero)));
 }
 
-void read_values(PackedFormat format, const uint8_t* panel, int column, int64_t begin, int64_t num, float* values) {
+void read_values(PackedFormat format, const uint8_t* panel, int column, int64_t begin, int64_t num,
+                 float* values) {
   const int64_t g = begin / kGroupK;
   switch (format) {
     case PackedFormat::kU4G32S: {

@@ -2,16 +2,16 @@
 //
 // A quantised group is codes q[32] with (scale, zero) per half of 16: value = q * scale + zero, in float32
 // exactly what the format defines. Layouts as ggml writes them (little-endian):
-//   Q4_0  18 bytes,  32 weights: f16 d; 16 bytes, low nibbles k 0..15, high nibbles k 16..31.   d (q - 8)
-//   Q4_1  20 bytes,  32 weights: f16 d, f16 m; nibbles as Q4_0.                                 d q + m
-//   Q8_0  34 bytes,  32 weights: f16 d; 32 x int8.                                              d q
-//   Q4_K 144 bytes, 256 weights: f16 d, f16 dmin; 12 bytes of 6-bit scales and mins for 8 groups of 32;
-//        128 bytes: 32 bytes hold two groups, low nibbles the first.                            d s q - dmin m
-//   Q5_K 176 bytes, 256 weights: as Q4_K, with 32 bytes before the nibbles: bit g of byte k is the fifth bit of
-//        weight k of group g.
-//   Q6_K 210 bytes, 256 weights: 128 bytes of low nibbles, 64 bytes of high 2 bits, 16 x int8 scales (groups of 16),
-//        f16 d. Each half of 128 weights: 4 groups of 32 with nibbles (bytes 0..31 low, 32..63 low, 0..31 high,
-//        32..63 high) and bit pairs 0..3 of the half's 32 bytes.                                d s (q - 32)
+//   Q4_0: d (q - 8): 18 bytes, 32 weights: f16 d; 16 bytes, low nibbles k 0..15, high nibbles k 16..31.
+//   Q4_1: d q + m: 20 bytes, 32 weights: f16 d, f16 m; nibbles as Q4_0.
+//   Q8_0: d q: 34 bytes, 32 weights: f16 d; 32 x int8.
+//   Q4_K: d s q - dmin m: 144 bytes, 256 weights: f16 d, f16 dmin; 12 bytes of 6-bit scales s and mins m of 8
+//         groups of 32; 128 bytes: 32 bytes hold two groups, low nibbles the first.
+//   Q5_K: d s q - dmin m: 176 bytes, 256 weights: as Q4_K, with 32 bytes before the nibbles: bit g of byte k
+//         is the fifth bit of weight k of group g.
+//   Q6_K: d s (q - 32): 210 bytes, 256 weights: 128 bytes of low nibbles, 64 bytes of high bit pairs,
+//         16 x int8 scales s of groups of 16, f16 d. Each half of 128 weights is 4 groups of 32: nibbles in
+//         its bytes 0..31 low, 32..63 low, 0..31 high, 32..63 high; bit pairs 0..3 of its 32 bytes of them.
 #pragma once
 
 #include <cstdint>
@@ -78,8 +78,9 @@ struct BlockQ8_0 {
   }
 };
 
-// Scale and minimum of group g of a Q4_K or Q5_K block. Groups 0..3 lie in the low 6 bits of bytes 0..3 (scales)
-// and 4..7 (mins); groups 4..7 have their low 4 bits in bytes 8..11 and their high 2 bits in the top of bytes 0..7.
+// Scale and minimum of group g of a Q4_K or Q5_K block. Groups 0..3 lie in the low 6 bits of bytes 0..3
+// (scales) and 4..7 (mins); groups 4..7 have their low 4 bits in bytes 8..11 and their high 2 bits in the top
+// of bytes 0..7.
 inline void set_k_scales(const uint8_t* block, int64_t g, GroupCodes& c) {
   const uint8_t* s = block + 4;
   int scale = s[g & 3] & 63, minimum = s[4 + (g & 3)] & 63;
@@ -107,7 +108,8 @@ struct BlockQ5_K {
     const uint8_t* high = block + 16;
     const uint8_t* nibbles = block + 48 + g / 2 * 32;
     const int shift = int(g & 1) * 4, bit = int(g);
-    for (int i = 0; i < kGroupK; ++i) c.q[i] = uint8_t(((nibbles[i] >> shift) & 0x0f) | ((high[i] >> bit) & 1) << 4);
+    for (int i = 0; i < kGroupK; ++i)
+      c.q[i] = uint8_t(((nibbles[i] >> shift) & 0x0f) | ((high[i] >> bit) & 1) << 4);
   }
 };
 

@@ -1,9 +1,9 @@
 // y = x . W^T + bias on packed weights.
 //
 // Rows are cut into tiles of at most kTileRows, tiles into blocks whose activations stay in L2, and the
-// (block, panel) pairs are dealt to the workers in contiguous shares, panels innermost: at small M every worker
-// streams its own part of the weights once, at large M a panel is used for a whole block.
-// Every (row, column) is computed by the same operations in the same order whatever M, the tile and the worker.
+// (block, panel) pairs are dealt to the workers in contiguous shares, panels innermost: at small M every
+// worker streams its own part of the weights once, at large M a panel is used for a whole block.
+// Every (row, column) is computed by the same operations in the same order whatever M, tile and worker.
 #include <algorithm>
 
 #include "cpu/common/thread_pool.h"
@@ -12,9 +12,9 @@
 namespace tilestream::cpu::TILESTREAM_LEVEL {
 namespace {
 
-constexpr int64_t kBlockBytes = 512 << 10;       // activations of a block: half of Zen 4's L2
-constexpr int64_t kOwnCopyElements = 16 << 10;   // up to here every worker prepares its own activations: no barrier
-constexpr int64_t kNsPerWorker = 4000;           // a launch costs 1 to 2 us
+constexpr int64_t kBlockBytes = 512 << 10;      // activations of a block: half of Zen 4's L2
+constexpr int64_t kOwnCopyElements = 16 << 10;  // up to here every worker prepares all activations itself
+constexpr int64_t kNsPerWorker = 4000;          // a launch costs 1 to 2 us
 
 struct Tiling {
   int64_t m, num_tiles, num_blocks, num_panels;
@@ -37,7 +37,8 @@ bool reads_x_directly(const LinearParams& p) {
 }
 
 template <PackedFormat F>
-void prepare_tiles(const LinearParams& p, const Tiling& tiling, int64_t begin, int64_t end, uint8_t* prepared) {
+void prepare_tiles(const LinearParams& p, const Tiling& tiling, int64_t begin, int64_t end,
+                   uint8_t* prepared) {
   with_element(p.x_dtype, [&](auto element) {
     using E = decltype(element);
     for (int64_t t = begin; t < end; ++t) {
@@ -79,21 +80,25 @@ template <PackedFormat F>
 void set_fetch(TileArgs& args, const uint8_t* next, int64_t t, int64_t num_tiles) {
   const int64_t steps = ceil_div(args.k, kFetchStepK<F>);
   const int64_t lines = ceil_div(ceil_div(panel_bytes(F, args.k), 64 * steps), num_tiles);
-  args.next = next + t * lines * steps * 64;
-  args.next_lines = next != nullptr && args.next < next + panel_bytes(F, args.k) ? int(lines) : 0;
+  const int64_t offset = t * lines * steps * 64;
+  const bool inside = next != nullptr && offset < panel_bytes(F, args.k);
+  args.next = inside ? next + offset : nullptr;
+  args.next_lines = inside ? int(lines) : 0;
 }
 
 template <PackedFormat F>
-void run_share(const LinearParams& p, const Tiling& tiling, const uint8_t* x, int64_t x_row_bytes, Share units) {
+void run_share(const LinearParams& p, const Tiling& tiling, const uint8_t* x, int64_t x_row_bytes,
+               Share units) {
   const int64_t stride = panel_bytes(F, p.k);
   alignas(64) float out[kTileRows * kPanelColumns];
   for (int64_t unit = units.begin; unit < units.end; ++unit) {
     const int64_t block = unit / tiling.num_panels, panel = unit % tiling.num_panels;
     const int64_t begin = tiling.first_tile(block), end = tiling.first_tile(block + 1);
     const auto* weight = static_cast<const uint8_t*>(p.weight);
-    // A lone tile that reads forwards leaves fetching to the hardware, which does it better (35 against 25 GB/s).
+    // A lone tile that reads forwards leaves fetching to the hardware: 35 against 25 GB/s.
     const bool fetches = end - begin > 1 || (is_eight_bit(F) && tiling.m > kStreamedRows);
-    const uint8_t* next = fetches && unit + 1 < units.end ? weight + (unit + 1) % tiling.num_panels * stride : nullptr;
+    const uint8_t* next =
+        fetches && unit + 1 < units.end ? weight + (unit + 1) % tiling.num_panels * stride : nullptr;
     TileArgs args{weight + panel * stride, nullptr, x_row_bytes, p.k, out, nullptr, 0};
     for (int64_t t = begin; t < end; ++t) {
       const int64_t first = tiling.first_row(t), rows = tiling.first_row(t + 1) - first;
@@ -105,7 +110,7 @@ void run_share(const LinearParams& p, const Tiling& tiling, const uint8_t* x, in
   }
 }
 
-// Workers worth waking: time from the weight bytes at 20 bytes/ns and the products at 200 per ns (one Zen 4 core).
+// Workers worth waking: weight bytes at 20 per ns, products at 200 per ns (about one Zen 4 core).
 int useful_workers(const LinearParams& p) {
   const int64_t ns = packed_bytes(p.format, p.n, p.k) / 20 + p.m * p.n * p.k / 200;
   return int(std::clamp<int64_t>(ns / kNsPerWorker + 1, 1, 256));
@@ -116,31 +121,32 @@ void run_linear(const LinearParams& p) {
   const int max_workers = std::min(useful_workers(p), num_threads());
   Tiling tiling{p.m, ceil_div(p.m, kTileRows), 1, ceil_div(p.n, kPanelColumns)};
   const int64_t enough_units = ceil_div(4 * max_workers, tiling.num_panels);  // for even shares
-  tiling.num_blocks = std::clamp(std::max(ceil_div(p.m * row_bytes<F>(p.k), kBlockBytes), max_workers > 1 ? enough_units : 1),
-                                 int64_t(1), tiling.num_tiles);
+  tiling.num_blocks =
+      std::clamp(std::max(ceil_div(p.m * row_bytes<F>(p.k), kBlockBytes), max_workers > 1 ? enough_units : 1),
+                 int64_t(1), tiling.num_tiles);
   const bool direct = reads_x_directly<F>(p), own_copy = p.m * p.k <= kOwnCopyElements;
   const int64_t prepared_bytes = direct ? 0 : round_up(p.m * row_bytes<F>(p.k), 64);
   const int64_t own_bytes = own_copy ? prepared_bytes : 0;
   uint8_t* shared = static_cast<uint8_t*>(scratch(Scratch::kLaunch, size_t(prepared_bytes - own_bytes)));
-  if (!direct && !own_copy) {
+  if (prepared_bytes > own_bytes) {
     auto prepare = [&](int worker, int num_workers) {
       const Share tiles = share_of(tiling.num_tiles, worker, num_workers);
       prepare_tiles<F>(p, tiling, tiles.begin, tiles.end, shared);
     };
     parallel(max_workers, prepare);
   }
-  auto body = [&](int worker, int num_workers) {
-    uint8_t* own = static_cast<uint8_t*>(scratch(Scratch::kWorker, size_t(own_bytes)));
-    const uint8_t* x = static_cast<const uint8_t*>(p.x);
-    int64_t x_row_bytes = dtype_bytes(p.x_dtype, p.x_row_stride);
-    if (!direct) {
-      if (own_copy) prepare_tiles<F>(p, tiling, 0, tiling.num_tiles, own);
-      x = own_copy ? own : shared;
-      x_row_bytes = row_bytes<F>(p.k);
+  auto multiply = [&](int worker, int num_workers) {
+    const uint8_t* x = direct ? static_cast<const uint8_t*>(p.x) : shared;
+    if (own_bytes > 0) {
+      uint8_t* own = static_cast<uint8_t*>(scratch(Scratch::kWorker, size_t(own_bytes)));
+      prepare_tiles<F>(p, tiling, 0, tiling.num_tiles, own);
+      x = own;
     }
-    run_share<F>(p, tiling, x, x_row_bytes, share_of(tiling.num_blocks * tiling.num_panels, worker, num_workers));
+    const int64_t x_row_bytes = direct ? dtype_bytes(p.x_dtype, p.x_row_stride) : row_bytes<F>(p.k);
+    run_share<F>(p, tiling, x, x_row_bytes,
+                 share_of(tiling.num_blocks * tiling.num_panels, worker, num_workers));
   };
-  parallel(max_workers, body);
+  parallel(max_workers, multiply);
 }
 
 }  // namespace

@@ -2,10 +2,14 @@
 //
 // Quantised: per group of 32 k an exact int32 inner product per (row, column), then
 //     acc = acc + float(int32) * weight_scale * x_scale   (+ weight_zero * x_zero_term)
-// in group order, with the same operations for every R: a row's result does not depend on its tile.
-// Instruction budget per row, 16 columns and group on AVX-512 VNNI: 8 vpdpbusd + 1 mul + 1 or 2 FMA on the two
-// multiply pipes, so 80 % (no zeros) or 73 % (zeros) of the vpdpbusd peak; conversion and unpacking use other pipes.
-// Registers with 6 rows x 2 vectors: 12 int32 + 12 float accumulators, weights 2, mask and scales.
+// in group order. Float formats: sums of blocks of K, added up, so that the error grows with their number only.
+// The same operations for every R: a row's result does not depend on its tile.
+// Budget per row, 16 columns and group on AVX-512 VNNI: 8 vpdpbusd, 1 multiplication and 1 FMA (2 where zeros
+// are stored) share the two multiply pipes; conversion and unpacking go elsewhere and cost nothing. So the
+// limit is 8/10 or 8/11 of the vpdpbusd peak. Measured on one Zen 4 core, Gop/s: peak 471; the bare
+// instruction mix 376 and 342; these kernels 363..373 and 327..338 (K = 576..4096). vpmaddubsw uses the same
+// pipes, so mixing it in gains nothing. Registers with 6 rows x 2 vectors: 12 int32 + 12 float accumulators,
+// 2 weights, mask, scales; no spill in the loop.
 #pragma once
 
 #include "cpu/linear_activations.h"
@@ -13,7 +17,8 @@
 namespace tilestream::cpu::TILESTREAM_LEVEL {
 
 #if defined(__AVX512F__)
-constexpr int kTileRows = 6;     // with 2 vectors: fits 32 registers, 12 chains hide the latency of the dot product
+// Fits 32 registers; 12 chains hide the latency of the dot product.
+constexpr int kTileRows = 6;
 constexpr int kTileVectors = 2;  // 16-column vectors held at once
 #else
 constexpr int kTileRows = 4;  // 16 registers of 8 or 4 lanes: one vector at a time
@@ -21,22 +26,24 @@ constexpr int kTileVectors = 1;
 #endif
 
 // Tiles this small are bound by reading the weights, so they read them strictly forwards: the hardware then
-// prefetches at full rate (8-bit codes, one row: 12 GB/s with the two halves interleaved, 35 GB/s forwards, on a
-// Zen 4 core that reads 34 GB/s). More rows would spill registers in that order.
+// prefetches at full rate (8-bit codes, one row: 12 GB/s with the two halves interleaved, 35 GB/s forwards,
+// on a Zen 4 core that reads 34 GB/s). More rows would spill registers in that order.
 constexpr int kStreamedRows = 3;
 
-// A kernel fetches a few lines of the next panel every so many k: what it takes in one round of its main loop.
+// A kernel fetches a few lines of the next panel every so many k: one round of its main loop.
 template <PackedFormat F>
-constexpr int64_t kFetchStepK = F == PackedFormat::kFloat32 ? 8 : F == PackedFormat::kBFloat16 ? 16 : kGroupK;
+constexpr int64_t kFetchStepK = F == PackedFormat::kFloat32    ? 8
+                                : F == PackedFormat::kBFloat16 ? 16
+                                                               : kGroupK;
 
 struct TileArgs {
   const uint8_t* panel;
-  const uint8_t* x;      // the tile's first row
-  int64_t x_row_bytes;   // float formats: from one row to the next
+  const uint8_t* x;     // the tile's first row
+  int64_t x_row_bytes;  // float formats: from one row to the next
   int64_t k;
-  float* out;            // [rows][32]
-  const uint8_t* next;   // what to fetch into L2 meanwhile (a part of the next panel)
-  int next_lines;        // cache lines of it per kFetchStepK
+  float* out;           // [rows][32]
+  const uint8_t* next;  // what to fetch into L2 meanwhile (a part of the next panel)
+  int next_lines;       // cache lines of it per kFetchStepK
 };
 
 inline int32_t load_word(const void* p) {
@@ -96,7 +103,9 @@ inline void quantised_vectors(const TileArgs& a, int first_vector) {
   for (int64_t g = 0; g < a.k / kGroupK; ++g, x += R * kRowGroupBytes, group += Layout::kBytes) {
     fetch_lines(next, a.next_lines);
     const uint8_t* scales = x + R * kGroupK;
-    const auto start = [&](int r) { return Layout::kHasZero ? izero() : set1_int(load_word(scales + 4 * (R + r))); };
+    const auto start = [&](int r) {
+      return Layout::kHasZero ? izero() : set1_int(load_word(scales + 4 * (R + r)));
+    };
     Products dot[R][V];
     for (int r = 0; r < R; ++r) {
       for (int j = 0; j < V; ++j) dot[r][j] = Products::begin(start(r));
@@ -125,12 +134,15 @@ inline void quantised_vectors(const TileArgs& a, int first_vector) {
       for (int v = 0; v < kGroupK / 8; ++v) dot_vectors(v, 0, V);
     }
     for (int j = 0; j < V; ++j) {
-      const F32x16 scale = load_f16(reinterpret_cast<const uint16_t*>(group + Layout::kScaleAt) + 16 * (first_vector + j));
+      const F32x16 scale =
+          load_f16(reinterpret_cast<const uint16_t*>(group + Layout::kScaleAt) + 16 * (first_vector + j));
       for (int r = 0; r < R; ++r) {
-        acc[r][j] = fma(mul(to_float(dot[r][j].end(start(r))), scale), set1(load_float(scales + 4 * r)), acc[r][j]);
+        acc[r][j] =
+            fma(mul(to_float(dot[r][j].end(start(r))), scale), set1(load_float(scales + 4 * r)), acc[r][j]);
       }
       if constexpr (Layout::kHasZero) {
-        const F32x16 z = load_f16(reinterpret_cast<const uint16_t*>(group + Layout::kZeroAt) + 16 * (first_vector + j));
+        const F32x16 z =
+            load_f16(reinterpret_cast<const uint16_t*>(group + Layout::kZeroAt) + 16 * (first_vector + j));
         for (int r = 0; r < R; ++r) acc[r][j] = fma(z, set1(load_float(scales + 4 * (R + r))), acc[r][j]);
       }
     }
@@ -142,11 +154,11 @@ inline void quantised_vectors(const TileArgs& a, int first_vector) {
 template <PackedFormat F, int R, int V>
 inline void float_vectors(const TileArgs& a, int first_vector) {
   constexpr bool kPairs = F == PackedFormat::kBFloat16;  // one 4-byte step of x is two bfloat16 or one float
-  constexpr int64_t kRound = 8;
+  constexpr int64_t kRound = 8, kBlock = 128;  // steps per round; steps summed before they join the total
   const int64_t steps = kPairs ? ceil_div(a.k, 2) : a.k;
-  F32x16 acc[R][V];
+  F32x16 total[R][V], acc[R][V];
   for (int r = 0; r < R; ++r)
-    for (int j = 0; j < V; ++j) acc[r][j] = zero();
+    for (int j = 0; j < V; ++j) total[r][j] = zero();
   const uint8_t* w = a.panel + 64 * first_vector;
   const uint8_t* next = a.next;
   const auto step = [&](int64_t i) __attribute__((always_inline)) {
@@ -162,16 +174,23 @@ inline void float_vectors(const TileArgs& a, int first_vector) {
       }
     }
   };
-  int64_t i = 0;
-  for (; i + kRound <= steps; i += kRound) {
-    fetch_lines(next, a.next_lines);
+  for (int64_t begin = 0; begin < steps; begin += kBlock) {
+    const int64_t end = begin + kBlock < steps ? begin + kBlock : steps;
+    for (int r = 0; r < R; ++r)
+      for (int j = 0; j < V; ++j) acc[r][j] = zero();
+    int64_t i = begin;
+    for (; i + kRound <= end; i += kRound) {
+      fetch_lines(next, a.next_lines);
 #pragma GCC unroll 8
-    for (int64_t s = 0; s < kRound; ++s) step(i + s);
+      for (int64_t s = 0; s < kRound; ++s) step(i + s);
+    }
+    for (; i < end; ++i) step(i);
+    for (int r = 0; r < R; ++r)
+      for (int j = 0; j < V; ++j) total[r][j] = add(total[r][j], acc[r][j]);
   }
-  for (; i < steps; ++i) step(i);
 #pragma GCC unroll 6
   for (int r = 0; r < R; ++r)
-    for (int j = 0; j < V; ++j) store(a.out + r * kPanelColumns + 16 * (first_vector + j), acc[r][j]);
+    for (int j = 0; j < V; ++j) store(a.out + r * kPanelColumns + 16 * (first_vector + j), total[r][j]);
 }
 
 template <PackedFormat F, int R>

@@ -19,34 +19,44 @@ constexpr int kChains = 4;  // independent sums: hides the latency of the additi
 // A launch pays from about 5 us of work on one worker (measured: 25 elements/ns from L2).
 constexpr int64_t kElementsPerWorker = 65536;
 
-// Row i of residual becomes round(residual + x); returns the sum of squares of the rounded values.
+// Sum of squares of a row; with a residual, which becomes round(residual + x), of those rounded values.
 template <class E, bool kResidual>
 float sum_squares(const typename E::Storage* x, typename E::Storage* residual, int64_t hidden) {
   F32x16 sums[kChains] = {zero(), zero(), zero(), zero()};
-  const auto step = [&](int64_t i, int64_t n, F32x16& sum) {
-    F32x16 v = load_part<E>(x + i, n);
-    if constexpr (kResidual) {
-      v = add(v, load_part<E>(residual + i, n));
-      store_part<E>(residual + i, v, n);
-      v = load_part<E>(residual + i, n);
-    }
-    sum = fma(v, v, sum);
-  };
   int64_t i = 0;
   for (; i + kChains * kLanes <= hidden; i += kChains * kLanes) {
-    for (int c = 0; c < kChains; ++c) step(i + c * kLanes, kLanes, sums[c]);
+    if constexpr (kResidual) {
+      for (int64_t j = i; j < i + kChains * kLanes; j += 2 * kLanes) {
+        E::store_pair(residual + j, add(E::load(x + j), E::load(residual + j)),
+                      add(E::load(x + j + kLanes), E::load(residual + j + kLanes)));
+      }
+    }
+    for (int c = 0; c < kChains; ++c) {
+      const F32x16 v = E::load((kResidual ? residual : x) + i + c * kLanes);
+      sums[c] = fma(v, v, sums[c]);
+    }
   }
-  for (int c = 0; i < hidden; i += kLanes, ++c) step(i, hidden - i, sums[c]);
+  for (int c = 0; i < hidden; i += kLanes, ++c) {
+    const int64_t num = hidden - i;
+    if constexpr (kResidual)
+      store_part<E>(residual + i, add(load_part<E>(x + i, num), load_part<E>(residual + i, num)), num);
+    const F32x16 v = load_part<E>((kResidual ? residual : x) + i, num);
+    sums[c] = fma(v, v, sums[c]);
+  }
   return reduce_add(add(add(sums[0], sums[1]), add(sums[2], sums[3])));
 }
 
 template <class E>
-void scale_row(const typename E::Storage* x, const float* weight, typename E::Storage* out, int64_t hidden, float inverse) {
+void scale_row(const typename E::Storage* x, const float* weight, typename E::Storage* out, int64_t hidden,
+               float inverse) {
   const F32x16 scale = set1(inverse);
+  const auto scaled = [&](int64_t i) { return mul(mul(E::load(x + i), scale), load(weight + i)); };
   int64_t i = 0;
-  for (; i + kLanes <= hidden; i += kLanes) E::store(out + i, mul(mul(E::load(x + i), scale), load(weight + i)));
-  const int64_t rest = hidden - i;
-  if (rest > 0) store_part<E>(out + i, mul(mul(load_part<E>(x + i, rest), scale), load_first(weight + i, int(rest))), rest);
+  for (; i + 2 * kLanes <= hidden; i += 2 * kLanes) E::store_pair(out + i, scaled(i), scaled(i + kLanes));
+  for (; i < hidden; i += kLanes) {
+    const int64_t num = std::min(hidden - i, kLanes);
+    store_part<E>(out + i, mul(mul(load_part<E>(x + i, num), scale), load_first(weight + i, int(num))), num);
+  }
 }
 
 template <class E>

@@ -1,7 +1,7 @@
 // Packing of weights into panels of 32 columns, from GGUF blocks or from separated codes.
 //
-// Panels are dealt to the workers; a panel is written group by group (32 k x 32 columns), so that the reads walk
-// 32 rows in step and the writes are sequential. Columns past n get scale 0 and value 0.
+// Panels are dealt to the workers; a panel is written group by group (32 k x 32 columns), so that the reads
+// walk 32 rows in step and the writes are sequential. Columns past n get scale 0 and value 0.
 #include <algorithm>
 #include <cmath>
 
@@ -14,8 +14,8 @@
 namespace tilestream::cpu::TILESTREAM_LEVEL {
 namespace {
 
-// Writes column `column` of a group: a vector holds 4 consecutive k of 16 columns (4-bit: k 8v + b and 8v + 4 + b
-// in the two nibbles of byte b).
+// Writes column `column` of a group: a vector holds 4 consecutive k of 16 columns (4-bit: byte b holds k
+// 8v + b and 8v + 4 + b in its nibbles).
 template <PackedFormat F>
 void write_codes(const uint8_t* q, int column, uint8_t* group) {
   using Layout = GroupLayout<F>;
@@ -39,13 +39,14 @@ void write_scales(const float* scale, const float* zero, uint8_t* group) {
   using Layout = GroupLayout<F>;
   for (int h = 0; h < kPanelColumns; h += 16) {
     store_f16(reinterpret_cast<uint16_t*>(group + Layout::kScaleAt) + h, load(scale + h));
-    if constexpr (Layout::kHasZero) store_f16(reinterpret_cast<uint16_t*>(group + Layout::kZeroAt) + h, load(zero + h));
+    if constexpr (Layout::kHasZero)
+      store_f16(reinterpret_cast<uint16_t*>(group + Layout::kZeroAt) + h, load(zero + h));
   }
 }
 
-// Q6_K's two scales become one for 8-bit codes around 128: a quarter of the larger, so that its 16 weights stay
-// exact but for the scale's rounding to float16, and the others err by at most half a step. The step grows only
-// where a code would not fit (scales of opposite sign, or a float16 that was rounded down).
+// Q6_K's two scales become one for 8-bit codes around 128: a quarter of the larger, so that its 16 weights
+// stay exact but for the scale's rounding to float16, and the others err by at most half a step. The step
+// grows only where a code would not fit (scales of opposite sign, or a float16 that was rounded down).
 void join_scales(GroupCodes& c) {
   constexpr float kLowest = -128.5f, kHighest = 127.5f;  // what rounds to -128..127
   constexpr uint16_t kLargestF16 = 0x7bff;
@@ -149,7 +150,8 @@ void pack_blocks(const PackGgufParams& p) {
     switch (p.format) {
       case PackedFormat::kU4G32S: return pack_codes<PackedFormat::kU4G32S>(out, num_columns, p.k, decode);
       case PackedFormat::kU4G32: return pack_codes<PackedFormat::kU4G32>(out, num_columns, p.k, decode);
-      case PackedFormat::kU8G32S: return pack_codes<PackedFormat::kU8G32S>(out, num_columns, p.k, decode_joined);
+      case PackedFormat::kU8G32S:
+        return pack_codes<PackedFormat::kU8G32S>(out, num_columns, p.k, decode_joined);
       case PackedFormat::kU8G32: return pack_codes<PackedFormat::kU8G32>(out, num_columns, p.k, decode);
       default: return pack_floats(p.format, out, num_columns, p.k, read);
     }
@@ -165,7 +167,8 @@ void pack_elements(const PackGgufParams& p) {
     pack_floats(p.format, packed + panel * stride, num_columns, p.k,
                 [&](int64_t column, int64_t begin, int64_t num, float* values) {
                   typename E::Storage raw[kGroupK] = {};
-                  std::memcpy(raw, rows + column * p.row_bytes + begin * sizeof(raw[0]), size_t(num) * sizeof(raw[0]));
+                  std::memcpy(raw, rows + column * p.row_bytes + begin * sizeof(raw[0]),
+                              size_t(num) * sizeof(raw[0]));
                   store(values, E::load(raw));
                   store(values + 16, E::load(raw + 16));
                 });

@@ -17,6 +17,8 @@ struct GroupLayout {
   static constexpr int64_t kBytes = kHasZero ? kZeroAt + 2 * kPanelColumns : kZeroAt;
 };
 
-constexpr bool is_eight_bit(PackedFormat f) { return f == PackedFormat::kU8G32S || f == PackedFormat::kU8G32; }
+constexpr bool is_eight_bit(PackedFormat f) {
+  return f == PackedFormat::kU8G32S || f == PackedFormat::kU8G32;
+}
 
 }  // namespace tilestream::cpu::TILESTREAM_LEVEL

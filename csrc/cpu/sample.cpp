@@ -52,7 +52,7 @@ F32x16 block_statistics(Row& r, const float* p, long block, F32x16 probe) {
   return probe;
 }
 
-// Lane maxima, maximum and, when wanted, the sum of exp(x - maximum) of one chunk; copies it to `copy`, if any.
+// Lane maxima, maximum and, when wanted, the sum of exp(x - maximum) of one chunk; copied to `copy`, if any.
 void chunk_statistics(Row& r, const float* x, long chunk, bool want_sum, float* copy) {
   alignas(64) float padded[kBlock];
   const long first = chunk * (kChunk / kBlock), last = block_end(r, chunk);
@@ -186,19 +186,27 @@ int64_t draw_from_list(Row& r, long n, float top_p, uint64_t random_bits) {
   return r.list_id[i];
 }
 
-// The mass of one chunk, by bin.
+// The mass of one chunk, by bin. Neighbours often share a bin: in tables of their own, they need not wait for
+// the previous one's store.
 void histogram_chunk(Row& r, long chunk) {
+  constexpr int kTables = 4;
   alignas(64) float padded[kBlock], w[kBlock], position[kBlock];
   alignas(64) int64_t mass[kBlock];
-  uint64_t* histogram = r.histogram + chunk * kBins;
-  std::memset(histogram, 0, kBins * sizeof(uint64_t));
+  alignas(64) int32_t bins[kBlock];
+  alignas(64) uint64_t tables[kTables][kBins] = {};
   for (long b = chunk * (kChunk / kBlock); b < block_end(r, chunk); ++b) {
     const float* x = block_of(r, r.x, b, padded);
     weights(r, x, w, kBlock);
     for (long i = 0; i < kBlock; i += kLanes) store(position + i, bin_position(r, load(x + i)));
     for (long i = 0; i < kBlock; ++i) mass[i] = fixed_point(w[i]);
-    for (long i = 0; i < kBlock; ++i) histogram[int(position[i])] += uint64_t(mass[i]);
+    for (long i = 0; i < kBlock; ++i) bins[i] = int32_t(position[i]);
+    for (long i = 0; i < kBlock; i += kTables) {
+#pragma GCC unroll 4
+      for (int t = 0; t < kTables; ++t) tables[t][bins[i + t]] += uint64_t(mass[i + t]);
+    }
   }
+  uint64_t* histogram = r.histogram + chunk * kBins;
+  for (int i = 0; i < kBins; ++i) histogram[i] = tables[0][i] + tables[1][i] + tables[2][i] + tables[3][i];
 }
 
 // The bin in which top-p ends, and what it still needs from there; chunk_mass becomes the mass above the bin.
@@ -229,10 +237,10 @@ long collect_bin(Row& r, long begin, long end) {
       const F32x16 depth = min(sub(position, low), sub(high, position));
       if (!(reduce_max(depth) >= 0.0f)) continue;
       store(inside, depth);
-      for (long j = 0; j < kLanes; ++j) {
-        if (!(inside[j] >= 0.0f) || x[i + j] == -INFINITY) continue;
+      for (long j = 0; j < kLanes; ++j) {  // no branch: it could not be predicted
         r.list_x[n] = x[i + j];
-        r.list_id[n++] = int32_t(b * kBlock + i + j);
+        r.list_id[n] = int32_t(b * kBlock + i + j);
+        n += (inside[j] >= 0.0f) & (x[i + j] > -INFINITY);
       }
     }
   }

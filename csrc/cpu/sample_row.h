@@ -31,7 +31,7 @@ struct Row {
   double* chunk_sum;     // [num_chunks] sum of exp(logit - chunk_max); NaN when the chunk has a NaN
   uint64_t* chunk_mass;  // [num_chunks]
   uint64_t* histogram;   // [num_chunks][kBins] mass by octaves below the maximum
-  float* list_x;         // [vocab_size] candidates in id order
+  float* list_x;         // [vocab_size + 16] candidates in id order
   int32_t* list_id;
   uint64_t* list_mass;
   HistoryEntry* history;
@@ -72,7 +72,7 @@ long lay_out(Row& r, char* base, long vocab_size, long capacity) {
   r.chunk_mass = take<uint64_t>(next, r.num_chunks);
   r.histogram = take<uint64_t>(next, r.num_chunks * kBins);
   r.list_x = take<float>(next, vocab_size + kLanes);
-  r.list_id = take<int32_t>(next, vocab_size);
+  r.list_id = take<int32_t>(next, vocab_size + kLanes);
   r.list_mass = take<uint64_t>(next, vocab_size);
   r.history = take<HistoryEntry>(next, capacity);
   return next - base;

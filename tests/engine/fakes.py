@@ -58,6 +58,7 @@ class FakeRunner:
     """
 
     def __init__(self, config: EngineConfig, script: dict[str, list[int]] | None = None) -> None:
+        self.vocab_size = ByteTokenizer.vocab_size
         self.config = config
         self.script = script or {}
         self.kv: dict[tuple[int, int], int] = {}

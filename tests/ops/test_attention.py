@@ -109,6 +109,14 @@ def test_unequal_head_dims(backend: testing.Backend) -> None:
 
 
 @each_dtype
+def test_long_context(backend: testing.Backend, dtype: str, kv_dtype: str) -> None:
+    """The error of a sum must not grow with its length faster than torch's does."""
+    for num_workers in (1, 5):
+        check(Case(q_lens=(1,), kv_lens=(9001,), heads=(3, 1), page_size=64, dtype=dtype, kv_dtype=kv_dtype,
+                   num_workers=num_workers))
+
+
+@each_dtype
 def test_large_logits(backend: testing.Backend, dtype: str, kv_dtype: str) -> None:
     """Softmax must be shifted by the running maximum, and rescaled when that grows."""
     case = Case(q_lens=(1, 20), kv_lens=(300, 20), dtype=dtype, kv_dtype=kv_dtype, sm_scale=3.0)

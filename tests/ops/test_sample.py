@@ -186,6 +186,17 @@ def test_rows_do_not_depend_on_others_or_threads(backend: testing.Backend, set_n
                     assert torch.equal(getattr(got, field.name)[row], getattr(alone[row], field.name)[0]), field.name
 
 
+@pytest.mark.parametrize("filters", FILTERS, ids=lambda f: ",".join(f"{k}={v}" for k, v in f.items()) or "plain")
+def test_logprobs_are_optional(backend: testing.Backend, filters: dict) -> None:
+    """Without them no exponential of the whole row is summed; tokens and the check for NaN stay."""
+    logits = torch.randn(6, 3000)
+    logits[4, 2999], logits[5, 0] = math.nan, math.inf
+    case = Case(logits, **filters)
+    tokens, none = torch.empty(6, dtype=torch.int64), (None,) * 6
+    torch.ops.tilestream.sample(*case.arguments(), *none, tokens, None, torch.empty(6, 0, dtype=torch.int64), torch.empty(6, 0))
+    assert torch.equal(tokens, case.run().tokens) and tokens[4:].tolist() == [-1, -1]
+
+
 def test_a_bad_row_does_not_hurt_its_neighbours(backend: testing.Backend) -> None:
     logits = torch.randn(5, 3000)
     want = Case(logits.clone(), top_p=0.9).run(4)
@@ -230,7 +241,8 @@ def test_opcheck() -> None:
     [
         (0, torch.zeros(2, 9).half(), TypeError, "logits has dtype Half; supported: Float"),
         (0, torch.zeros(9), ValueError, r"logits has 1 dimensions \[9\]; it needs 2"),
-        (0, torch.zeros(2, 0), ValueError, "the vocabulary must not be empty"),
+        (0, torch.zeros(2, 0), ValueError, "allowed vocabularies: 1 to 1048575"),
+        (0, torch.zeros(1, 1 << 20), ValueError, "allowed vocabularies: 1 to 1048575"),
         (0, torch.zeros(9, 2).T, ValueError, "logits has strides .* last dimension must be contiguous"),
         (1, torch.tensor([1.0, -0.5]), ValueError, r"temperature\[1\] is -0.5; allowed: from 0"),
         (1, torch.tensor([math.nan, 1.0]), ValueError, r"temperature\[0\] is nan"),

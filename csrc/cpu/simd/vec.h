@@ -16,6 +16,8 @@
 //   F add_rows(const F (&)[16])                lane i = sum of vector i; add_rows and larger_rows (by larger_magnitude,
 //   F larger_rows(const F (&)[16])             of vectors without sign bits) have one fixed order
 //   float reduce_add(F), reduce_max(F);  F exp2(F);  F round_nearest(F)
+//   V in_register(V)       the same value, kept in a register where the level has enough of them
+//   F exp2_weight(F)       exp2 for softmax weights: exact at 0 and -inf; denormal results may be denormal or 0
 //   P load_bf16x32(const void*), P set1_bf16_pair(uint32_t), P cvt_bf16x32(F lo, F hi)
 //   F dot_bf16(F acc, P a, P b)                acc[i] += a[2i] * b[2i] + a[2i+1] * b[2i+1]
 //   void store_low_bytes(int8_t*, F)           the lowest byte of each lane: see kRoundingMagic
@@ -60,6 +62,12 @@ inline F32x16 exp2(F32x16 x) {
   p = fma(p, f, set1(1.0f));
   return scale_by_pow2(p, n, x);
 }
+
+#if !defined(__AVX512F__)
+inline F32x16 exp2_weight(F32x16 x) { return exp2(x); }
+template <class V>
+inline V in_register(V a) { return a; }
+#endif
 
 inline float bf16_to_float(uint16_t h) {
   const uint32_t bits = uint32_t(h) << 16;

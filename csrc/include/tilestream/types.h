@@ -25,8 +25,9 @@ using KvDType = DType;
 //             kv head is page_size / 16 blocks of 16 tokens, each block contiguous:
 //       bfloat16:          K [head_dim / 2][16][2]   V [8][head_dim][2]   (pairs along the reduced axis)
 //       float32, float16:  K [head_dim][16]          V [16][head_dim]
-//       int8:              K [head_dim][16]          V [16][head_dim]
-//       int4:              K [head_dim / 2][16]      V [16][head_dim / 2]  (low nibble = even d)
+//       int8:              K [head_dim / 4][16][4]   V [4][head_dim][4]    (quads: one integer dot product)
+//       int4:              K [head_dim / 8][16][4]   V [2][head_dim][4]    (of eight neighbours along the reduced
+//                          axis, byte i holds value i in the low nibble and value i + 4 in the high one)
 //     page stride and head stride are those of the tensor; the shape is the same as for HND.
 enum class KvLayout : int32_t { kStrided = 0, kBlocked = 1 };
 

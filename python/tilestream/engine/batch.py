@@ -124,7 +124,7 @@ class SamplingInputs:
     seeds: torch.Tensor
     positions: torch.Tensor
     penalties: Penalties | None
-    num_top_logprobs: int
+    num_top_logprobs: int | None
 
 
 def build_sampling_inputs(requests: Sequence[Request]) -> SamplingInputs:
@@ -139,7 +139,7 @@ def build_sampling_inputs(requests: Sequence[Request]) -> SamplingInputs:
         seeds=torch.tensor([request.seed for request in requests], dtype=torch.int64),
         positions=torch.tensor([request.num_tokens for request in requests], dtype=torch.int64),
         penalties=_penalties(requests),
-        num_top_logprobs=max(p.logprobs or 0 for p in params),
+        num_top_logprobs=max((p.logprobs for p in params if p.logprobs is not None), default=None),
     )
 
 

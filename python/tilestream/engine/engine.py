@@ -22,7 +22,9 @@ logger = logging.getLogger("tilestream.engine")
 
 
 class Runner(Protocol):
-    """Runs one step of the model and samples."""
+    """Runs one step of the model and samples. vocab_size: token ids that the model can embed."""
+
+    vocab_size: int
 
     def run(self, plan: StepPlan) -> SampledTokens: ...
 
@@ -30,7 +32,6 @@ class Runner(Protocol):
 class EngineTokenizer(TokenBytes, Protocol):
     """What the engine asks of a tokenizer."""
 
-    vocab_size: int
     eos_token_ids: frozenset[int]
 
 
@@ -42,7 +43,7 @@ class Engine:
 
     Args:
         runner: computes a step.
-        tokenizer: vocabulary size, end-of-sequence tokens and token bytes.
+        tokenizer: end-of-sequence tokens and token bytes.
         config: limits.
     """
 
@@ -159,7 +160,7 @@ class Engine:
             raise PromptTooLongError(len(token_ids), self.config.max_model_len - 1, limit_name)
         if len(token_ids) > self.config.capacity_tokens:
             raise PromptTooLongError(len(token_ids), self.config.capacity_tokens, "the size of the whole KV cache")
-        vocab_size = self.tokenizer.vocab_size
+        vocab_size = self.runner.vocab_size
         if min(token_ids) < 0 or max(token_ids) >= vocab_size:
             index = next(i for i, token_id in enumerate(token_ids) if not 0 <= token_id < vocab_size)
             raise ValueError(f"prompt_token_ids[{index}] is {token_ids[index]}; token ids are 0..{vocab_size - 1}")

@@ -22,6 +22,7 @@ class ModelRunner:
     def __init__(self, model, config: EngineConfig, *, kv_dtype: str = "bfloat16") -> None:
         m = model.config
         self.model = model
+        self.vocab_size = m.vocab_size
         self.kv_caches = [
             KvCache.allocate(config.num_pages, m.num_kv_heads, config.page_size, m.head_dim, kv_dtype=kv_dtype)
             for _ in range(m.num_layers)
@@ -51,7 +52,7 @@ class ModelRunner:
         logits = self.model.forward(self.batch.build(step), self.kv_caches)
         requests = [item.request for item in step.scheduled if item.samples]
         if not requests:
-            return SampledTokens([], [])
+            return SampledTokens([])
         s = build_sampling_inputs(requests)
         drawn = sample(
             logits,
@@ -64,8 +65,8 @@ class ModelRunner:
             penalties=s.penalties,
             num_top_logprobs=s.num_top_logprobs,
         )
-        if s.num_top_logprobs == 0:
-            return SampledTokens(drawn.tokens.tolist(), drawn.logprobs.tolist())
+        if drawn.logprobs is None:
+            return SampledTokens(drawn.tokens.tolist())
         return SampledTokens(
             drawn.tokens.tolist(), drawn.logprobs.tolist(), drawn.top_ids.tolist(), drawn.top_logprobs.tolist()
         )

@@ -65,12 +65,12 @@ class SampledTokens:
 
     token_ids: the drawn tokens; -1: the row's logits hold a NaN, or nothing finite to draw from.
     logprobs: of the drawn tokens, natural log of the model's own probabilities.
-    top_ids, top_logprobs: per row, most likely first, at least as many as its request's params.logprobs; None
-        when no request of the step asked for any.
+    top_ids, top_logprobs: per row, most likely first, at least as many as its request's params.logprobs.
+    None when no request of the step asked for logprobs.
     """
 
     token_ids: list[int]
-    logprobs: list[float]
+    logprobs: list[float] | None = None
     top_ids: list[list[int]] | None = None
     top_logprobs: list[list[float]] | None = None
 

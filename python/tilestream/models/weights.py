@@ -11,6 +11,7 @@ from tilestream.layers.linear import Linear, StackedLinear
 from tilestream.models.checkpoint import Checkpoint, RawTensor
 from tilestream.models.errors import ModelLoadError
 from tilestream.ops.linear import PackedFormat, PackedWeight
+from tilestream.ops.memory import Arena
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
@@ -43,6 +44,7 @@ class WeightLoader:
     def __init__(self, checkpoint: Checkpoint, dtype: str, progress: Progress | None, total_bytes: int) -> None:
         self.checkpoint, self._progress, self._total_bytes = checkpoint, progress, total_bytes
         self._format = {"float32": PackedFormat.FLOAT32, "bfloat16": PackedFormat.BFLOAT16}.get(dtype)
+        self._arena = Arena()
         self._used: set[str] = set()
         self._done_bytes = 0
 
@@ -102,7 +104,7 @@ class WeightLoader:
         """One packed weight of tensors that share a format; all but a lone one fill whole panels."""
         format = self._packed_format(raws[0])
         n, k = sum(raw.num_rows for raw in raws), raws[0].num_columns
-        packed = PackedWeight.empty(n, k, format)
+        packed = PackedWeight.empty(n, k, format, arena=self._arena)
         row = 0
         for raw in raws:
             torch.ops.tilestream.pack_gguf(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
+
+from tilestream.ops.memory import empty_huge
 
 KV_DTYPES = {
     "float32": torch.float32,
@@ -63,7 +66,11 @@ class KvCache:
         if page_size not in (16, 32, 64):
             raise ValueError(f"page_size is {page_size}; supported: 16, 32, 64")
         width = head_dim // 2 if kv_dtype == "int4" else head_dim
-        pages = torch.empty(num_pages, 2, num_kv_heads, page_size, width, dtype=KV_DTYPES[kv_dtype], device=device)
+        shape, dtype = (num_pages, 2, num_kv_heads, page_size, width), KV_DTYPES[kv_dtype]
+        if torch.device(device).type == "cpu":
+            pages = empty_huge(math.prod(shape) * dtype.itemsize).view(dtype).view(shape)
+        else:
+            pages = torch.empty(shape, dtype=dtype, device=device)
         scales = None
         if kv_dtype in ("int8", "int4"):
             scales = torch.empty(num_pages, 2, num_kv_heads, page_size, 2, dtype=torch.float16, device=device)

@@ -7,6 +7,8 @@ from enum import IntEnum
 
 import torch
 
+from tilestream.ops.memory import Arena
+
 
 class PackedFormat(IntEnum):
     """How a packed weight stores its values. S: symmetric, the zero point is the middle of the range."""
@@ -43,15 +45,17 @@ class PackedWeight:
     format: PackedFormat
 
     @staticmethod
-    def empty(n: int, k: int, format: PackedFormat) -> PackedWeight:
-        """Uninitialised room for a packed [n, k] weight: panels of 32 columns, groups of 32 along k."""
+    def empty(n: int, k: int, format: PackedFormat, *, arena: Arena | None = None) -> PackedWeight:
+        """Room for a packed [n, k] weight, from `arena` if given: panels of 32 columns, groups of 32 along k."""
         if format == PackedFormat.FLOAT32:
             panel = k * 32 * 4
         elif format == PackedFormat.BFLOAT16:
             panel = (k + k % 2) * 32 * 2
         else:
             panel = -(-k // 32) * _GROUP_BYTES[format]
-        return PackedWeight(torch.empty(-(-n // 32) * panel, dtype=torch.uint8), n, k, PackedFormat(format))
+        num_bytes = -(-n // 32) * panel
+        data = torch.empty(num_bytes, dtype=torch.uint8) if arena is None else arena.empty(num_bytes)
+        return PackedWeight(data, n, k, PackedFormat(format))
 
 
 def linear(

@@ -29,10 +29,10 @@ class Penalties:
 
 @dataclass(frozen=True, slots=True)
 class SampleOutput:
-    """tokens, logprobs: [batch_size]; top_ids, top_logprobs: [batch_size, num_top_logprobs]."""
+    """tokens: [batch_size]; logprobs: [batch_size], or None when not wanted; top_ids, top_logprobs: [batch_size, num_top_logprobs]."""
 
     tokens: torch.Tensor
-    logprobs: torch.Tensor
+    logprobs: torch.Tensor | None
     top_ids: torch.Tensor
     top_logprobs: torch.Tensor
 
@@ -47,7 +47,7 @@ def sample(
     positions: torch.Tensor,
     *,
     penalties: Penalties | None = None,
-    num_top_logprobs: int = 0,
+    num_top_logprobs: int | None = 0,
 ) -> SampleOutput:
     """Draw one token per row: penalties, temperature, top-k, top-p, min-p, in this order, without a sort.
 
@@ -60,7 +60,7 @@ def sample(
         seeds: [batch_size], int64; positions: [batch_size], int64. The draw depends on (seed, position) and the
             row's logits alone, never on the batch.
         penalties: None is off.
-        num_top_logprobs: 0 to 64 most likely tokens to report.
+        num_top_logprobs: 0 to 64 most likely tokens to report; None: no logprobs at all, which saves a pass of exps.
     Returns:
         Tokens (int64; -1 where the row holds NaN or nothing to draw), their logprobs and the top ones (of the raw
         logits, natural log).
@@ -69,9 +69,9 @@ def sample(
     """
     batch_size = logits.size(0)
     tokens = torch.empty(batch_size, dtype=torch.int64)
-    logprobs = torch.empty(batch_size)
-    top_ids = torch.empty(batch_size, num_top_logprobs, dtype=torch.int64)
-    top_logprobs = torch.empty(batch_size, num_top_logprobs)
+    logprobs = None if num_top_logprobs is None else torch.empty(batch_size)
+    top_ids = torch.empty(batch_size, num_top_logprobs or 0, dtype=torch.int64)
+    top_logprobs = torch.empty(batch_size, num_top_logprobs or 0)
     p = penalties
     history = (
         (None,) * 6

@@ -61,26 +61,6 @@ def quantise_rows(x: torch.Tensor, bits: int) -> QuantisedRows:
     return QuantisedRows(q, scale, zero)
 
 
-def dequantise_cache(cache: torch.Tensor, kv_scales: torch.Tensor, side: int) -> torch.Tensor:
-    """A quantised cache (not blocked) as values.
-
-    Args:
-        cache: uint8 [num_pages, num_kv_heads, page_size, head_dim], or head_dim / 2 bytes for int4 (low nibble = even
-            element); which one is told by kv_scales' users through `cache.shape`, so pass int4 through `unpack_int4`.
-        kv_scales: float16 [num_pages, 2, num_kv_heads, page_size, 2]: scale, zero.
-        side: 0 for keys, 1 for values.
-    Returns:
-        float64 [num_pages, num_kv_heads, page_size, head_dim].
-    """
-    scale, zero = kv_scales[:, side].double().unbind(-1)
-    return cache.double() * scale.unsqueeze(-1) + zero.unsqueeze(-1)
-
-
-def unpack_int4(cache: torch.Tensor) -> torch.Tensor:
-    """[..., n] bytes to [..., 2n] values 0..15, low nibble first."""
-    return torch.stack([cache & 15, cache >> 4], -1).flatten(-2)
-
-
 def key_statistics(pages: dict[int, list[torch.Tensor]], num_pages: int) -> torch.Tensor:
     """Per-page minimum and maximum of the rotated keys.
 

@@ -8,6 +8,7 @@ from tilestream.testing.errors import (
     max_error,
     plain_bound,
     unit_roundoff,
+    worst_of,
 )
 from tilestream.testing.guarded import Guarded, assert_margins, guarded_contiguous
 from tilestream.testing.paged import PagedKv, paged_kv
@@ -27,4 +28,5 @@ __all__ = [
     "plain_bound",
     "simd_levels",
     "unit_roundoff",
+    "worst_of",
 ]

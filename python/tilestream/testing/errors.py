@@ -77,6 +77,14 @@ def plain_bound(want: torch.Tensor, plain: torch.Tensor, dtype: torch.dtype) -> 
     return 2.0 * max(max_error(plain, want), rounding) + rounding
 
 
+def worst_of(attempts: list[torch.Tensor], want: torch.Tensor) -> torch.Tensor:
+    """Of several plain results (sums taken in different orders, say), the one that errs most, element by element."""
+    worst = want
+    for attempt in attempts:
+        worst = torch.where((attempt - want).abs() > (worst - want).abs(), attempt.to(want.dtype), worst)
+    return worst
+
+
 def assert_as_good_as_plain(
     got: torch.Tensor, want: torch.Tensor, plain: torch.Tensor, name: str = "result"
 ) -> None:

@@ -1,0 +1,51 @@
+"""Large buffers on huge pages where the system gives them.
+
+One thread reads memory about 1.5x faster from 2 MB pages than from 4 KB ones (measured: Zen 4, 33 against 21 GB/s),
+and most systems hand them out only to who asks.
+"""
+
+from __future__ import annotations
+
+import mmap
+
+import torch
+
+_HUGE_PAGE_BYTES = 2 << 20
+_CACHE_LINE_BYTES = 64
+_CHUNK_BYTES = 64 << 20
+
+
+def empty_huge(num_bytes: int) -> torch.Tensor:
+    """Zero-filled memory that starts on a huge-page boundary; it is only taken from the system when it is touched.
+
+    Args:
+        num_bytes: at least 1.
+    Returns:
+        [num_bytes], uint8, on the CPU. The memory lives as long as any view of it.
+    """
+    mapping = mmap.mmap(-1, num_bytes + _HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        try:
+            mapping.madvise(mmap.MADV_HUGEPAGE)
+        except OSError:
+            pass  # a kernel without huge pages: asked for, not required
+    whole = torch.frombuffer(mapping, dtype=torch.uint8)
+    offset = -whole.data_ptr() % _HUGE_PAGE_BYTES
+    return whole[offset : offset + num_bytes]
+
+
+class Arena:
+    """Hands out many buffers from few mappings, one after another, so that small ones share huge pages too."""
+
+    def __init__(self) -> None:
+        self._chunk = torch.empty(0, dtype=torch.uint8)
+        self._used = 0
+
+    def empty(self, num_bytes: int) -> torch.Tensor:
+        """[num_bytes], uint8, 64-byte aligned; lives as long as any buffer of its chunk does."""
+        if self._used + num_bytes > self._chunk.numel():
+            self._chunk = empty_huge(max(num_bytes, _CHUNK_BYTES))
+            self._used = 0
+        buffer = self._chunk[self._used : self._used + num_bytes]
+        self._used += -(-num_bytes // _CACHE_LINE_BYTES) * _CACHE_LINE_BYTES
+        return buffer
