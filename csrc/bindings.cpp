@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "api/program.h"
 #include "cpu/common/thread_pool.h"
 #include "cpu/dispatch.h"
 
@@ -22,5 +23,12 @@ PYBIND11_MODULE(_C, m) {
         tilestream::cpu::set_num_threads(num);
       },
       pybind11::arg("num"));
+  pybind11::class_<tilestream::Program>(m, "Program", "A recorded sequence of kernel launches, replayed without torch.")
+      .def(pybind11::init<>())
+      .def("begin", &tilestream::Program::begin, "Keep every op that this thread calls from now on.")
+      .def("end", &tilestream::Program::end)
+      .def("run", &tilestream::Program::run, pybind11::call_guard<pybind11::gil_scoped_release>(),
+           "The recorded launches again, on the same buffers.")
+      .def_property_readonly("num_launches", &tilestream::Program::num_launches);
   tilestream::bind_planner(m);
 }

@@ -4,6 +4,7 @@
 #include <torch/library.h>
 
 #include "api/kv_cache.h"
+#include "api/program.h"
 
 namespace tilestream::api {
 namespace {
@@ -74,7 +75,7 @@ void append_kv(const std::optional<at::Tensor>& q, const at::Tensor& k, const at
   p.x_dtype = dtype_of(k);
   p.k_in_token_stride = k.stride(0), p.k_in_head_stride = k.stride(1);
   p.v_in_token_stride = v.stride(0), p.v_in_head_stride = v.stride(1);
-  cpu::append_kv(p);
+  Program::launch(cpu::append_kv, p);
 }
 
 void gather_kv(const at::Tensor& k_cache, const at::Tensor& v_cache, const std::optional<at::Tensor>& kv_scales, const at::Tensor& slot_mapping,
@@ -95,7 +96,7 @@ void gather_kv(const at::Tensor& k_cache, const at::Tensor& v_cache, const std::
   p.num_tokens = num_tokens;
   p.num_kv_heads = int32_t(cache.num_kv_heads);
   p.page_size = int32_t(cache.page_size);
-  cpu::gather_kv(p);
+  Program::launch(cpu::gather_kv, p);
 }
 
 }  // namespace

@@ -4,6 +4,7 @@
 #include <torch/library.h>
 
 #include "api/kv_cache.h"
+#include "api/program.h"
 
 namespace tilestream::api {
 namespace {
@@ -91,7 +92,7 @@ void attention(const at::Tensor& q, const at::Tensor& k_cache, const at::Tensor&
   p.q_token_stride = q.stride(0), p.q_head_stride = q.stride(1);
   p.out_token_stride = out.stride(0), p.out_head_stride = out.stride(1);
   p.block_table_stride = block_table.stride(0);
-  cpu::attention(p);
+  Program::launch(cpu::attention, p);
 }
 
 void merge_states(const at::Tensor& v, const at::Tensor& lse, const at::Tensor& out, const at::Tensor& out_lse) {
@@ -113,7 +114,7 @@ void merge_states(const at::Tensor& v, const at::Tensor& lse, const at::Tensor& 
   p.num_tokens = v.size(0);
   p.num_states = int32_t(v.size(1)), p.num_heads = int32_t(v.size(2)), p.head_dim = int32_t(v.size(3));
   p.dtype = dtype_of(v);
-  cpu::merge_states(p);
+  Program::launch(cpu::merge_states, p);
 }
 
 }  // namespace

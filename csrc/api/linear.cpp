@@ -4,6 +4,7 @@
 #include <torch/library.h>
 
 #include "api/checks.h"
+#include "api/program.h"
 
 namespace tilestream::api {
 namespace {
@@ -42,7 +43,7 @@ void linear(const at::Tensor& x, const at::Tensor& weight, const std::optional<a
   p.m = x.size(0), p.n = n, p.k = x.size(1);
   p.x_row_stride = x.stride(0), p.y_row_stride = out.stride(0);
   p.x_dtype = dtype_of(x);
-  cpu::linear(p);
+  Program::launch(cpu::linear, p);
 }
 
 void pack_gguf(const at::Tensor& rows, int64_t gguf_type, const at::Tensor& packed, int64_t n, int64_t k, int64_t panel_begin, int64_t format) {
@@ -77,7 +78,7 @@ void pack_gguf(const at::Tensor& rows, int64_t gguf_type, const at::Tensor& pack
   p.n = n, p.k = k, p.panel_begin = panel_begin;
   p.type = known->type;
   p.format = f;
-  cpu::pack_gguf(p);
+  Program::launch(cpu::pack_gguf, p);
 }
 
 void pack_weight(const std::optional<at::Tensor>& values, const std::optional<at::Tensor>& q, const std::optional<at::Tensor>& scale,
@@ -116,7 +117,7 @@ void pack_weight(const std::optional<at::Tensor>& values, const std::optional<at
     p.scale = scale->const_data_ptr<float>();
     p.zero = optional_data<float>(zero);
   }
-  cpu::pack_weight(p);
+  Program::launch(cpu::pack_weight, p);
 }
 
 void embedding(const at::Tensor& ids, const at::Tensor& weight, const at::Tensor& out, int64_t n, int64_t format) {
@@ -132,7 +133,7 @@ void embedding(const at::Tensor& ids, const at::Tensor& weight, const at::Tensor
   p.y = out.mutable_data_ptr();
   p.num_tokens = ids.size(0), p.n = n, p.k = out.size(1);
   p.y_dtype = dtype_of(out);
-  cpu::embedding(p);
+  Program::launch(cpu::embedding, p);
 }
 
 }  // namespace

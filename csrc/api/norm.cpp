@@ -4,6 +4,7 @@
 #include <torch/library.h>
 
 #include "api/checks.h"
+#include "api/program.h"
 
 namespace tilestream::api {
 namespace {
@@ -37,7 +38,7 @@ RmsNormParams norm_params(const at::Tensor& x, const at::Tensor& weight, const a
 }
 
 void rms_norm(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& out, double eps) {
-  cpu::rms_norm(norm_params(x, weight, out, eps));
+  Program::launch(cpu::rms_norm, norm_params(x, weight, out, eps));
 }
 
 void fused_add_rms_norm(const at::Tensor& x, const at::Tensor& residual, const at::Tensor& weight, double eps) {
@@ -47,7 +48,7 @@ void fused_add_rms_norm(const at::Tensor& x, const at::Tensor& residual, const a
   TORCH_CHECK_VALUE(residual.sizes() == x.sizes(), "residual has shape ", residual.sizes(), "; it must be that of x, ", x.sizes());
   p.residual = residual.mutable_data_ptr();
   p.residual_outer_stride = r.outer_stride, p.residual_inner_stride = r.inner_stride;
-  cpu::rms_norm(p);
+  Program::launch(cpu::rms_norm, p);
 }
 
 void act_and_mul(const at::Tensor& x, const at::Tensor& out, Activation activation) {
@@ -64,7 +65,7 @@ void act_and_mul(const at::Tensor& x, const at::Tensor& out, Activation activati
   p.x_row_stride = x.stride(0), p.out_row_stride = out.stride(0);
   p.dtype = dtype_of(x);
   p.activation = activation;
-  cpu::act_and_mul(p);
+  Program::launch(cpu::act_and_mul, p);
 }
 
 void silu_and_mul(const at::Tensor& x, const at::Tensor& out) { act_and_mul(x, out, Activation::kSilu); }

@@ -6,6 +6,7 @@
 #include <cmath>
 
 #include "api/checks.h"
+#include "api/program.h"
 
 namespace tilestream::api {
 namespace {
@@ -93,7 +94,7 @@ void sample(const at::Tensor& logits, const at::Tensor& temperature, const at::T
   p.num_top_logprobs = int32_t(top_ids.size(1));
   p.top_ids = top_ids.mutable_data_ptr<int64_t>();
   p.top_logprobs = top_logprobs.mutable_data_ptr<float>();
-  cpu::sample(p);
+  Program::launch(cpu::sample, p);
 }
 
 }  // namespace

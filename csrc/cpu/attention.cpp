@@ -9,7 +9,7 @@
 // caches in exact integers (attention_digits.h). Sums are float32. Decode is bound by reading K and V, prefill by the
 // multiply-adds.
 // A row's bits depend on its own q, its job's keys and its mask, and on nothing else.
-// Source: FlashAttention-2 (2307.08691), online softmax (1805.02867), VNNI block order (performance notes in docs).
+// Source: FlashAttention-2 (2307.08691), online softmax (1805.02867).
 #include "tilestream/attention.h"
 
 #include <algorithm>
@@ -151,7 +151,7 @@ class JobRunner {
 
   void run() {
     load_q();
-    std::fill(m_.state.max_log2, m_.state.max_log2 + num_rows_, -__builtin_inff());
+    std::fill(m_.state.max, m_.state.max + num_rows_, -__builtin_inff());
     std::memset(m_.state.sum, 0, sizeof(float) * 16 * num_rows_);
     std::memset(m_.out, 0, sizeof(float) * num_rows_ * p_.head_dim_vo);
     walk_tiles();
@@ -243,7 +243,7 @@ class JobRunner {
                    block_end, m_.scores);
     if constexpr (C::kInteger) scores_from_digits(row_begin, rows);
     softmax_step<C>(rows, m_.scores, launch_.rule, views,
-                    {m_.state.max_log2 + row_begin, m_.state.sum + 16 * int64_t(row_begin)}, m_.alpha, m_.weights);
+                    {m_.state.max + row_begin, m_.state.sum + 16 * int64_t(row_begin)}, m_.alpha, m_.weights);
     float* out = m_.out + int64_t(row_begin) * p_.head_dim_vo;
     if constexpr (C::kInteger) {
       add_integer_values(rows, tile, block_begin, block_end, out);
@@ -292,7 +292,7 @@ class JobRunner {
     const int64_t lse_begin = int64_t(p_.plan.header().num_partial_rows) * group_size * head_dim;
     for (int r = 0; r < num_rows_; ++r) {
       const float sum = reduce_add(load(m_.state.sum + 16 * int64_t(r)));
-      const float lse_log2 = sum == 0.0f ? -__builtin_inff() : m_.state.max_log2[r] + std::log2(sum);
+      const float lse_log2 = sum == 0.0f ? -__builtin_inff() : m_.state.max[r] * launch_.rule.to_log2() + std::log2(sum);
       float* out = m_.out + int64_t(r) * head_dim;
       float* to = out;
       if (job_.partial_begin >= 0) {

@@ -1,7 +1,7 @@
 // Between the two products: logits, masks, and one online-softmax step in base 2 over a tile of keys.
 //
 // A row's step is the same arithmetic whatever other rows are in the call. A tile in which a row sees no key leaves
-// the row's state as it was: its weights are exactly 0 and the factor on the old state is exactly 1 (or the state is 0).
+// the row's state as it was: its weights are exactly 0, the factor on the old state is exactly 1 (or the state is 0).
 #pragma once
 
 #include <cfloat>
@@ -20,6 +20,8 @@ struct LogitRule {
   float scale;      // to base 2; positive. With a cap it multiplies the tanh.
   float cap_scale;  // 0: no soft cap
   bool alibi;
+  // What still multiplies a logit that logit() has seen, to take it to base 2.
+  float to_log2() const { return alibi ? 1.0f : scale; }
 };
 
 // The keys lo <= j < hi of the tile that a row sees, and what ALiBi adds: slope * (j + first_distance), in base 2.
@@ -30,8 +32,8 @@ struct RowView {
 
 // Running state of a job's rows.
 struct SoftmaxState {
-  float* max_log2;  // [rows]
-  float* sum;       // [rows][16]: one partial sum of weights per lane
+  float* max;  // [rows], to be multiplied by LogitRule::to_log2()
+  float* sum;  // [rows][16]: one partial sum of weights per lane
 };
 
 inline F32x16 infinite() { return set1(-__builtin_inff()); }
@@ -67,7 +69,7 @@ inline F32x16 logit(F32x16 s, const LogitRule& rule, const RowView& row, int key
   return fma(s, set1(rule.scale), mul(set1(row.alibi_slope), distance));
 }
 
-// Largest logit of the row in this tile, before `scale`; masked and transformed scores are written back.
+// Largest logit of the row in this tile, before to_log2(); masked and transformed scores are written back.
 inline float row_max(float* scores, const LogitRule& rule, const RowView& row) {
   F32x16 s[kTileBlocks];
   const bool plain = rule.cap_scale == 0.0f && !rule.alibi;
@@ -86,28 +88,28 @@ inline float row_max(float* scores, const LogitRule& rule, const RowView& row) {
   return reduce_max(s[0]);
 }
 
-// Weights exp2(logit - max) of scores [rows][kTileKeys]: as bfloat16 pairs for a bfloat16 cache, else in place of the scores.
+// Weights exp2(logit - max) of scores [rows][kTileKeys]: bfloat16 pairs for a bfloat16 cache, else in place.
 // alpha[r] (16 floats): the factor on what row r has accumulated so far.
 template <class C>
 __attribute__((noinline)) void softmax_step(int rows, float* scores, const LogitRule& rule, const RowView* views,
                                             SoftmaxState state, float* alpha, uint32_t* pairs) {
-  const F32x16 scale = set1(rule.alibi ? 1.0f : rule.scale);
+  const F32x16 scale = set1(rule.to_log2());
   float lanes[16] = {};
   for (int r = 0; r < rows; ++r) lanes[r] = row_max(scores + r * kTileKeys, rule, views[r]);
-  const F32x16 old_max = load_first(state.max_log2, rows);
-  const F32x16 new_max = max(old_max, mul(load(lanes), scale));
-  store_first(state.max_log2, new_max, rows);
+  const F32x16 old_max = load_first(state.max, rows);
+  const F32x16 new_max = max(old_max, load(lanes));
+  store_first(state.max, new_max, rows);
   // A row that has seen nothing has max = -inf; subtracting a finite number instead keeps its weights 0, not NaN.
   const F32x16 finite_max = max(set1(-FLT_MAX), new_max);
   store(lanes, finite_max);
-  store(alpha, exp2_weight(sub(old_max, finite_max)));
+  store(alpha, exp2_weight(mul(sub(old_max, finite_max), scale)));
   for (int r = 0; r < rows; ++r) {
     float* s = scores + r * kTileKeys;
     const F32x16 largest = set1(lanes[r]);
-    // Rounded as the maximum was, so that the largest logit weighs exactly 1.
+    // Scaled after the subtraction: what rounds is then a distance, small where the weight is large.
     F32x16 w[kTileBlocks];
 #pragma GCC unroll 8
-    for (int b = 0; b < kTileBlocks; ++b) w[b] = exp2_weight(sub(mul(load(s + 16 * b), scale), largest));
+    for (int b = 0; b < kTileBlocks; ++b) w[b] = exp2_weight(mul(sub(load(s + 16 * b), largest), scale));
     if constexpr (std::is_same_v<C, BFloat16Cache>) {
 #pragma GCC unroll 4
       for (int b = 0; b < kTileBlocks; b += 2) {

@@ -15,7 +15,7 @@ from tilestream.ops import AttentionPlan, AttentionPlanner, Penalties
 
 @dataclass(frozen=True, slots=True)
 class StepInputs:
-    """What a model needs of one step.
+    """What a model needs of one step. The tensors are views of buffers that stay where they are from step to step.
 
     Args:
         token_ids: [num_tokens], int64.
@@ -34,23 +34,35 @@ class StepInputs:
 
 
 class BatchBuilder:
-    """Builds StepInputs. Block-table rows of running requests are kept between steps and only extended.
+    """Builds StepInputs, each valid until the next. Block-table rows of running requests are kept and only extended.
 
     Args:
         planners: one AttentionPlanner per window_left that the model's layers use.
         page_size: tokens per page.
         max_pages_per_seq: pages of the longest request.
         max_num_seqs: most requests of one step.
+        max_num_tokens: most tokens of one step.
     """
 
     def __init__(
-        self, planners: dict[int, AttentionPlanner], *, page_size: int, max_pages_per_seq: int, max_num_seqs: int
+        self,
+        planners: dict[int, AttentionPlanner],
+        *,
+        page_size: int,
+        max_pages_per_seq: int,
+        max_num_seqs: int,
+        max_num_tokens: int,
     ) -> None:
         self.planners = planners
         self.page_size = page_size
-        self.table = np.zeros((max_num_seqs, max_pages_per_seq), dtype=np.int32)
-        self.free_rows = list(range(max_num_seqs - 1, -1, -1))
+        # Twice as many rows as can run: those of finished requests are dropped many at a time.
+        self.table = np.zeros((2 * max_num_seqs, max_pages_per_seq), dtype=np.int32)
+        self.free_rows = list(range(len(self.table) - 1, -1, -1))
         self.rows: dict[str, _Row] = {}
+        self.token_ids = torch.zeros(max_num_tokens, dtype=torch.int64)
+        self.positions = torch.zeros(max_num_tokens, dtype=torch.int32)
+        self.slot_mapping = torch.zeros(max_num_tokens, dtype=torch.int32)
+        self.block_table = torch.zeros(max_num_seqs, max_pages_per_seq, dtype=torch.int32)
 
     def build(self, step: StepPlan) -> StepInputs:
         """The tensors of `step`, in the order of step.scheduled."""
@@ -61,26 +73,34 @@ class BatchBuilder:
         np.cumsum(lengths, out=cu_seqlens_q[1:])
         kv_lens = starts + lengths
 
-        token_ids: list[int] = []
+        new_tokens: list[int] = []
         for item in items:
-            token_ids += item.request.token_ids[item.start : item.start + item.num_new_tokens]
+            new_tokens += item.request.token_ids[item.start : item.start + item.num_new_tokens]
+        num_tokens = len(new_tokens)
+        token_ids, positions, slot_mapping = (
+            buffer[:num_tokens] for buffer in (self.token_ids, self.positions, self.slot_mapping)
+        )
+        token_ids.numpy()[:] = new_tokens
         request_of = np.repeat(np.arange(len(items), dtype=np.int32), lengths)
-        positions = np.arange(len(token_ids), dtype=np.int32) + (starts - cu_seqlens_q[:-1])[request_of]
+        position_of = np.arange(num_tokens, dtype=np.int32) + (starts - cu_seqlens_q[:-1])[request_of]
+        positions.numpy()[:] = position_of
 
         max_pages = int(kv_lens.max() + self.page_size - 1) // self.page_size
-        block_table = self.table[self._table_rows([item.request for item in items]), :max_pages]
-        pages = block_table[request_of, positions // self.page_size]
-        slot_mapping = pages * self.page_size + positions % self.page_size
+        block_table = self.block_table[: len(items), :max_pages]
+        rows = self.table[self._table_rows([item.request for item in items]), :max_pages]
+        block_table.numpy()[:] = rows
+        pages = rows[request_of, position_of // self.page_size]
+        slot_mapping.numpy()[:] = pages * self.page_size + position_of % self.page_size
 
         samples = np.fromiter((item.samples for item in items), np.bool_, len(items))
         cu, kv = torch.from_numpy(cu_seqlens_q), torch.from_numpy(kv_lens)
         # Shared-prefix jobs hold for layers that see the whole prefix; a window is planned request by request.
         plans = {w: planner.plan(cu, kv, step.prefix_groups if w < 0 else ()) for w, planner in self.planners.items()}
         return StepInputs(
-            token_ids=torch.tensor(token_ids, dtype=torch.int64),
-            positions=torch.from_numpy(positions),
-            slot_mapping=torch.from_numpy(slot_mapping),
-            block_table=torch.from_numpy(block_table),
+            token_ids=token_ids,
+            positions=positions,
+            slot_mapping=slot_mapping,
+            block_table=block_table,
             plans=plans,
             logits_rows=torch.from_numpy((cu_seqlens_q[1:] - 1)[samples].astype(np.int64)),
         )

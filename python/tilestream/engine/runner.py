@@ -42,8 +42,8 @@ class ModelRunner:
             planners,
             page_size=config.page_size,
             max_pages_per_seq=-(-min(config.max_model_len, config.capacity_tokens) // config.page_size),
-            # Twice as many rows as can run: those of finished requests are dropped many at a time.
-            max_num_seqs=2 * config.max_running_requests,
+            max_num_seqs=config.max_running_requests,
+            max_num_tokens=config.token_budget,
         )
 
     @torch.inference_mode()

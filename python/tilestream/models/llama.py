@@ -18,6 +18,7 @@ from tilestream.layers.embedding import Embedding
 from tilestream.layers.linear import Linear
 from tilestream.layers.mlp import GatedMlp
 from tilestream.layers.norm import RmsNorm
+from tilestream.layers.program import LayerPrograms
 from tilestream.layers.rope import RopeConfig, RopeTable
 from tilestream.layers.scratch import Scratch, ScratchPool
 from tilestream.models.config import ModelConfig
@@ -27,6 +28,9 @@ from tilestream.ops.kv_cache import KvCache
 if TYPE_CHECKING:
     from tilestream.engine.batch import StepInputs
 
+# Steps of up to this many tokens are replayed from a program: in larger ones the kernels take so long that the Python
+# between them does not show.
+_MAX_PROGRAM_TOKENS = 64
 _FIRST_ROPE_ROWS = 1024  # tokens; doubled whenever a longer sequence comes
 
 
@@ -81,6 +85,7 @@ class LlamaModel:
         self._ropes, self._rope_rows = list(ropes), 0
         self.embedding, self.layers, self.norm, self.lm_head = embedding, list(layers), norm, lm_head
         self._scratch = ScratchPool(config)
+        self._programs = LayerPrograms()
         self._logits = torch.empty(0, config.vocab_size)
         self._last = torch.empty(2, 0, config.hidden_size)
 
@@ -100,9 +105,15 @@ class LlamaModel:
         x, residual = buf.x, buf.residual
         self.embedding(step.token_ids, x)
         residual.zero_()
+        if step.token_ids.size(0) <= _MAX_PROGRAM_TOKENS:
+            self._programs.run(self._run_layers, buf, step, kv_caches)
+        else:
+            self._run_layers(buf, step, kv_caches)
+        return self._project(x, residual, step.logits_rows)
+
+    def _run_layers(self, buf: Scratch, step: StepInputs, kv_caches: Sequence[KvCache]) -> None:
         for layer, cache in zip(self.layers, kv_caches, strict=True):
             layer(buf, step, cache)
-        return self._project(x, residual, step.logits_rows)
 
     def _reach(self, position: int) -> None:
         """Make the RoPE tables cover `position`, as far as the model's context goes; append_kv rejects the rest."""
@@ -112,6 +123,7 @@ class LlamaModel:
         self._rope_rows = min(wanted, self.config.max_position)
         for rope in self._ropes:
             rope.grow(self._rope_rows)
+        self._programs.clear()
 
     def _project(self, x: torch.Tensor, residual: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """Final norm and output projection of `rows` only: the vocabulary is the widest matrix of the model."""
