@@ -86,10 +86,10 @@ def test_decode(engines: tuple[Ours, Ours, LlamaCpp], report, benchmark, batch_s
         for engine in (ours, shipped):
             engine.fill(batch_size)
             name = "ours Q4_0" if engine is ours else "ours Q4_1"
-            times[name] += interleave({name: engine.decode}, rounds=1, warmup=0)[name]
+            times[name] += interleave({name: engine.decode}, rounds=1, warmup=0, settle=False)[name]
         peer.fill(batch_size, CONTEXT_TOKENS)
         run = {"llama.cpp Q4_0": lambda: peer.decode(batch_size, CONTEXT_TOKENS, DECODE_STEPS)}
-        times["llama.cpp Q4_0"] += interleave(run, rounds=1, warmup=0)["llama.cpp Q4_0"]
+        times["llama.cpp Q4_0"] += interleave(run, rounds=1, warmup=0, settle=False)["llama.cpp Q4_0"]
     rate = f"{batch_size * DECODE_STEPS / sorted(times['ours Q4_0'])[ROUNDS // 2]:.0f} tok/s"
     case = f"batch {batch_size}, {DECODE_STEPS} steps at {CONTEXT_TOKENS}"
     benchmark.extra_info.update(report.add("decode", case, times, rate=rate))

@@ -18,11 +18,23 @@ from tilestream._native import _C
 HEADER = ("op", "case", "ours", "p20-p80", "rate", "limit", "peer", "peer time", "x peer")
 
 
-def interleave(candidates: dict[str, Callable[[], object]], *, rounds: int, warmup: int = 1) -> dict[str, list[float]]:
-    """Seconds of each candidate, one call of each per round in turn, so that drift of the machine hits all alike."""
+_SETTLE_S = 0.005  # longer than a thread pool's workers spin before they sleep (libgomp: about 1 ms)
+
+
+def interleave(
+    candidates: dict[str, Callable[[], object]], *, rounds: int, warmup: int = 1, settle: bool = True
+) -> dict[str, list[float]]:
+    """Seconds of each candidate, one call of each per round in turn, so that drift of the machine hits all alike.
+
+    settle: wait until the others' idle threads have gone to sleep, and call once untimed, before each timed call:
+    otherwise the threads of the one before still hold the cores.
+    """
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for round_idx in range(warmup + rounds):
         for name, run in candidates.items():
+            if settle:
+                time.sleep(_SETTLE_S)
+                run()
             start = time.perf_counter()
             run()
             elapsed = time.perf_counter() - start

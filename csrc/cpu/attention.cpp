@@ -1,6 +1,6 @@
 // Paged attention from a plan (contract: tilestream/attention.h).
 //
-// Every worker runs its jobs, all meet, then the partial results are merged. A job packs its tokens' q heads of one kv
+// Every worker runs its jobs; then the partial results are merged. A job packs its tokens' q heads of one kv
 // head into rows, walks its keys in tiles of 128 (borders at multiples of 128, whatever the plan's tiles), and passes
 // groups of up to kMaxRows rows over each tile: scores = q . K^T, one online-softmax step, out = alpha * out + P . V.
 // A tile of K and V (32 KB at head_dim 64 in bfloat16) stays in L1/L2 while the groups pass over it; q, out and the

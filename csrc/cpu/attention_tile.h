@@ -1,4 +1,4 @@
-// The two products of attention over one tile of 128 keys: scores = q . K^T and out = alpha * out + P . V.
+// The two products of attention over one tile of keys: scores = q . K^T and out = alpha * out + P . V.
 //
 // Both read the cache in 64-byte vectors of the blocked order (types.h): a vector holds 16 lanes, which are keys for K
 // and values of head_dim for V, and in each lane the 1, 2 or 4 neighbours of the reduced axis that one multiply-add

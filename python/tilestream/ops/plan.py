@@ -52,9 +52,9 @@ class AttentionPlanner:
         window_left: int = -1,
         batch_invariant: bool = False,
         tile_rows: int | None = None,
-        tile_keys: int = 64,
+        tile_keys: int = 128,
         split_tokens: int = 1024,
-        cost_tile: int = 8,
+        cost_tile: int = 4,
         cost_row: int = 1,
     ) -> None:
         group_size = max(1, num_qo_heads // max(1, num_kv_heads))
