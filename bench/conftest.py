@@ -25,7 +25,7 @@ def report(request: pytest.FixtureRequest):
     if request.config.getoption("--write-results"):
         directory = Path(__file__).parent / "results" / f"cpu-{_C.simd_level()}-{_C.num_threads()}t"
         directory.mkdir(parents=True, exist_ok=True)
-        name = request.module.__name__.removeprefix("bench_")
+        name = request.module.__name__.rpartition(".")[2].removeprefix("bench_")
         (directory / f"{name}.md").write_text(result.text())
 
 

@@ -18,7 +18,9 @@ from tilestream._native import _C
 HEADER = ("op", "case", "ours", "p20-p80", "rate", "limit", "peer", "peer time", "x peer")
 
 
-_SETTLE_S = 0.005  # longer than a thread pool's workers spin before they sleep (libgomp: about 1 ms)
+_SETTLE_S = 0.05  # libgomp's workers spin 300,000 times before they sleep: about 30 ms at 100 ns a pause
+
+_WARM_S = 0.01
 
 
 def interleave(
@@ -26,15 +28,18 @@ def interleave(
 ) -> dict[str, list[float]]:
     """Seconds of each candidate, one call of each per round in turn, so that drift of the machine hits all alike.
 
-    settle: wait until the others' idle threads have gone to sleep, and call once untimed, before each timed call:
-    otherwise the threads of the one before still hold the cores.
+    settle: before each timed call, wait until the others' idle threads have gone to sleep, then call untimed for some
+    milliseconds, so that the candidate's own threads are awake and each on a core of its own, as in a running engine.
     """
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for round_idx in range(warmup + rounds):
         for name, run in candidates.items():
             if settle:
                 time.sleep(_SETTLE_S)
+                warm_until = time.perf_counter() + _WARM_S
                 run()
+                while time.perf_counter() < warm_until:
+                    run()
             start = time.perf_counter()
             run()
             elapsed = time.perf_counter() - start

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from tilestream._native import _C
+from tilestream.engine.async_engine import AsyncEngine
 from tilestream.engine.config import EngineConfig
 from tilestream.engine.engine import Engine
 from tilestream.engine.request import FinishReason, RequestDelta, TokenLogprobs
@@ -119,6 +120,17 @@ class LLM:
         runner = ModelRunner(loaded.model, engine_config, kv_dtype=kv_dtype)
         self.engine = Engine(runner, loaded.tokenizer, engine_config)
         self._ids = itertools.count()
+        self._async_engine: AsyncEngine | None = None
+
+    @property
+    def async_engine(self) -> AsyncEngine:
+        """The engine on a thread of its own, for `async for delta in llm.async_engine.stream(request_id, token_ids, params)`.
+
+        From its first use on that thread runs the steps, and generate(), chat() and stream() are closed.
+        """
+        if self._async_engine is None:
+            self._async_engine = AsyncEngine(self.engine)
+        return self._async_engine
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
@@ -132,7 +144,9 @@ class LLM:
             One output per prompt, in order.
         Raises:
             ValueError: an empty or too long prompt, or as many params as prompts are needed; nothing is left running.
+            RuntimeError: async_engine is in use.
         """
+        self._check_not_async()
         batch = [prompts] if _is_one_prompt(prompts) else list(prompts)
         each = list(params) if isinstance(params, Sequence) else [params or SamplingParams()] * len(batch)
         if len(each) != len(batch):
@@ -181,6 +195,7 @@ class LLM:
         Raises:
             ValueError: an empty or too long prompt.
         """
+        self._check_not_async()
         request_id = f"llm-{next(self._ids)}"
         self.engine.add_request(request_id, self._encode(prompt), params or SamplingParams())
         finished = False
@@ -193,6 +208,10 @@ class LLM:
         finally:
             if not finished:
                 self.engine.abort(request_id)
+
+    def _check_not_async(self) -> None:
+        if self._async_engine is not None:
+            raise RuntimeError("this engine runs on its own thread since async_engine was first used; use async_engine.stream()")
 
     def _encode(self, prompt: Prompt) -> list[int]:
         return self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)

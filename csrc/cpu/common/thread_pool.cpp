@@ -17,6 +17,8 @@ namespace {
 
 // About 100 us of pause instructions: longer than the Python between two ops of a step, shorter than anyone's idle.
 constexpr int kSpinsBeforeSleep = 4000;
+// A thread that waits for another's work yields sooner: the other may need this very CPU.
+constexpr int kSpinsBeforeYield = 400;
 constexpr int kMaxThreads = 256;
 
 inline void pause_cpu() {
@@ -27,10 +29,36 @@ inline void pause_cpu() {
 #endif
 }
 
-int usable_cpus() {
+// The CPUs this process may use, as they are when the first team starts.
+const std::vector<int>& usable_cpus() {
+  static const std::vector<int> cpus = [] {
+    std::vector<int> found;
+    cpu_set_t set;
+    if (sched_getaffinity(0, sizeof(set), &set) == 0) {
+      for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu) {
+        if (CPU_ISSET(cpu, &set)) found.push_back(cpu);
+      }
+    }
+    if (found.empty()) found.resize(std::max(1u, std::thread::hardware_concurrency()));
+    return found;
+  }();
+  return cpus;
+}
+
+// Workers get a CPU each when the team is as large as the process's share of the machine: left to itself the system may
+// wake a worker on the launching thread's CPU, and then the two take turns. The launching thread is the user's and stays
+// free; it ends up on the CPU that is left. Smaller teams stay free too, for several of them may share the CPUs.
+// TILESTREAM_PIN_THREADS=0 leaves all threads free.
+bool pins_workers(int team_size) {
+  const char* env = std::getenv("TILESTREAM_PIN_THREADS");
+  return team_size == int(usable_cpus().size()) && (env == nullptr || env[0] != '0');
+}
+
+void pin_to_cpu(std::thread& thread, int cpu) {
   cpu_set_t set;
-  if (sched_getaffinity(0, sizeof(set), &set) == 0) return std::max(1, CPU_COUNT(&set));
-  return std::max(1u, std::thread::hardware_concurrency());
+  CPU_ZERO(&set);
+  CPU_SET(cpu, &set);
+  pthread_setaffinity_np(thread.native_handle(), sizeof(set), &set);  // a refusal only costs speed
 }
 
 int default_num_threads() {
@@ -38,7 +66,7 @@ int default_num_threads() {
     const int n = std::atoi(env);
     if (n >= 1 && n <= kMaxThreads) return n;
   }
-  return std::min(usable_cpus(), kMaxThreads);
+  return std::min(int(usable_cpus().size()), kMaxThreads);
 }
 
 // A launch is one task per worker. Worker w takes task w when it is there in time; a task that nobody has begun is
@@ -46,8 +74,12 @@ int default_num_threads() {
 // machine a launch falls back towards one thread's time instead of waiting a scheduler's tick.
 class Team {
  public:
-  explicit Team(int size) : size_(size), spins_(size <= usable_cpus() ? kSpinsBeforeSleep : 1), claimed_(size) {
-    for (int w = 1; w < size; ++w) threads_.emplace_back([this, w] { work(w); });
+  explicit Team(int size) : size_(size), spins_(size <= int(usable_cpus().size()) ? kSpinsBeforeSleep : 1), claimed_(size) {
+    const bool pins = pins_workers(size);
+    for (int w = 1; w < size; ++w) {
+      threads_.emplace_back([this, w] { work(w); });
+      if (pins) pin_to_cpu(threads_.back(), usable_cpus()[w]);
+    }
   }
   ~Team() {
     stop_.store(true);
@@ -89,7 +121,7 @@ class Team {
   };
 
   void relax(int spins) const {
-    if (spins < spins_) {
+    if (spins < std::min(spins_, kSpinsBeforeYield)) {
       pause_cpu();
     } else {
       std::this_thread::yield();
