@@ -63,7 +63,7 @@ class Case:
 
 def rounds_for(runs: dict[str, Callable[[], torch.Tensor]]) -> int:
     slowest = max(statistics.median(t) for t in interleave(runs, rounds=1).values())
-    return 5 if slowest > SLOW_SECONDS else 41
+    return 3 if slowest > SLOW_SECONDS else 11
 
 
 @pytest.mark.parametrize("kv_dtype", ["bfloat16", "int8"])
@@ -74,7 +74,7 @@ def test_decode(batch_size: int, kv_len: int, model: tuple[int, int, int], kv_dt
     runs = case.candidates(kv_dtype)
     num_bytes = case.kv_bytes * (1 if kv_dtype == "bfloat16" else (case.head_dim + 4) / (2 * case.head_dim))
     data = torch.ones(int(num_bytes) // 4)
-    times = interleave(runs | {"read of as many bytes": data.sum}, rounds=rounds_for(runs), warmup=2)
+    times = interleave(runs | {"read of as many bytes": data.sum}, rounds=rounds_for(runs))
     rate = f"{num_bytes / statistics.median(times['ours']) / 1e9:.1f} GB/s"
     limit = f"{num_bytes / statistics.median(times['read of as many bytes']) / 1e9:.1f} GB/s"
     report.add(f"decode, {kv_dtype} KV", f"{batch_size} x {kv_len}, heads {model}", times, rate=rate, limit=limit)
@@ -85,7 +85,7 @@ def test_decode(batch_size: int, kv_len: int, model: tuple[int, int, int], kv_dt
 def test_causal_prefill(num_tokens: int, model: tuple[int, int, int], report: Report) -> None:
     case = Case(1, num_tokens, num_tokens, model)
     runs = case.candidates("bfloat16")
-    times = interleave(runs, rounds=rounds_for(runs), warmup=1)
+    times = interleave(runs, rounds=rounds_for(runs))
     flop = 2 * case.num_qo_heads * num_tokens**2 * case.head_dim
     rate = f"{flop / statistics.median(times['ours']) / 1e9:.0f} GFLOP/s"
     report.add("causal prefill, bfloat16 KV", f"{num_tokens}, heads {model}", times, rate=rate)

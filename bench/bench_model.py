@@ -20,7 +20,7 @@ from tilestream._native import _C
 PROMPT_TOKENS = 512
 CONTEXT_TOKENS = 256
 DECODE_STEPS = 64
-ROUNDS = 7
+ROUNDS = 5
 
 
 def shipped_file() -> Path:

@@ -17,10 +17,7 @@ from tilestream import ops
 
 DTYPES = [torch.bfloat16, torch.float32]
 HIDDEN = 4096
-
-
-def rounds_for(num_bytes: int) -> int:
-    return max(20, min(500, int(2e9 / num_bytes)))
+ROUNDS = 15
 
 
 def copy_of(num_bytes: int) -> Callable[[], object]:
@@ -31,7 +28,7 @@ def copy_of(num_bytes: int) -> Callable[[], object]:
 
 
 def add_row(report: Report, op: str, case: str, candidates: dict[str, Callable[[], object]], num_bytes: int) -> None:
-    times = interleave(candidates | {"copy of as many bytes": copy_of(num_bytes)}, rounds=rounds_for(num_bytes), warmup=3)
+    times = interleave(candidates | {"copy of as many bytes": copy_of(num_bytes)}, rounds=ROUNDS)
     report.add(op, case, times, rate=f"{num_bytes / statistics.median(times['ours']) / 1e9:.1f} GB/s")
 
 

@@ -22,6 +22,6 @@ def test_plan_256_decodes(mode: str, num_workers: int, report: Report) -> None:
     kv_lens = np.random.default_rng(0).integers(1, 32769, 256, dtype=np.int32)
     plan = decode_plan(planner.plan(cu_seqlens_q, kv_lens))
     check_coverage(plan, cu_seqlens_q, kv_lens)
-    times = interleave({"ours": lambda: planner.plan(cu_seqlens_q, kv_lens)}, rounds=2000, warmup=20)
+    times = interleave({"ours": lambda: planner.plan(cu_seqlens_q, kv_lens)}, rounds=2000, warmup=20, settle=False)
     case = f"{mode}, {num_workers} workers: {len(plan.jobs)} jobs, {len(plan.merges)} merges"
     report.add("plan", case, times, limit="50 us")
