@@ -10,7 +10,7 @@ import torch
 from tests.engine.forward import all_logits
 from tilestream import LLM, SamplingParams
 from tilestream._native import _C
-from bench.bench_model import shipped_file
+from tilestream.models.loader import resolve
 
 NUM_TOKENS = 64
 NEAR_TIE = 1e-3  # a gap of the two largest logits below which float32 rounding may decide
@@ -19,7 +19,7 @@ PROMPTS = (Path(__file__).parents[1] / "data" / "prompts.txt").read_text().split
 
 @pytest.fixture(scope="module")
 def gguf_file() -> Path:
-    return shipped_file()
+    return resolve("smollm2-135m-instruct")
 
 
 @pytest.fixture(scope="module")
