@@ -9,6 +9,8 @@ import torch
 
 from tilestream._native import _C
 
+_NUM_PARTIAL_ROWS = 18  # position of PlanHeader::num_partial_rows (plan.h), in int32
+
 
 @dataclass(frozen=True, slots=True)
 class AttentionPlan:
@@ -93,7 +95,7 @@ class AttentionPlanner:
             ValueError: lengths that do not fit together, with the values.
         """
         plan = torch.from_numpy(self.planner.plan(cu_seqlens_q.numpy(), kv_lens.numpy(), list(prefix_groups)))
-        need = int(plan[18]) * self.row_floats  # PlanHeader::num_partial_rows
+        need = int(plan[_NUM_PARTIAL_ROWS]) * self.row_floats
         if self.workspace.numel() < need:
             self.workspace = torch.empty(need)
         return AttentionPlan(plan, self.workspace)

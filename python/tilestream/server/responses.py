@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +33,7 @@ class _Choice:
     num_cached_tokens: int = 0
 
 
-class Answer:
+class Answer(ABC):
     """Builds the JSON of one HTTP request; subclasses know the two forms of a choice.
 
     Args:
@@ -117,14 +118,17 @@ class Answer:
         usage = {"usage": None} if self._include_usage else {}
         return self._head | {"object": self.chunk_object, "choices": choices} | usage
 
+    @abstractmethod
     def _chunk_choices(self, index: int, delta: RequestDelta, logprobs: Json | None) -> list[Json]:
-        raise NotImplementedError
+        ...
 
+    @abstractmethod
     def _whole_choice(self, index: int, choice: _Choice) -> Json:
-        raise NotImplementedError
+        ...
 
+    @abstractmethod
     def _logprobs(self, tokens: list[TokenLogprobs], choice: _Choice) -> Json:
-        raise NotImplementedError
+        ...
 
 
 class CompletionAnswer(Answer):
