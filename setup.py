@@ -65,8 +65,9 @@ class CMakeBuild(build_ext):
             f"-DTILESTREAM_TORCH_DIR={torch_dir}", f"-DPython_EXECUTABLE={sys.executable}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target}",
         ]  # fmt: skip
-        if shutil.which("ninja"):
-            configure += ["-G", "Ninja"]
+        # Named each time: an earlier build's cache may point into pip's isolated environment, which is gone by now.
+        if ninja := shutil.which("ninja"):
+            configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
         target.mkdir(parents=True, exist_ok=True)
         subprocess.run(configure, check=True)
         subprocess.run(["cmake", "--build", str(build), "-j", jobs], check=True)
