@@ -5,11 +5,10 @@
 
 #include "api/checks.h"
 #include "api/program.h"
+#include "api/quantised_rows.h"
 
 namespace tilestream::api {
 namespace {
-
-bool is_quantised(PackedFormat f) { return f != PackedFormat::kFloat32 && f != PackedFormat::kBFloat16; }
 
 PackedFormat check_packed(const at::Tensor& packed, const char* name, int64_t n, int64_t k, int64_t format) {
   TORCH_CHECK_VALUE(format >= 0 && format <= int64_t(PackedFormat::kU8G32), "format is ", format, "; allowed: 0 to 5 (tilestream.ops.PackedFormat)");
@@ -23,26 +22,43 @@ PackedFormat check_packed(const at::Tensor& packed, const char* name, int64_t n,
   return f;
 }
 
-void linear(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias, const at::Tensor& out, int64_t n,
-            int64_t format) {
-  check_tensor(x, "x", kFloatTypes, 2);
+// Everything but the input.
+LinearParams linear_params(const at::Tensor& weight, const std::optional<at::Tensor>& bias, const at::Tensor& out, int64_t rows,
+                           int64_t n, int64_t k, int64_t format) {
   check_tensor(out, "out", kFloatTypes, 2);
-  check_same_dtype(out, "out", x, "x");
-  check_size(out, "out", 0, x.size(0), "rows of x");
+  check_size(out, "out", 0, rows, "rows of x");
   check_size(out, "out", 1, n, "n");
   LinearParams p{};
-  p.format = check_packed(weight, "weight", n, x.size(1), format);
+  p.format = check_packed(weight, "weight", n, k, format);
   if (bias.has_value()) {
     check_tensor(*bias, "bias", {at::kFloat}, 1);
     check_size(*bias, "bias", 0, n, "n");
   }
-  p.x = x.const_data_ptr();
   p.weight = weight.const_data_ptr();
   p.bias = optional_data<float>(bias);
   p.y = out.mutable_data_ptr();
-  p.m = x.size(0), p.n = n, p.k = x.size(1);
-  p.x_row_stride = x.stride(0), p.y_row_stride = out.stride(0);
-  p.x_dtype = dtype_of(x);
+  p.m = rows, p.n = n, p.k = k;
+  p.y_row_stride = out.stride(0);
+  p.dtype = dtype_of(out);
+  return p;
+}
+
+void linear(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias, const at::Tensor& out, int64_t n,
+            int64_t format) {
+  check_tensor(x, "x", kFloatTypes, 2);
+  check_same_dtype(out, "out", x, "x");
+  LinearParams p = linear_params(weight, bias, out, x.size(0), n, x.size(1), format);
+  p.x = x.const_data_ptr();
+  p.x_row_stride = x.stride(0);
+  Program::launch(cpu::linear, p);
+}
+
+void linear_quant(const at::Tensor& q, const at::Tensor& scale, const at::Tensor& sum, const at::Tensor& weight,
+                  const std::optional<at::Tensor>& bias, const at::Tensor& out, int64_t n, int64_t format) {
+  check_tensor(q, "q", {at::kChar}, 2);
+  LinearParams p = linear_params(weight, bias, out, q.size(0), n, q.size(1), format);
+  TORCH_CHECK_VALUE(is_quantised(p.format), "format is ", format, "; int8 activations need a group-quantised weight, 2 to 5");
+  p.x_q = check_quantised(q, scale, sum, q.size(0), q.size(1));
   Program::launch(cpu::linear, p);
 }
 
@@ -140,12 +156,14 @@ void embedding(const at::Tensor& ids, const at::Tensor& weight, const at::Tensor
 
 TORCH_LIBRARY_FRAGMENT(tilestream, m) {
   m.def("linear(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) out, *, int n, int format) -> ()");
+  m.def("linear_quant(Tensor q, Tensor scale, Tensor sum, Tensor weight, Tensor? bias, Tensor(a!) out, *, int n, int format) -> ()");
   m.def("pack_gguf(Tensor rows, int gguf_type, Tensor(a!) packed, *, int n, int k, int panel_begin, int format) -> ()");
   m.def("pack_weight(Tensor? values, Tensor? q, Tensor? scale, Tensor? zero, int group, Tensor(a!) packed, *, int n, int k, int format) -> ()");
   m.def("embedding(Tensor ids, Tensor weight, Tensor(a!) out, *, int n, int format) -> ()");
 }
 TORCH_LIBRARY_IMPL(tilestream, CPU, m) {
   m.impl("linear", linear);
+  m.impl("linear_quant", linear_quant);
   m.impl("pack_gguf", pack_gguf);
   m.impl("pack_weight", pack_weight);
   m.impl("embedding", embedding);

@@ -1,10 +1,11 @@
-// tilestream::rms_norm, fused_add_rms_norm, silu_and_mul, gelu_tanh_and_mul: tensors -> checks -> params -> backend.
+// Norms and gated activations, to floats or to int8 rows: tensors -> checks -> params -> backend.
 #include "tilestream/norm.h"
 
 #include <torch/library.h>
 
 #include "api/checks.h"
 #include "api/program.h"
+#include "api/quantised_rows.h"
 
 namespace tilestream::api {
 namespace {
@@ -19,71 +20,122 @@ Rows check_rows(const at::Tensor& t, const char* name) {
   return {t.size(0), t.size(1), t.stride(0), t.stride(1)};
 }
 
-RmsNormParams norm_params(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& out, double eps) {
-  const Rows in = check_rows(x, "x"), to = check_rows(out, "out");
-  check_same_dtype(out, "out", x, "x");
-  TORCH_CHECK_VALUE(out.sizes() == x.sizes(), "out has shape ", out.sizes(), "; it must be that of x, ", x.sizes());
+// Everything but the output.
+RmsNormParams norm_params(const at::Tensor& x, const at::Tensor& weight, double eps) {
+  const Rows in = check_rows(x, "x");
   check_tensor(weight, "weight", {at::kFloat}, 1);
   check_size(weight, "weight", 0, x.size(-1), "the last dimension of x");
   RmsNormParams p{};
   p.x = x.const_data_ptr();
   p.weight = weight.const_data_ptr<float>();
-  p.out = out.mutable_data_ptr();
   p.outer = in.outer, p.inner = in.inner, p.hidden = x.size(-1);
   p.x_outer_stride = in.outer_stride, p.x_inner_stride = in.inner_stride;
-  p.out_outer_stride = to.outer_stride, p.out_inner_stride = to.inner_stride;
   p.eps = float(eps);
   p.dtype = dtype_of(x);
   return p;
 }
 
-void rms_norm(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& out, double eps) {
-  Program::launch(cpu::rms_norm, norm_params(x, weight, out, eps));
+void set_out(RmsNormParams& p, const at::Tensor& out, const at::Tensor& x) {
+  const Rows to = check_rows(out, "out");
+  check_same_dtype(out, "out", x, "x");
+  TORCH_CHECK_VALUE(out.sizes() == x.sizes(), "out has shape ", out.sizes(), "; it must be that of x, ", x.sizes());
+  p.out = out.mutable_data_ptr();
+  p.out_outer_stride = to.outer_stride, p.out_inner_stride = to.inner_stride;
 }
 
-void fused_add_rms_norm(const at::Tensor& x, const at::Tensor& residual, const at::Tensor& weight, double eps) {
-  RmsNormParams p = norm_params(x, weight, x, eps);
+void set_residual(RmsNormParams& p, const at::Tensor& residual, const at::Tensor& x) {
   const Rows r = check_rows(residual, "residual");
   check_same_dtype(residual, "residual", x, "x");
   TORCH_CHECK_VALUE(residual.sizes() == x.sizes(), "residual has shape ", residual.sizes(), "; it must be that of x, ", x.sizes());
   p.residual = residual.mutable_data_ptr();
   p.residual_outer_stride = r.outer_stride, p.residual_inner_stride = r.inner_stride;
+}
+
+void rms_norm(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& out, double eps) {
+  RmsNormParams p = norm_params(x, weight, eps);
+  set_out(p, out, x);
   Program::launch(cpu::rms_norm, p);
 }
 
-void act_and_mul(const at::Tensor& x, const at::Tensor& out, Activation activation) {
+void fused_add_rms_norm(const at::Tensor& x, const at::Tensor& residual, const at::Tensor& weight, double eps) {
+  RmsNormParams p = norm_params(x, weight, eps);
+  set_out(p, x, x);
+  set_residual(p, residual, x);
+  Program::launch(cpu::rms_norm, p);
+}
+
+void fused_add_rms_norm_quant(const at::Tensor& x, const at::Tensor& residual, const at::Tensor& weight, const at::Tensor& q,
+                              const at::Tensor& scale, const at::Tensor& sum, double eps) {
+  RmsNormParams p = norm_params(x, weight, eps);
+  TORCH_CHECK_VALUE(x.dim() == 2, "x has shape ", x.sizes(), "; it needs [num_tokens, hidden]");
+  set_residual(p, residual, x);
+  p.quantised = check_quantised(q, scale, sum, x.size(0), x.size(1));
+  Program::launch(cpu::rms_norm, p);
+}
+
+// Everything but the output.
+ActAndMulParams act_params(const at::Tensor& x, Activation activation) {
   check_tensor(x, "x", kFloatTypes, 2);
-  check_tensor(out, "out", kFloatTypes, 2);
-  check_same_dtype(out, "out", x, "x");
   TORCH_CHECK_VALUE(x.size(1) % 2 == 0, "x has shape ", x.sizes(), "; its last dimension holds gate and up, so it must be even");
-  check_size(out, "out", 0, x.size(0), "rows of x");
-  check_size(out, "out", 1, x.size(1) / 2, "half of x");
   ActAndMulParams p{};
   p.x = x.const_data_ptr();
-  p.out = out.mutable_data_ptr();
   p.num_tokens = x.size(0), p.hidden = x.size(1) / 2;
-  p.x_row_stride = x.stride(0), p.out_row_stride = out.stride(0);
+  p.x_row_stride = x.stride(0);
   p.dtype = dtype_of(x);
   p.activation = activation;
+  return p;
+}
+
+template <Activation A>
+void act_and_mul(const at::Tensor& x, const at::Tensor& out) {
+  ActAndMulParams p = act_params(x, A);
+  check_tensor(out, "out", kFloatTypes, 2);
+  check_same_dtype(out, "out", x, "x");
+  check_size(out, "out", 0, x.size(0), "rows of x");
+  check_size(out, "out", 1, p.hidden, "half of x");
+  p.out = out.mutable_data_ptr();
+  p.out_row_stride = out.stride(0);
   Program::launch(cpu::act_and_mul, p);
 }
 
-void silu_and_mul(const at::Tensor& x, const at::Tensor& out) { act_and_mul(x, out, Activation::kSilu); }
-void gelu_tanh_and_mul(const at::Tensor& x, const at::Tensor& out) { act_and_mul(x, out, Activation::kGeluTanh); }
+template <Activation A>
+void act_and_mul_quant(const at::Tensor& x, const at::Tensor& q, const at::Tensor& scale, const at::Tensor& sum) {
+  ActAndMulParams p = act_params(x, A);
+  p.quantised = check_quantised(q, scale, sum, p.num_tokens, p.hidden);
+  Program::launch(cpu::act_and_mul, p);
+}
+
+void quantise(const at::Tensor& x, const at::Tensor& q, const at::Tensor& scale, const at::Tensor& sum) {
+  check_tensor(x, "x", kFloatTypes, 2);
+  QuantiseParams p{};
+  p.x = x.const_data_ptr();
+  p.rows = x.size(0), p.k = x.size(1), p.x_row_stride = x.stride(0);
+  p.x_dtype = dtype_of(x);
+  p.out = check_quantised(q, scale, sum, p.rows, p.k);
+  Program::launch(cpu::quantise, p);
+}
 
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(tilestream, m) {
   m.def("rms_norm(Tensor x, Tensor weight, Tensor(a!) out, *, float eps) -> ()");
   m.def("fused_add_rms_norm(Tensor(a!) x, Tensor(b!) residual, Tensor weight, *, float eps) -> ()");
+  m.def("fused_add_rms_norm_quant(Tensor x, Tensor(a!) residual, Tensor weight, Tensor(b!) q, Tensor(c!) scale, Tensor(d!) sum, *, float eps) -> ()");
   m.def("silu_and_mul(Tensor x, Tensor(a!) out) -> ()");
+  m.def("silu_and_mul_quant(Tensor x, Tensor(a!) q, Tensor(b!) scale, Tensor(c!) sum) -> ()");
   m.def("gelu_tanh_and_mul(Tensor x, Tensor(a!) out) -> ()");
+  m.def("gelu_tanh_and_mul_quant(Tensor x, Tensor(a!) q, Tensor(b!) scale, Tensor(c!) sum) -> ()");
+  m.def("quantise(Tensor x, Tensor(a!) q, Tensor(b!) scale, Tensor(c!) sum) -> ()");
 }
 TORCH_LIBRARY_IMPL(tilestream, CPU, m) {
   m.impl("rms_norm", rms_norm);
   m.impl("fused_add_rms_norm", fused_add_rms_norm);
-  m.impl("silu_and_mul", silu_and_mul);
-  m.impl("gelu_tanh_and_mul", gelu_tanh_and_mul);
+  m.impl("fused_add_rms_norm_quant", fused_add_rms_norm_quant);
+  m.impl("silu_and_mul", act_and_mul<Activation::kSilu>);
+  m.impl("silu_and_mul_quant", act_and_mul_quant<Activation::kSilu>);
+  m.impl("gelu_tanh_and_mul", act_and_mul<Activation::kGeluTanh>);
+  m.impl("gelu_tanh_and_mul_quant", act_and_mul_quant<Activation::kGeluTanh>);
+  m.impl("quantise", quantise);
 }
 
 }  // namespace tilestream::api

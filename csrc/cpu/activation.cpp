@@ -5,7 +5,7 @@
 #include <algorithm>
 
 #include "cpu/common/thread_pool.h"
-#include "cpu/elements.h"
+#include "cpu/quantise_row.h"
 #include "tilestream/norm.h"
 
 namespace tilestream::cpu::TILESTREAM_LEVEL {
@@ -34,13 +34,19 @@ inline F32x16 activate(F32x16 x) {
 template <class E, Activation A>
 void act_rows(const ActAndMulParams& p, int64_t begin, int64_t end) {
   using T = typename E::Storage;
+  float* values = static_cast<float*>(scratch(Scratch::kWorker, size_t(p.quantised.q != nullptr ? 4 * p.hidden : 0)));
   for (int64_t row = begin; row < end; ++row) {
     const T* gate = static_cast<const T*>(p.x) + row * p.x_row_stride;
     const T* up = gate + p.hidden;
-    T* out = static_cast<T*>(p.out) + row * p.out_row_stride;
     const auto gated = [&](int64_t k, int64_t num) {
       return mul(activate<A>(load_part<E>(gate + k, num)), load_part<E>(up + k, num));
     };
+    if (p.quantised.q != nullptr) {  // hidden is a multiple of 32
+      for (int64_t i = 0; i < p.hidden; i += kLanes) store(values + i, gated(i, kLanes));
+      quantise_row([&](int64_t i) { return load(values + i); }, p.hidden, row_of(p.quantised, row, p.hidden));
+      continue;
+    }
+    T* out = static_cast<T*>(p.out) + row * p.out_row_stride;
     int64_t i = 0;
     for (; i + 2 * kLanes <= p.hidden; i += 2 * kLanes)
       E::store_pair(out + i, gated(i, kLanes), gated(i + kLanes, kLanes));

@@ -7,6 +7,7 @@
 #include "tilestream/attention.h"
 #include "tilestream/linear.h"
 #include "tilestream/norm.h"
+#include "tilestream/quantise.h"
 #include "tilestream/sample.h"
 
 namespace tilestream::cpu {

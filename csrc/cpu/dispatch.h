@@ -10,6 +10,7 @@
   X(merge_states, MergeStatesParams)     \
   X(append_kv, AppendKvParams)           \
   X(gather_kv, GatherKvParams)           \
+  X(quantise, QuantiseParams)            \
   X(linear, LinearParams)                \
   X(pack_gguf, PackGgufParams)           \
   X(pack_weight, PackParams)             \

@@ -8,6 +8,7 @@
 
 #include "cpu/common/thread_pool.h"
 #include "cpu/linear_tile.h"
+#include "cpu/quantise_row.h"
 
 namespace tilestream::cpu::TILESTREAM_LEVEL {
 namespace {
@@ -22,46 +23,91 @@ struct Tiling {
   int64_t first_row(int64_t tile) const { return m * tile / num_tiles; }  // tiles differ by at most one row
 };
 
+// The activations in the form that the tile kernels read.
+struct PreparedRows {
+  const uint8_t* x;
+  int64_t row_bytes;
+  const float* scale = nullptr;  // int8 only
+  const int32_t* sum = nullptr;
+};
+
 template <PackedFormat F>
 constexpr int64_t row_bytes(int64_t k) {
-  return F == PackedFormat::kFloat32    ? 4 * k
-         : F == PackedFormat::kBFloat16 ? 2 * round_up(k, 2)
-                                        : k / kGroupK * kRowGroupBytes;
+  return F == PackedFormat::kFloat32 ? 4 * k : F == PackedFormat::kBFloat16 ? 2 * round_up(k, 2) : k;
 }
 
-// Whether the kernel can read x where it lies.
+// What the kernel can read where it lies.
 template <PackedFormat F>
-bool reads_x_directly(const LinearParams& p) {
-  return (F == PackedFormat::kFloat32 && p.x_dtype == DType::kFloat32) ||
-         (F == PackedFormat::kBFloat16 && p.x_dtype == DType::kBFloat16 && p.k % 2 == 0);
+bool is_prepared(const LinearParams& p) {
+  return p.x == nullptr || (F == PackedFormat::kFloat32 && p.dtype == DType::kFloat32) ||
+         (F == PackedFormat::kBFloat16 && p.dtype == DType::kBFloat16 && p.k % 2 == 0);
+}
+
+PreparedRows prepared_rows(const QuantisedRows& rows, int64_t k) {
+  return {reinterpret_cast<const uint8_t*>(rows.q), k, rows.scale, rows.sum};
+}
+
+// m rows in one piece of memory: scales, sums, then the integers, each at a multiple of 64 bytes.
+QuantisedRows rows_in(uint8_t* memory, int64_t m, int64_t k) {
+  uint8_t* sums = memory + round_up(4 * m * ceil_div(k, kScaleK), 64);
+  uint8_t* q = sums + round_up(4 * m * (k / kGroupK), 64);
+  return {reinterpret_cast<int8_t*>(q), reinterpret_cast<float*>(memory), reinterpret_cast<int32_t*>(sums)};
 }
 
 template <PackedFormat F>
-void prepare_tiles(const LinearParams& p, const Tiling& tiling, int64_t begin, int64_t end,
-                   uint8_t* prepared) {
-  with_element(p.x_dtype, [&](auto element) {
+int64_t prepared_bytes(int64_t m, int64_t k) {
+  const int64_t rows = round_up(m * row_bytes<F>(k), 64);
+  if (!is_quantised(F)) return rows;
+  return rows + round_up(4 * m * ceil_div(k, kScaleK), 64) + round_up(4 * m * (k / kGroupK), 64);
+}
+
+template <class E>
+void row_to_bf16(const typename E::Storage* x, int64_t k, uint16_t* out) {
+  int64_t i = 0;
+  for (; i + 32 <= k; i += 32) store_bf16x32(out + i, cvt_bf16x32(E::load(x + i), E::load(x + i + 16)));
+  if (i < k) {
+    alignas(64) uint16_t last[32];
+    const int64_t rest = k - i;
+    store_bf16x32(
+        last, cvt_bf16x32(load_part<E>(x + i, rest), load_part<E>(x + i + 16, rest > 16 ? rest - 16 : 0)));
+    std::memcpy(out + i, last, size_t(round_up(rest, 2)) * 2);
+  }
+}
+
+template <class E>
+void row_to_float(const typename E::Storage* x, int64_t k, float* out) {
+  for (int64_t i = 0; i < k; i += 16) store_part<Float32>(out + i, load_part<E>(x + i, k - i), k - i);
+}
+
+// Rows [begin, end) of x into `memory`, which has room for all m.
+template <PackedFormat F>
+void prepare(const LinearParams& p, int64_t begin, int64_t end, uint8_t* memory) {
+  with_element(p.dtype, [&](auto element) {
     using E = decltype(element);
-    for (int64_t t = begin; t < end; ++t) {
-      const int64_t first = tiling.first_row(t), rows = tiling.first_row(t + 1) - first;
-      uint8_t* tile = prepared + first * row_bytes<F>(p.k);
-      for (int64_t r = 0; r < rows; ++r) {
-        const auto* x = static_cast<const typename E::Storage*>(p.x) + (first + r) * p.x_row_stride;
-        if constexpr (F == PackedFormat::kFloat32) {
-          row_to_float<E>(x, p.k, reinterpret_cast<float*>(tile + r * row_bytes<F>(p.k)));
-        } else if constexpr (F == PackedFormat::kBFloat16) {
-          row_to_bf16<E>(x, p.k, reinterpret_cast<uint16_t*>(tile + r * row_bytes<F>(p.k)));
-        } else {
-          quantise_row<E, F>(x, p.k, int(r), int(rows), tile);
-        }
+    for (int64_t row = begin; row < end; ++row) {
+      const auto* x = static_cast<const typename E::Storage*>(p.x) + row * p.x_row_stride;
+      uint8_t* to = memory + row * row_bytes<F>(p.k);
+      if constexpr (F == PackedFormat::kFloat32) {
+        row_to_float<E>(x, p.k, reinterpret_cast<float*>(to));
+      } else if constexpr (F == PackedFormat::kBFloat16) {
+        row_to_bf16<E>(x, p.k, reinterpret_cast<uint16_t*>(to));
+      } else {
+        quantise_row([&](int64_t i) { return E::load(x + i); }, p.k, row_of(rows_in(memory, p.m, p.k), row, p.k));
       }
     }
   });
 }
 
+template <PackedFormat F>
+PreparedRows prepared_in(uint8_t* memory, const LinearParams& p) {
+  if constexpr (is_quantised(F)) return prepared_rows(rows_in(memory, p.m, p.k), p.k);
+  return {memory, row_bytes<F>(p.k)};
+}
+
 // Adds the bias and writes `rows` rows of one panel's columns in y's dtype; columns past n are not touched.
 void write_tile(const LinearParams& p, const float* tile, int64_t first_row, int64_t rows, int64_t column) {
   const int64_t columns = std::min<int64_t>(kPanelColumns, p.n - column);
-  with_element(p.x_dtype, [&](auto element) {
+  with_element(p.dtype, [&](auto element) {
     using E = decltype(element);
     auto* y = static_cast<typename E::Storage*>(p.y) + first_row * p.y_row_stride + column;
     for (int64_t c = 0; c < columns; c += 16) {
@@ -87,8 +133,7 @@ void set_fetch(TileArgs& args, const uint8_t* next, int64_t t, int64_t num_tiles
 }
 
 template <PackedFormat F>
-void run_share(const LinearParams& p, const Tiling& tiling, const uint8_t* x, int64_t x_row_bytes,
-               Share units) {
+void run_share(const LinearParams& p, const Tiling& tiling, const PreparedRows& x, Share units) {
   const int64_t stride = panel_bytes(F, p.k);
   alignas(64) float out[kTileRows * kPanelColumns];
   for (int64_t unit = units.begin; unit < units.end; ++unit) {
@@ -99,10 +144,18 @@ void run_share(const LinearParams& p, const Tiling& tiling, const uint8_t* x, in
     const bool fetches = end - begin > 1 || (is_eight_bit(F) && tiling.m > kStreamedRows);
     const uint8_t* next =
         fetches && unit + 1 < units.end ? weight + (unit + 1) % tiling.num_panels * stride : nullptr;
-    TileArgs args{weight + panel * stride, nullptr, x_row_bytes, p.k, out, nullptr, 0};
+    TileArgs args{};
+    args.panel = weight + panel * stride;
+    args.x_row_bytes = x.row_bytes;
+    args.k = p.k;
+    args.out = out;
     for (int64_t t = begin; t < end; ++t) {
       const int64_t first = tiling.first_row(t), rows = tiling.first_row(t + 1) - first;
-      args.x = x + first * x_row_bytes;
+      args.x = x.x + first * x.row_bytes;
+      if (is_quantised(F)) {
+        args.scale = x.scale + first * ceil_div(p.k, kScaleK);
+        args.sum = x.sum + first * (p.k / kGroupK);
+      }
       set_fetch<F>(args, next, t - begin, end - begin);
       TileTable<F>::kRun[rows - 1](args);
       write_tile(p, out, first, rows, panel * kPanelColumns);
@@ -124,27 +177,27 @@ void run_linear(const LinearParams& p) {
   tiling.num_blocks =
       std::clamp(std::max(ceil_div(p.m * row_bytes<F>(p.k), kBlockBytes), max_workers > 1 ? enough_units : 1),
                  int64_t(1), tiling.num_tiles);
-  const bool direct = reads_x_directly<F>(p), own_copy = p.m * p.k <= kOwnCopyElements;
-  const int64_t prepared_bytes = direct ? 0 : round_up(p.m * row_bytes<F>(p.k), 64);
-  const int64_t own_bytes = own_copy ? prepared_bytes : 0;
-  uint8_t* shared = static_cast<uint8_t*>(scratch(Scratch::kLaunch, size_t(prepared_bytes - own_bytes)));
-  if (prepared_bytes > own_bytes) {
-    auto prepare = [&](int worker, int num_workers) {
-      const Share tiles = share_of(tiling.num_tiles, worker, num_workers);
-      prepare_tiles<F>(p, tiling, tiles.begin, tiles.end, shared);
+  const bool ready = is_prepared<F>(p), own_copy = p.m * p.k <= kOwnCopyElements;
+  const int64_t bytes = ready ? 0 : prepared_bytes<F>(p.m, p.k), own_bytes = own_copy ? bytes : 0;
+  uint8_t* shared = static_cast<uint8_t*>(scratch(Scratch::kLaunch, size_t(bytes - own_bytes)));
+  if (bytes > own_bytes) {
+    auto prepare_share = [&](int worker, int num_workers) {
+      const Share rows = share_of(p.m, worker, num_workers);
+      prepare<F>(p, rows.begin, rows.end, shared);
     };
-    parallel(max_workers, prepare);
+    parallel(max_workers, prepare_share);
   }
   auto multiply = [&](int worker, int num_workers) {
-    const uint8_t* x = direct ? static_cast<const uint8_t*>(p.x) : shared;
+    uint8_t* memory = shared;
     if (own_bytes > 0) {
-      uint8_t* own = static_cast<uint8_t*>(scratch(Scratch::kWorker, size_t(own_bytes)));
-      prepare_tiles<F>(p, tiling, 0, tiling.num_tiles, own);
-      x = own;
+      memory = static_cast<uint8_t*>(scratch(Scratch::kWorker, size_t(own_bytes)));
+      prepare<F>(p, 0, p.m, memory);
     }
-    const int64_t x_row_bytes = direct ? dtype_bytes(p.x_dtype, p.x_row_stride) : row_bytes<F>(p.k);
-    run_share<F>(p, tiling, x, x_row_bytes,
-                 share_of(tiling.num_blocks * tiling.num_panels, worker, num_workers));
+    const PreparedRows x = !ready            ? prepared_in<F>(memory, p)
+                           : is_quantised(F) ? prepared_rows(p.x_q, p.k)
+                                             : PreparedRows{static_cast<const uint8_t*>(p.x),
+                                                            dtype_bytes(p.dtype, p.x_row_stride)};
+    run_share<F>(p, tiling, x, share_of(tiling.num_blocks * tiling.num_panels, worker, num_workers));
   };
   parallel(max_workers, multiply);
 }

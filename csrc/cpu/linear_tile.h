@@ -1,18 +1,18 @@
 // Tile kernels of linear.cpp: R rows of activations x 32 columns of one panel, over all of K.
 //
-// Quantised: per group of 32 k an exact int32 inner product per (row, column), then
-//     acc = acc + float(int32) * weight_scale * x_scale   (+ weight_zero * x_zero_term)
-// in group order. Float formats: sums of blocks of K, added up, so that the error grows with their number only.
+// Quantised: per group of 32 k an exact int32 inner product per (row, column), then in group order
+//     span = span + float(int32) * weight_scale   (+ weight_zero * float(x_sum))
+// and at the end of each span of 128 k that share an activation scale, total = total + span * x_scale.
+// Float formats: sums of blocks of K, added up, so that the error grows with their number only.
 // The same operations for every R: a row's result does not depend on its tile.
-// Budget per row, 16 columns and group on AVX-512 VNNI: 8 vpdpbusd, 1 multiplication and 1 FMA (2 where zeros
-// are stored) share the two multiply pipes; conversion and unpacking go elsewhere and cost nothing. So the
-// limit is 8/10 or 8/11 of the vpdpbusd peak. Measured on one Zen 4 core, Gop/s: peak 471; the bare
-// instruction mix 376 and 342; these kernels 363..373 and 327..338 (K = 576..4096). vpmaddubsw uses the same
-// pipes, so mixing it in gains nothing. Registers with 6 rows x 2 vectors: 12 int32 + 12 float accumulators,
-// 2 weights, mask, scales; no spill in the loop.
+// Budget per row, 16 columns and group on AVX-512 VNNI: 8 vpdpbusd and 1 1/4 FMA (2 1/4 where zeros are stored) share
+// the two multiply pipes; conversion and unpacking go elsewhere and cost nothing. So the limit is 8/9.25 or 8/10.25 of
+// the vpdpbusd peak. vpmaddubsw uses the same pipes, so mixing it in gains nothing. Registers with 6 rows x 2 vectors:
+// 12 int32 + 12 float accumulators, 2 weights, mask, scales; no spill in the loop, for the totals stay in memory.
 #pragma once
 
-#include "cpu/linear_activations.h"
+#include "cpu/elements.h"
+#include "cpu/packed_group.h"
 
 namespace tilestream::cpu::TILESTREAM_LEVEL {
 
@@ -38,8 +38,10 @@ constexpr int64_t kFetchStepK = F == PackedFormat::kFloat32    ? 8
 
 struct TileArgs {
   const uint8_t* panel;
-  const uint8_t* x;     // the tile's first row
-  int64_t x_row_bytes;  // float formats: from one row to the next
+  const uint8_t* x;     // the tile's first row: int8 or floats
+  int64_t x_row_bytes;  // from one row to the next
+  const float* scale;   // int8: [rows][num_spans] and
+  const int32_t* sum;   // [rows][num_groups] of tilestream/quantise.h
   int64_t k;
   float* out;           // [rows][32]
   const uint8_t* next;  // what to fetch into L2 meanwhile (a part of the next panel)
@@ -61,16 +63,14 @@ inline void fetch_lines(const uint8_t*& p, int num) {
   for (int i = 0; i < num; ++i, p += 64) __builtin_prefetch(p, 0, 2);
 }
 
-// Weights of 8 k: codes of k 0..3 and of k 4..7.
+// Weights of 4 k: codes of k 8v..8v+3 (part 0) or 8v+4..8v+7 (part 1).
 template <bool kFourBit>
-inline void load_codes(const uint8_t* half, int v, U8x64& first, U8x64& second) {
+inline U8x64 load_codes(const uint8_t* half, int v, int part) {
   if constexpr (kFourBit) {
     const U8x64 packed = load_u8x64(half + 64 * v);
-    first = and_0f(packed);
-    second = shift_right_4(packed);
+    return part == 0 ? and_0f(packed) : shift_right_4(packed);
   } else {
-    first = load_u8x64(half + 128 * v);
-    second = load_u8x64(half + 128 * v + 64);
+    return load_u8x64(half + 128 * v + 64 * part);
   }
 }
 
@@ -94,61 +94,67 @@ template <PackedFormat F, int R, int V>
 inline void quantised_vectors(const TileArgs& a, int first_vector) {
   using Layout = GroupLayout<F>;
   using Products = GroupProducts<Layout::kFourBit>;
-  F32x16 acc[R][V];
+  const int64_t num_groups = a.k / kGroupK, num_spans = ceil_div(a.k, kScaleK);
+  float* out = a.out + 16 * first_vector;
   for (int r = 0; r < R; ++r)
-    for (int j = 0; j < V; ++j) acc[r][j] = zero();
+    for (int j = 0; j < V; ++j) store(out + r * kPanelColumns + 16 * j, zero());
   const uint8_t* x = a.x;
   const uint8_t* group = a.panel;
   const uint8_t* next = a.next;
-  for (int64_t g = 0; g < a.k / kGroupK; ++g, x += R * kRowGroupBytes, group += Layout::kBytes) {
-    fetch_lines(next, a.next_lines);
-    const uint8_t* scales = x + R * kGroupK;
-    const auto start = [&](int r) {
-      return Layout::kHasZero ? izero() : set1_int(load_word(scales + 4 * (R + r)));
-    };
-    Products dot[R][V];
-    for (int r = 0; r < R; ++r) {
-      for (int j = 0; j < V; ++j) dot[r][j] = Products::begin(start(r));
-    }
-    const auto dot_vectors = [&](int v, int begin, int end) __attribute__((always_inline)) {
-      U8x64 first[V], second[V];
-      for (int j = begin; j < end; ++j) {
-        load_codes<Layout::kFourBit>(group + (first_vector + j) * Layout::kHalfBytes, v, first[j], second[j]);
-      }
+  for (int64_t span = 0, g = 0; span < num_spans; ++span) {
+    F32x16 acc[R][V];
+    for (int r = 0; r < R; ++r)
+      for (int j = 0; j < V; ++j) acc[r][j] = zero();
+    const int64_t end = g + kScaleK / kGroupK < num_groups ? g + kScaleK / kGroupK : num_groups;
+    for (; g < end; ++g, x += kGroupK, group += Layout::kBytes) {
+      fetch_lines(next, a.next_lines);
+      const auto sum = [&](int r) { return a.sum[r * num_groups + g]; };
+      const auto start = [&](int r) { return Layout::kHasZero ? izero() : set1_int(sum(r) * -Layout::kOffset); };
+      Products dot[R][V];
       for (int r = 0; r < R; ++r) {
-        const int32_t word = load_word(x + r * kGroupK + 8 * v);
-        for (int j = begin; j < end; ++j) dot[r][j].add(first[j], word);
+        for (int j = 0; j < V; ++j) dot[r][j] = Products::begin(start(r));
       }
-      for (int r = 0; r < R; ++r) {
-        const int32_t word = load_word(x + r * kGroupK + 8 * v + 4);
-        for (int j = begin; j < end; ++j) dot[r][j].add(second[j], word);
+      const auto dot_vectors = [&](int v, int begin, int end) __attribute__((always_inline)) {
+        for (int part = 0; part < 2; ++part) {
+          if constexpr (R > kStreamedRows) load_no_earlier();  // or accumulators leave their registers: 7%
+          U8x64 codes[V];
+          for (int j = begin; j < end; ++j) {
+            codes[j] = load_codes<Layout::kFourBit>(group + (first_vector + j) * Layout::kHalfBytes, v, part);
+          }
+          for (int r = 0; r < R; ++r) {
+            const int32_t word = load_word(x + r * a.x_row_bytes + 8 * v + 4 * part);
+            for (int j = begin; j < end; ++j) dot[r][j].add(codes[j], word);
+          }
+        }
+      };
+      if constexpr (R <= kStreamedRows) {
+        for (int j = 0; j < V; ++j) {
+#pragma GCC unroll 4
+          for (int v = 0; v < kGroupK / 8; ++v) dot_vectors(v, j, j + 1);
+        }
+      } else {
+#pragma GCC unroll 4
+        for (int v = 0; v < kGroupK / 8; ++v) dot_vectors(v, 0, V);
       }
-    };
-    if constexpr (R <= kStreamedRows) {
       for (int j = 0; j < V; ++j) {
-#pragma GCC unroll 4
-        for (int v = 0; v < kGroupK / 8; ++v) dot_vectors(v, j, j + 1);
+        const F32x16 scale =
+            load_f16(reinterpret_cast<const uint16_t*>(group + Layout::kScaleAt) + 16 * (first_vector + j));
+        for (int r = 0; r < R; ++r) acc[r][j] = fma(to_float(dot[r][j].end(start(r))), scale, acc[r][j]);
+        if constexpr (Layout::kHasZero) {
+          const F32x16 z =
+              load_f16(reinterpret_cast<const uint16_t*>(group + Layout::kZeroAt) + 16 * (first_vector + j));
+          for (int r = 0; r < R; ++r) acc[r][j] = fma(z, set1(float(sum(r))), acc[r][j]);
+        }
       }
-    } else {
-#pragma GCC unroll 4
-      for (int v = 0; v < kGroupK / 8; ++v) dot_vectors(v, 0, V);
     }
-    for (int j = 0; j < V; ++j) {
-      const F32x16 scale =
-          load_f16(reinterpret_cast<const uint16_t*>(group + Layout::kScaleAt) + 16 * (first_vector + j));
-      for (int r = 0; r < R; ++r) {
-        acc[r][j] =
-            fma(mul(to_float(dot[r][j].end(start(r))), scale), set1(load_float(scales + 4 * r)), acc[r][j]);
-      }
-      if constexpr (Layout::kHasZero) {
-        const F32x16 z =
-            load_f16(reinterpret_cast<const uint16_t*>(group + Layout::kZeroAt) + 16 * (first_vector + j));
-        for (int r = 0; r < R; ++r) acc[r][j] = fma(z, set1(load_float(scales + 4 * (R + r))), acc[r][j]);
+    for (int r = 0; r < R; ++r) {
+      const F32x16 scale = set1(a.scale[r * num_spans + span]);
+      for (int j = 0; j < V; ++j) {
+        float* total = out + r * kPanelColumns + 16 * j;
+        store(total, fma(acc[r][j], scale, load(total)));
       }
     }
   }
-  for (int r = 0; r < R; ++r)
-    for (int j = 0; j < V; ++j) store(a.out + r * kPanelColumns + 16 * (first_vector + j), acc[r][j]);
 }
 
 template <PackedFormat F, int R, int V>

@@ -1,7 +1,8 @@
-// RMS normalisation, with the residual addition fused in.
+// RMS normalisation, with the residual addition and the quantisation for the next linear fused in.
 //
 // A row is read once from memory: the first pass adds the residual and sums squares, the second reads the row
-// again from L1/L2 and writes the result. Memory-bound: the roof is a copy of the same bytes.
+// again from L1/L2 and writes the result (int8: twice, for the largest value and for the integers). Memory-bound: the
+// roof is a copy of the same bytes.
 // Squares are summed in 4 x 16 lanes in a fixed order, so a row's result depends on nothing but the row.
 #include "tilestream/norm.h"
 
@@ -9,7 +10,7 @@
 #include <cmath>
 
 #include "cpu/common/thread_pool.h"
-#include "cpu/elements.h"
+#include "cpu/quantise_row.h"
 
 namespace tilestream::cpu::TILESTREAM_LEVEL {
 namespace {
@@ -60,18 +61,30 @@ void scale_row(const typename E::Storage* x, const float* weight, typename E::St
 }
 
 template <class E>
+void quantise_scaled_row(const typename E::Storage* x, const float* weight, int64_t hidden, float inverse,
+                         const QuantisedRows& out) {
+  const F32x16 scale = set1(inverse);
+  quantise_row([&](int64_t i) { return mul(mul(E::load(x + i), scale), load(weight + i)); }, hidden, out);
+}
+
+template <class E>
 void norm_rows(const RmsNormParams& p, int64_t begin, int64_t end) {
   using T = typename E::Storage;
   for (int64_t row = begin; row < end; ++row) {
     const int64_t o = row / p.inner, i = row % p.inner;
     const T* x = static_cast<const T*>(p.x) + o * p.x_outer_stride + i * p.x_inner_stride;
-    T* out = static_cast<T*>(p.out) + o * p.out_outer_stride + i * p.out_inner_stride;
     T* residual = static_cast<T*>(p.residual);
     if (residual != nullptr) residual += o * p.residual_outer_stride + i * p.residual_inner_stride;
-    const float sum = residual != nullptr ? sum_squares<E, true>(x, residual, p.hidden)
-                                          : sum_squares<E, false>(x, nullptr, p.hidden);
-    const float inverse = 1.0f / std::sqrt(sum / float(p.hidden) + p.eps);
-    scale_row<E>(residual != nullptr ? residual : x, p.weight, out, p.hidden, inverse);
+    const float squares = residual != nullptr ? sum_squares<E, true>(x, residual, p.hidden)
+                                              : sum_squares<E, false>(x, nullptr, p.hidden);
+    const float inverse = 1.0f / std::sqrt(squares / float(p.hidden) + p.eps);
+    const T* sum_row = residual != nullptr ? residual : x;
+    if (p.quantised.q != nullptr) {
+      quantise_scaled_row<E>(sum_row, p.weight, p.hidden, inverse, row_of(p.quantised, row, p.hidden));
+    } else {
+      T* out = static_cast<T*>(p.out) + o * p.out_outer_stride + i * p.out_inner_stride;
+      scale_row<E>(sum_row, p.weight, out, p.hidden, inverse);
+    }
   }
 }
 

@@ -71,14 +71,19 @@ STEMS = {
     "merge_states": ("merge_states", "merge_states", "merge_states"),
     "append_kv": ("append_kv", "append_kv", "append_kv"),
     "gather_kv": ("gather_kv", "append_kv", "append_kv"),
+    "quantise": ("quantise", "linear", "quantise"),
     "linear": ("linear", "linear", "linear"),
+    "linear_quant": ("linear", "linear", "quantise"),
     "pack_weight": ("pack_weight", "linear", "linear"),
     "pack_gguf": ("pack_weight", None, "pack_gguf"),  # the reference is the gguf package
     "embedding": ("embedding", "linear", "linear"),
     "rms_norm": ("norm", "norm", "norm"),
     "fused_add_rms_norm": ("norm", "norm", "norm"),
+    "fused_add_rms_norm_quant": ("norm", "norm", "quantise"),
     "silu_and_mul": ("activation", "activation", "activation"),
+    "silu_and_mul_quant": ("activation", "activation", "quantise"),
     "gelu_tanh_and_mul": ("activation", "activation", "activation"),
+    "gelu_tanh_and_mul_quant": ("activation", "activation", "quantise"),
     "sample": ("sample", "sample", "sample"),
 }
 

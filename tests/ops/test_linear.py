@@ -67,13 +67,13 @@ def check(m: int, n: int, k: int, format: PackedFormat, dtype: torch.dtype, bias
 
 def unambiguous(x: torch.Tensor) -> torch.Tensor:
     """x without the activations so near to the middle of two int8 steps that float32 may round them either way."""
-    _, scale = reference.quantise_activations(x)
-    steps = x.double() / scale.clamp(min=1e-30).repeat_interleave(32, 1)
+    _, scale = reference.quantise(x)
+    steps = x.double() / scale.clamp(min=1e-30).repeat_interleave(reference.SCALE_K, 1)[:, : x.shape[1]]
     return torch.where(((steps - steps.floor()) - 0.5).abs() < 1e-4, 0.0, x)
 
 
 def int8_bound(x: torch.Tensor, weight: Weight, want: torch.Tensor, dtype: torch.dtype) -> float:
-    """float32 arithmetic over exact integer sums: a few roundings per group of 32, and one of the output.
+    """float32 arithmetic over exact integer sums: a few roundings per group of 32 and span of 128, and one of the output.
 
     The terms of a group are x . (q * scale) and sum(x) * zero; they may cancel.
     """
@@ -147,7 +147,7 @@ def test_integer_sums_are_exact(backend: testing.Backend, format: PackedFormat) 
     zero = scale * symmetric if symmetric else torch.randint(-8, 9, (n, k // 32)).float()
     packed = ops.pack_weight(q=q, scale=scale, zero=None if symmetric else zero, format=format)
     x = torch.randint(-127, 128, (9, k)).float()
-    x[:, ::32] = 127.0  # every group's scale is 1
+    x[:, ::128] = 127.0  # every span's scale is 1
     x[0], x[1] = 127.0, -127.0
     for m in (1, 9):
         want = reference.linear(x[:m], reference.dequantise(q, scale, zero))

@@ -16,6 +16,7 @@
 //   F add_rows(const F (&)[16])                lane i = sum of vector i; add_rows and larger_rows (by larger_magnitude,
 //   F larger_rows(const F (&)[16])             of vectors without sign bits) have one fixed order
 //   float reduce_add(F), reduce_max(F);  F exp2(F);  F round_nearest(F)
+//   void load_no_earlier()                     the compiler moves no load above it: registers stay free until then
 //   V in_register(V)       the same value, kept in a register where the level has enough of them
 //   F exp2_weight(F)       exp2 for softmax weights: exact at 0 and -inf; denormal results may be denormal or 0
 //   P load_bf16x32(const void*), P set1_bf16_pair(uint32_t), P cvt_bf16x32(F lo, F hi)
@@ -68,6 +69,8 @@ inline F32x16 exp2_weight(F32x16 x) { return exp2(x); }
 template <class V>
 inline V in_register(V a) { return a; }
 #endif
+
+inline void load_no_earlier() { asm volatile("" ::: "memory"); }
 
 inline float bf16_to_float(uint16_t h) {
   const uint32_t bits = uint32_t(h) << 16;

@@ -8,18 +8,19 @@
 //   kU8G32S / kU8G32: u8 data [2][8 vectors][16 columns][4 k]; scale, zero as above; S: zero = -128 * scale.
 //   kBFloat16: [K/2][32][2] bfloat16 (K odd: the last pair's second element is 0).
 //   kFloat32:  [K][32] float32.
-// Activations of the group-quantised formats are quantised per row and group of 32 to int8, symmetric
-// (scale = max|x| / 127), so that the inner product is exact in int32.
+// The group-quantised formats meet int8 activations (tilestream/quantise.h), so that a group's inner product is exact in
+// int32. They are given as such, or as floats that the kernel quantises first.
 #pragma once
 
-#include "tilestream/types.h"
+#include "tilestream/quantise.h"
 
 namespace tilestream {
 
 enum class PackedFormat : int32_t { kFloat32 = 0, kBFloat16 = 1, kU4G32S = 2, kU4G32 = 3, kU8G32S = 4, kU8G32 = 5 };
 
 constexpr int kPanelColumns = 32;
-constexpr int kGroupK = 32;
+
+constexpr bool is_quantised(PackedFormat f) { return f != PackedFormat::kFloat32 && f != PackedFormat::kBFloat16; }
 
 // Bytes of one panel for a K (a multiple of 32 for the group-quantised formats).
 constexpr int64_t panel_bytes(PackedFormat f, int64_t k) {
@@ -36,13 +37,14 @@ constexpr int64_t packed_bytes(PackedFormat f, int64_t n, int64_t k) {
 }
 
 struct LinearParams {
-  const void* x;       // [m, k], x_dtype; last dim contiguous
+  const void* x;       // [m, k], dtype; last dim contiguous; null where x_q is given
+  QuantisedRows x_q;   // m rows, for the group-quantised formats; q null where x is given
   const void* weight;  // packed_bytes(format, n, k) bytes, 64-byte aligned
   const void* bias;    // [n] float32, or null
-  void* y;             // [m, n], x_dtype; last dim contiguous
+  void* y;             // [m, n], dtype; last dim contiguous
   int64_t m, n, k;
   int64_t x_row_stride, y_row_stride;
-  DType x_dtype;       // float32, float16, bfloat16
+  DType dtype;         // of x and y: float32, float16, bfloat16
   PackedFormat format;
 };
 

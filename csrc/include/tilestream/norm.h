@@ -1,7 +1,7 @@
-// RMS normalisation and gated activations, row by row.
+// RMS normalisation and gated activations, row by row; the result as floats or, for a linear that takes it, as int8.
 #pragma once
 
-#include "tilestream/types.h"
+#include "tilestream/quantise.h"
 
 namespace tilestream {
 
@@ -10,7 +10,8 @@ struct RmsNormParams {
   const void* x;       // [outer, inner, hidden] through strides; last dim contiguous
   void* residual;      // as x, or null; updated in place
   const float* weight; // [hidden]
-  void* out;           // may be x
+  void* out;           // may be x; null where quantised is given
+  QuantisedRows quantised;  // [outer, hidden], inner = 1; q null where out is given
   int64_t outer, inner, hidden;  // a 2-D input has inner = 1; [T, H, D] views of a fused QKV have inner = H
   int64_t x_outer_stride, x_inner_stride, residual_outer_stride, residual_inner_stride, out_outer_stride, out_inner_stride;
   float eps;
@@ -22,7 +23,8 @@ enum class Activation : int32_t { kSilu = 0, kGeluTanh = 1 };
 // out[t, i] = act(x[t, i]) * x[t, hidden + i]
 struct ActAndMulParams {
   const void* x;  // [num_tokens, 2 * hidden]; last dim contiguous
-  void* out;      // [num_tokens, hidden]
+  void* out;      // [num_tokens, hidden]; null where quantised is given
+  QuantisedRows quantised;  // [num_tokens, hidden]; q null where out is given
   int64_t num_tokens, hidden, x_row_stride, out_row_stride;
   DType dtype;
   Activation activation;

@@ -10,6 +10,7 @@ from tilestream.layers.linear import Linear, StackedLinear
 from tilestream.layers.norm import RmsNorm
 from tilestream.layers.rope import RopeTable
 from tilestream.ops.kv_cache import KvCache
+from tilestream.ops.quantise import QuantisedRows
 
 if TYPE_CHECKING:
     from tilestream.engine.batch import StepInputs
@@ -46,10 +47,12 @@ class Attention:
         self.sm_scale, self.logits_soft_cap = sm_scale, logits_soft_cap
         self._append, self._attend = torch.ops.tilestream.append_kv.default, torch.ops.tilestream.attention.default
 
-    def __call__(self, buf: Scratch, step: StepInputs, cache: KvCache) -> None:
-        """Replaces buf.x by the attention's output and appends the step's keys and values to the cache."""
+    def __call__(
+        self, x: torch.Tensor | QuantisedRows, buf: Scratch, step: StepInputs, cache: KvCache
+    ) -> None:
+        """Writes the attention's output for x, the normalised rows, into buf.x; appends their keys and values."""
         q, k, k_cache, v_cache, scales = buf.q, buf.k, cache.k_cache, cache.v_cache, cache.kv_scales
-        self.qkv(buf.x, buf.qkv)
+        self.qkv(x, buf.qkv)
         if self.q_norm is not None and self.k_norm is not None:
             self.q_norm(q)
             self.k_norm(k)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from tilestream.ops.linear import PackedWeight
+from tilestream.ops.quantise import QuantisedRows
 
 
 class Linear:
@@ -20,11 +21,16 @@ class Linear:
     def __init__(self, weight: PackedWeight, bias: torch.Tensor | None = None) -> None:
         self.weight, self.bias = weight, bias
         self.n, self.k = weight.n, weight.k
-        self._op, self._data, self._format = torch.ops.tilestream.linear.default, weight.data, int(weight.format)
+        self.takes_int8 = weight.format.is_quantised
+        self._data, self._format = weight.data, int(weight.format)
+        self._op, self._quant_op = torch.ops.tilestream.linear.default, torch.ops.tilestream.linear_quant.default
 
-    def __call__(self, x: torch.Tensor, out: torch.Tensor) -> None:
-        """Writes [num_tokens, n] into `out` from x [num_tokens, k]; rows of either may be strided."""
-        self._op(x, self._data, self.bias, out, n=self.n, format=self._format)
+    def __call__(self, x: torch.Tensor | QuantisedRows, out: torch.Tensor) -> None:
+        """Writes [num_tokens, n] into `out` from x [num_tokens, k], int8 where `takes_int8`; rows may be strided."""
+        if isinstance(x, QuantisedRows):
+            self._quant_op(x.q, x.scale, x.sum, self._data, self.bias, out, n=self.n, format=self._format)
+        else:
+            self._op(x, self._data, self.bias, out, n=self.n, format=self._format)
 
 
 class StackedLinear:
@@ -33,8 +39,9 @@ class StackedLinear:
     def __init__(self, parts: Sequence[Linear]) -> None:
         self.parts = list(parts)
         self.n = sum(part.n for part in parts)
+        self.takes_int8 = all(part.takes_int8 for part in parts)
 
-    def __call__(self, x: torch.Tensor, out: torch.Tensor) -> None:
+    def __call__(self, x: torch.Tensor | QuantisedRows, out: torch.Tensor) -> None:
         """As Linear: column ranges of `out` in the order of the parts."""
         begin = 0
         for part in self.parts:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from tilestream.layers.linear import Linear, StackedLinear
+from tilestream.ops.quantise import QuantisedRows
 
 if TYPE_CHECKING:
     from tilestream.layers.scratch import Scratch
@@ -24,9 +25,15 @@ class GatedMlp:
     def __init__(self, gate_up: Linear | StackedLinear, down: Linear, activation: str) -> None:
         self.gate_up, self.down = gate_up, down
         self._act = getattr(torch.ops.tilestream, activation + "_and_mul").default
+        self._act_quant = getattr(torch.ops.tilestream, activation + "_and_mul_quant").default
 
-    def __call__(self, buf: Scratch) -> None:
-        """Replaces buf.x by the MLP's output."""
-        self.gate_up(buf.x, buf.gate_up)
-        self._act(buf.gate_up, buf.act)
-        self.down(buf.act, buf.x)
+    def __call__(self, x: torch.Tensor | QuantisedRows, buf: Scratch) -> None:
+        """Writes the MLP's output for x, the normalised rows, into buf.x."""
+        self.gate_up(x, buf.gate_up)
+        if self.down.takes_int8:
+            act = buf.act_int8
+            self._act_quant(buf.gate_up, act.q, act.scale, act.sum)
+            self.down(act, buf.x)
+        else:
+            self._act(buf.gate_up, buf.act)
+            self.down(buf.act, buf.x)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from tilestream.models.config import ModelConfig
+from tilestream.ops.quantise import QuantisedRows
 
 
 class Scratch:
@@ -15,6 +16,7 @@ class Scratch:
         qkv: [num_tokens, qo_size + 2 * kv_size]; q, k, v are its [num_tokens, heads, head_dim] views.
         heads, heads_flat: attention's output, [num_tokens, num_qo_heads, head_dim] and [num_tokens, qo_size].
         gate_up, act: [num_tokens, 2 * intermediate] and [num_tokens, intermediate].
+        x_int8, act_int8: as x and act, for the linears that take int8 rows; None where the width is no multiple of 32.
     """
 
     def __init__(self, config: ModelConfig, base: torch.Tensor, num_tokens: int) -> None:
@@ -25,6 +27,8 @@ class Scratch:
         self.heads_flat = self._take(config.qo_size)
         self.gate_up = self._take(2 * config.intermediate_size)
         self.act = self._take(config.intermediate_size)
+        self.x_int8 = self._take_int8(config.hidden_size)
+        self.act_int8 = self._take_int8(config.intermediate_size)
         head_dim, qo, kv = config.head_dim, config.qo_size, config.kv_size
         self.q = self.qkv[:, :qo].unflatten(1, (-1, head_dim))
         self.k = self.qkv[:, qo : qo + kv].unflatten(1, (-1, head_dim))
@@ -37,6 +41,12 @@ class Scratch:
         self._offset = begin + -(-num // 16) * 16
         return self._base[begin : begin + num].view(self._num_tokens, width)
 
+    def _take_int8(self, width: int) -> QuantisedRows | None:
+        if width % 32 != 0:
+            return None
+        q = self._take(width // 4).view(torch.int8)
+        return QuantisedRows(q, self._take(-(-width // 128)), self._take(width // 32).view(torch.int32))
+
 
 class ScratchPool:
     """Hands out a Scratch per number of tokens; the memory below grows and never shrinks."""
@@ -45,14 +55,15 @@ class ScratchPool:
         self._config = config
         self._floats_per_token = (
             2 * config.hidden_size + 2 * (config.qo_size + config.kv_size) + 3 * config.intermediate_size
-        )
+            + sum(width // 4 + -(-width // 128) + width // 32 for width in (config.hidden_size, config.intermediate_size))
+        )  # fmt: skip
         self._base = torch.empty(0)
         self._views: dict[int, Scratch] = {}
 
     def get(self, num_tokens: int) -> Scratch:
         views = self._views.get(num_tokens)
         if views is None:
-            need = num_tokens * self._floats_per_token + 6 * 16  # six buffers, each rounded up to 16 floats
+            need = num_tokens * self._floats_per_token + 12 * 16  # twelve buffers, each rounded up to 16 floats
             if self._base.numel() < need:
                 self._base = torch.empty(need)
                 self._views.clear()

@@ -53,12 +53,12 @@ class DecoderLayer:
 
     def __call__(self, buf: Scratch, step: StepInputs, cache: KvCache) -> None:
         x, residual = buf.x, buf.residual
-        self.attn_norm.add(x, residual)
-        self.attention(buf, step, cache)
+        normed = self.attn_norm.add(x, residual, buf.x_int8 if self.attention.qkv.takes_int8 else None)
+        self.attention(normed, buf, step, cache)
         if self.post_attn_norm is not None:
             self.post_attn_norm(x)
-        self.mlp_norm.add(x, residual)
-        self.mlp(buf)
+        normed = self.mlp_norm.add(x, residual, buf.x_int8 if self.mlp.gate_up.takes_int8 else None)
+        self.mlp(normed, buf)
         if self.post_mlp_norm is not None:
             self.post_mlp_norm(x)
 

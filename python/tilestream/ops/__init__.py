@@ -6,13 +6,19 @@ hot path calls.
 
 from tilestream import _native  # noqa: F401  (registers torch.ops.tilestream)
 from tilestream.ops import _fakes  # noqa: F401
-from tilestream.ops.activation import gelu_tanh_and_mul, silu_and_mul
+from tilestream.ops.activation import (
+    gelu_tanh_and_mul,
+    gelu_tanh_and_mul_quant,
+    silu_and_mul,
+    silu_and_mul_quant,
+)
 from tilestream.ops.append_kv import append_kv, gather_kv
 from tilestream.ops.attention import attention, merge_states
 from tilestream.ops.kv_cache import KvCache
 from tilestream.ops.linear import PackedFormat, PackedWeight, embedding, linear, pack_gguf, pack_weight
-from tilestream.ops.norm import fused_add_rms_norm, rms_norm
+from tilestream.ops.norm import fused_add_rms_norm, fused_add_rms_norm_quant, rms_norm
 from tilestream.ops.plan import AttentionPlan, AttentionPlanner
+from tilestream.ops.quantise import QuantisedRows, quantise
 from tilestream.ops.sample import Penalties, SampleOutput, sample
 
 __all__ = [
@@ -22,18 +28,23 @@ __all__ = [
     "PackedFormat",
     "PackedWeight",
     "Penalties",
+    "QuantisedRows",
     "SampleOutput",
     "append_kv",
     "attention",
     "embedding",
     "fused_add_rms_norm",
+    "fused_add_rms_norm_quant",
     "gather_kv",
     "gelu_tanh_and_mul",
+    "gelu_tanh_and_mul_quant",
     "linear",
     "merge_states",
     "pack_gguf",
     "pack_weight",
+    "quantise",
     "rms_norm",
     "sample",
     "silu_and_mul",
+    "silu_and_mul_quant",
 ]

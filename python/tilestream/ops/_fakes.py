@@ -10,13 +10,18 @@ OPS = (
     "append_kv",
     "gather_kv",
     "linear",
+    "linear_quant",
     "pack_gguf",
     "pack_weight",
     "embedding",
     "rms_norm",
     "fused_add_rms_norm",
+    "fused_add_rms_norm_quant",
     "silu_and_mul",
+    "silu_and_mul_quant",
     "gelu_tanh_and_mul",
+    "gelu_tanh_and_mul_quant",
+    "quantise",
     "sample",
 )
 

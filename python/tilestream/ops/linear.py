@@ -8,6 +8,7 @@ from enum import IntEnum
 import torch
 
 from tilestream.ops.memory import Arena
+from tilestream.ops.quantise import QuantisedRows
 
 
 class PackedFormat(IntEnum):
@@ -19,6 +20,12 @@ class PackedFormat(IntEnum):
     U4G32 = 3
     U8G32S = 4
     U8G32 = 5
+
+
+    @property
+    def is_quantised(self) -> bool:
+        """Integers with a scale per group of 32, which multiply int8 activations."""
+        return self >= PackedFormat.U4G32S
 
 
 _GROUP_BYTES = {
@@ -59,22 +66,33 @@ class PackedWeight:
 
 
 def linear(
-    x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = None, *, out: torch.Tensor | None = None
+    x: torch.Tensor | QuantisedRows,
+    weight: PackedWeight,
+    bias: torch.Tensor | None = None,
+    *,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """y = x . W^T (+ bias) on a packed weight.
 
     Args:
-        x: [num_tokens, k], float32, float16 or bfloat16, last dim contiguous. For the group-quantised formats every row
-            is quantised to int8 in groups of 32 on the way in.
+        x: [num_tokens, k], float32, float16 or bfloat16, last dim contiguous; or int8 rows from an op that quantises.
+            For the group-quantised formats, rows of floats are quantised on the way in, as `quantise` does.
         weight: packed [n, k].
         bias: [n], float32.
-        out: [num_tokens, n], as x; allocated when None.
+        out: [num_tokens, n], as x (int8 rows: float32, float16 or bfloat16); allocated when None (int8 rows: float32).
     Returns:
         [num_tokens, n], as x. A row's result does not depend on the other rows, bit for bit.
     Raises:
         ValueError, TypeError: which argument, what it was, what is allowed.
     Error: exact in integers within a group; float32 accumulation over groups. Deterministic: yes.
     """
+    if isinstance(x, QuantisedRows):
+        if out is None:
+            out = torch.empty(x.q.size(0), weight.n)
+        torch.ops.tilestream.linear_quant(
+            x.q, x.scale, x.sum, weight.data, bias, out, n=weight.n, format=weight.format
+        )
+        return out
     if out is None:
         out = x.new_empty(x.size(0), weight.n)
     torch.ops.tilestream.linear(x, weight.data, bias, out, n=weight.n, format=weight.format)

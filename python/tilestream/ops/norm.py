@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from tilestream.ops.quantise import QuantisedRows
+
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, *, eps: float = 1e-6, out: torch.Tensor | None = None) -> torch.Tensor:
     """out = x * rsqrt(mean(x ** 2) + eps) * weight, over the last dimension.
@@ -38,3 +40,30 @@ def fused_add_rms_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Te
         ValueError, TypeError: which argument, what it was, what is allowed.
     """
     torch.ops.tilestream.fused_add_rms_norm(x, residual, weight, eps=eps)
+
+
+def fused_add_rms_norm_quant(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    *,
+    eps: float = 1e-6,
+    out: QuantisedRows | None = None,
+) -> QuantisedRows:
+    """residual += x; out = quantise(rms_norm(residual)), in one pass: the input of a W4A8 or W8A8 linear.
+
+    Args:
+        x: [num_tokens, hidden], float32, float16 or bfloat16, hidden a multiple of 32; not changed.
+        residual: as x; overwritten by the sum.
+        weight: [hidden], float32.
+        eps: added to the mean square.
+        out: room for [num_tokens, hidden]; allocated when None.
+    Returns:
+        out.
+    Raises:
+        ValueError, TypeError: which argument, what it was, what is allowed.
+    """
+    if out is None:
+        out = QuantisedRows.empty(x.size(0), x.size(1))
+    torch.ops.tilestream.fused_add_rms_norm_quant(x, residual, weight, out.q, out.scale, out.sum, eps=eps)
+    return out

@@ -1,0 +1,63 @@
+// One row of activations to int8 (tilestream/quantise.h), from wherever its values come.
+#pragma once
+
+#include "cpu/elements.h"
+#include "tilestream/quantise.h"
+
+namespace tilestream::cpu::TILESTREAM_LEVEL {
+
+// Row `row` of `rows` whose rows have k elements.
+inline QuantisedRows row_of(const QuantisedRows& rows, int64_t row, int64_t k) {
+  return {rows.q + row * k, rows.scale + row * ceil_div(k, kScaleK), rows.sum + row * (k / kGroupK)};
+}
+
+// Below this, 127 / amax would overflow: such a span is taken as zero.
+constexpr float kSmallestAmax = 1e-36f;
+
+// 127 / amax and amax / 127 of 16 spans; 0 for tiny ones, NaN where amax is NaN or infinite.
+inline void span_scales(F32x16 amax, float* inverse, float* scale) {
+  float limits[16];
+  store(limits, amax);
+  const F32x16 poison = sub(amax, amax);
+  store(inverse, add(div(set1(127.0f), amax), poison));
+  store(scale, add(div(amax, set1(127.0f)), poison));
+  for (int i = 0; i < 16; ++i) {
+    if (limits[i] < kSmallestAmax) inverse[i] = scale[i] = 0.0f;
+  }
+}
+
+// values(i): elements i .. i + 15 of the row; called twice for each. Sixteen spans' maxima and sixteen groups' sums are
+// found together, which leaves no horizontal operation per group.
+template <class Values>
+inline void quantise_row(Values values, int64_t k, const QuantisedRows& out) {
+  const F32x16 magic = set1(kRoundingMagic);
+  for (int64_t begin = 0; begin < k; begin += 16 * kScaleK) {
+    const int64_t end = k - begin < 16 * kScaleK ? k : begin + 16 * kScaleK;
+    F32x16 peaks[16];
+    for (int s = 0; s < 16; ++s) {
+      peaks[s] = zero();
+      for (int64_t i = begin + s * kScaleK; i < end && i < begin + (s + 1) * kScaleK; i += kGroupK)
+        peaks[s] = larger_magnitude(peaks[s], larger_magnitude(values(i), values(i + 16)));
+    }
+    alignas(64) float inverse[16], scale[16];
+    span_scales(larger_rows(peaks), inverse, scale);
+    std::memcpy(out.scale + begin / kScaleK, scale, 4 * size_t(ceil_div(end - begin, kScaleK)));
+    for (int64_t first = begin; first < end; first += 16 * kGroupK) {
+      const int num = int(end - first < 16 * kGroupK ? (end - first) / kGroupK : 16);
+      F32x16 sums[16];
+      for (int g = 0; g < num; ++g) {
+        const int64_t i = first + g * kGroupK;
+        const F32x16 factor = set1(inverse[(i - begin) / kScaleK]);
+        const F32x16 lo = fma(values(i), factor, magic), hi = fma(values(i + 16), factor, magic);
+        store_low_bytes(out.q + i, lo);
+        store_low_bytes(out.q + i + 16, hi);
+        sums[g] = add(sub(lo, magic), sub(hi, magic));  // integers below 2^24: any order of adding is exact
+      }
+      for (int g = num; g < 16; ++g) sums[g] = zero();
+      const I32x16 sum = to_int(add_rows(sums));
+      std::memcpy(out.sum + first / kGroupK, &sum, 4 * size_t(num));
+    }
+  }
+}
+
+}  // namespace tilestream::cpu::TILESTREAM_LEVEL

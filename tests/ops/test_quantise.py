@@ -1,0 +1,154 @@
+"""Int8 activation rows: quantise, the ops that quantise their result, and the linear that takes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from tilestream import ops, testing
+from tilestream.ops import PackedFormat, QuantisedRows
+from tilestream.reference import activation as activation_reference
+from tilestream.reference import linear as reference
+from tilestream.reference import norm as norm_reference
+
+EPS = 1e-5
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+SHAPES = [(0, 64), (1, 32), (1, 576), (3, 96), (5, 128), (7, 160), (33, 1536), (2, 2048 + 32)]
+
+
+def check_rows(got: QuantisedRows, values: torch.Tensor, error: float = 0.0) -> None:
+    """`got` stands for `values` (float64), which the op may have computed with an error of up to `error`."""
+    want_q, want_scale = reference.quantise(values)
+    tolerance = error + 2 * testing.unit_roundoff(torch.float32) * float(values.abs().max()) if values.numel() else 0.0
+    assert torch.equal(got.sum.long(), got.q.long().unflatten(1, (-1, 32)).sum(2))
+    assert got.q.long().abs().max() <= 127 if values.numel() else True
+    testing.assert_within(got.scale, want_scale, 1.01 * tolerance / 127)
+    # Half a step from the value; an integer may differ from the reference's only where the value is near the middle.
+    steps = want_scale.repeat_interleave(reference.SCALE_K, 1)[:, : values.shape[1]]
+    assert bool(((reference.dequantise_rows(got.q, got.scale) - values).abs() <= 0.5 * steps + 2 * tolerance).all())
+    differs = got.q.long() != want_q
+    assert bool(((values / steps.clamp(min=1e-30)).abs().frac()[differs] - 0.5).abs().max() < 1e-2) if differs.any() else True
+
+
+@each_dtype
+@pytest.mark.parametrize(("rows", "k"), SHAPES)
+def test_quantise(backend: testing.Backend, rows: int, k: int, dtype: torch.dtype) -> None:
+    x = testing.Guarded((rows, k), dtype, fill=torch.randn(rows, k)).tensor
+    check_rows(ops.quantise(x), x.double())
+
+
+@each_dtype
+@pytest.mark.parametrize(("rows", "k"), SHAPES)
+def test_fused_add_rms_norm_quant(backend: testing.Backend, rows: int, k: int, dtype: torch.dtype) -> None:
+    x, residual, weight = torch.randn(rows, k).to(dtype), torch.randn(rows, k).to(dtype), 1 + 0.2 * torch.randn(k)
+    plain_x, plain_residual, x_before = x.clone(), residual.clone(), x.clone()
+    rows_out = ops.fused_add_rms_norm_quant(x, residual, weight, eps=EPS)
+    ops.fused_add_rms_norm(plain_x, plain_residual, weight, eps=EPS)
+    assert torch.equal(x, x_before)
+    assert torch.equal(residual, plain_residual)
+    values = norm_reference.rms_norm(residual, weight, EPS)
+    check_rows(rows_out, values, 8 * testing.unit_roundoff(torch.float32) * float(values.abs().max()) if rows else 0.0)
+
+
+@each_dtype
+@pytest.mark.parametrize("name", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize(("rows", "k"), SHAPES)
+def test_gated_activations(backend: testing.Backend, rows: int, k: int, name: str, dtype: torch.dtype) -> None:
+    x = (3 * torch.randn(rows, 2 * k)).to(dtype)
+    values = getattr(activation_reference, name + "_and_mul")(x)
+    error = 16 * testing.unit_roundoff(torch.float32) * float(values.abs().max()) if rows else 0.0
+    check_rows(getattr(ops, name + "_and_mul_quant")(x), values, error)
+
+
+@each_dtype
+def test_every_simd_level(simd_level: str, dtype: torch.dtype) -> None:
+    x = torch.randn(5, 576).to(dtype)
+    check_rows(ops.quantise(x), x.double())
+    values = activation_reference.silu_and_mul(x)
+    check_rows(ops.silu_and_mul_quant(x), values, 16 * testing.unit_roundoff(torch.float32) * float(values.abs().max()))
+
+
+@pytest.mark.parametrize("format", [f for f in PackedFormat if f.is_quantised], ids=lambda f: f.name)
+@each_dtype
+def test_linear_on_int8_rows_is_linear(
+    backend: testing.Backend, set_num_threads: Callable[[int], None], format: PackedFormat, dtype: torch.dtype
+) -> None:
+    """Quantising before and inside the linear is the same, bit for bit, whatever the number of rows and threads."""
+    n, k = 75, 224
+    levels = 16 if format in (PackedFormat.U4G32S, PackedFormat.U4G32) else 256
+    q, scale = torch.randint(levels, (n, k), dtype=torch.uint8), torch.rand(n, k // 32)
+    symmetric = format in (PackedFormat.U4G32S, PackedFormat.U8G32S)
+    weight = ops.pack_weight(q=q, scale=scale, zero=None if symmetric else -scale * levels / 3, format=format)
+    bias = torch.randn(n)
+    for m in (0, 1, 3, 6, 7, 40):
+        x = torch.randn(m, k).to(dtype)
+        for num in (1, 3):
+            set_num_threads(num)
+            out = testing.Guarded((m, n), dtype)
+            ops.linear(ops.quantise(x), weight, bias, out=out.tensor)
+            out.assert_untouched_outside()
+            assert torch.equal(out.tensor, ops.linear(x, weight, bias))
+
+
+def test_rows_do_not_depend_on_others_or_threads(backend: testing.Backend, set_num_threads) -> None:
+    x, weight = torch.randn(301, 576), torch.ones(576)
+    alone = [ops.fused_add_rms_norm_quant(row, torch.zeros_like(row), weight) for row in x.split(1)]
+    for num in (1, 2, 3, 7):
+        set_num_threads(num)
+        got = ops.fused_add_rms_norm_quant(x, torch.zeros_like(x), weight)
+        for part in ("q", "scale", "sum"):
+            assert torch.equal(getattr(got, part), torch.cat([getattr(row, part) for row in alone]))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_stays_in_its_span(backend: testing.Backend, bad: float) -> None:
+    x = torch.randn(3, 320)
+    clean = ops.quantise(x)
+    x[1, 130] = bad
+    x[2, :] = 0.0
+    got = ops.quantise(x)
+    assert bool(got.scale[1, 1].isnan())
+    assert torch.equal(got.scale[1, [0, 2]], clean.scale[1, [0, 2]]) and torch.equal(got.q[0], clean.q[0])
+    assert not bool(got.scale[2].any()) and not bool(got.q[2].any())
+
+
+def test_opcheck() -> None:
+    op = torch.ops.tilestream
+    x, out = torch.randn(3, 64), QuantisedRows.empty(3, 64)
+    rows = (out.q, out.scale, out.sum)
+    torch.library.opcheck(op.quantise.default, (x, *rows))
+    torch.library.opcheck(op.fused_add_rms_norm_quant.default, (x, torch.randn(3, 64), torch.ones(64), *rows), {"eps": EPS})
+    for name in ("silu_and_mul_quant", "gelu_tanh_and_mul_quant"):
+        torch.library.opcheck(getattr(op, name).default, (torch.randn(3, 128), *rows))
+    weight = ops.pack_weight(q=torch.zeros(33, 64, dtype=torch.uint8), scale=torch.ones(33, 2), format=PackedFormat.U4G32S)
+    sizes = {"n": 33, "format": int(PackedFormat.U4G32S)}
+    torch.library.opcheck(op.linear_quant.default, (*rows, weight.data, torch.randn(33), torch.empty(3, 33)), sizes)
+
+
+BAD = {
+    "k": ({"x": torch.zeros(3, 40)}, ValueError, "the rows to quantise have 40 elements; allowed: multiples of 32"),
+    "x dtype": ({"x": torch.zeros(3, 64).double()}, TypeError, "x has dtype Double; supported: Float, Half, BFloat16"),
+    "q dtype": ({"q": torch.zeros(3, 64)}, TypeError, "q has dtype Float; supported: Char"),
+    "q rows": ({"q": torch.zeros(2, 64, dtype=torch.int8)}, ValueError, r"q has shape \[2, 64\]; dimension 0 must be 3 \(rows\)"),
+    "scale": ({"scale": torch.zeros(3, 2)}, ValueError, r"scale has shape \[3, 2\]; dimension 1 must be 1 \(k / 128, rounded up\)"),
+    "sum": ({"sum": torch.zeros(3, 1, dtype=torch.int32)}, ValueError, r"sum has shape \[3, 1\]; dimension 1 must be 2 \(k / 32\)"),
+    "strides": ({"q": torch.zeros(3, 96, dtype=torch.int8)[:, :64]}, ValueError, "q has strides .* must be contiguous"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input(name: str) -> None:
+    change, error, message = BAD[name]
+    room = QuantisedRows.empty(3, 64)
+    arguments = {"x": torch.zeros(3, 64), "q": room.q, "scale": room.scale, "sum": room.sum} | change
+    with pytest.raises(error, match=message):
+        torch.ops.tilestream.quantise(*arguments.values())
+
+
+def test_int8_rows_need_a_quantised_weight() -> None:
+    weight = ops.pack_weight(torch.zeros(32, 64), format=PackedFormat.FLOAT32)
+    with pytest.raises(ValueError, match="format is 0; int8 activations need a group-quantised weight, 2 to 5"):
+        ops.linear(QuantisedRows.empty(3, 64), weight)
