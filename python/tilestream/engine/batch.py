@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 
 from tilestream.engine.request import Request
@@ -34,7 +33,8 @@ class StepInputs:
 
 
 class BatchBuilder:
-    """Builds StepInputs, each valid until the next. Block-table rows of running requests are kept and only extended.
+    """Builds StepInputs, each valid until the next. A row of the block table is rewritten when another request gets it,
+    else only extended.
 
     Args:
         planners: one AttentionPlanner per window_left that the model's layers use.
@@ -55,82 +55,67 @@ class BatchBuilder:
     ) -> None:
         self.planners = planners
         self.page_size = page_size
-        # Twice as many rows as can run: those of finished requests are dropped many at a time.
-        self.table = np.zeros((2 * max_num_seqs, max_pages_per_seq), dtype=np.int32)
-        self.free_rows = list(range(len(self.table) - 1, -1, -1))
-        self.rows: dict[str, _Row] = {}
         self.token_ids = torch.zeros(max_num_tokens, dtype=torch.int64)
         self.positions = torch.zeros(max_num_tokens, dtype=torch.int32)
         self.slot_mapping = torch.zeros(max_num_tokens, dtype=torch.int32)
         self.block_table = torch.zeros(max_num_seqs, max_pages_per_seq, dtype=torch.int32)
+        self.table = self.block_table.numpy()
+        self.rows = [_Row() for _ in range(max_num_seqs)]
 
     def build(self, step: StepPlan) -> StepInputs:
         """The tensors of `step`, in the order of step.scheduled."""
-        items = step.scheduled
-        lengths = np.fromiter((item.num_new_tokens for item in items), np.int32, len(items))
-        starts = np.fromiter((item.start for item in items), np.int32, len(items))
-        cu_seqlens_q = np.zeros(len(items) + 1, dtype=np.int32)
-        np.cumsum(lengths, out=cu_seqlens_q[1:])
-        kv_lens = starts + lengths
-
-        new_tokens: list[int] = []
-        for item in items:
-            new_tokens += item.request.token_ids[item.start : item.start + item.num_new_tokens]
-        num_tokens = len(new_tokens)
-        token_ids, positions, slot_mapping = (
-            buffer[:num_tokens] for buffer in (self.token_ids, self.positions, self.slot_mapping)
-        )
-        token_ids.numpy()[:] = new_tokens
-        request_of = np.repeat(np.arange(len(items), dtype=np.int32), lengths)
-        position_of = np.arange(num_tokens, dtype=np.int32) + (starts - cu_seqlens_q[:-1])[request_of]
-        positions.numpy()[:] = position_of
-
-        max_pages = int(kv_lens.max() + self.page_size - 1) // self.page_size
-        block_table = self.block_table[: len(items), :max_pages]
-        rows = self.table[self._table_rows([item.request for item in items]), :max_pages]
-        block_table.numpy()[:] = rows
-        pages = rows[request_of, position_of // self.page_size]
-        slot_mapping.numpy()[:] = pages * self.page_size + position_of % self.page_size
-
-        samples = np.fromiter((item.samples for item in items), np.bool_, len(items))
-        cu, kv = torch.from_numpy(cu_seqlens_q), torch.from_numpy(kv_lens)
-        # Shared-prefix jobs hold for layers that see the whole prefix; a window is planned request by request.
-        plans = {w: planner.plan(cu, kv, step.prefix_groups if w < 0 else ()) for w, planner in self.planners.items()}
+        # Lists and ranges: a step has few requests, and each numpy call costs more than a request does here.
+        page_size = self.page_size
+        token_ids: list[int] = []
+        positions: list[int] = []
+        slots: list[int] = []
+        cu_seqlens_q, kv_lens, logits_rows = [0], [], []
+        for row, item in zip(self.rows, step.scheduled):
+            pages, start = item.request.pages, item.start
+            end = start + item.num_new_tokens
+            token_ids += item.request.token_ids[start:end]
+            positions += range(start, end)
+            for index in range(start // page_size, -(-end // page_size)):
+                first = index * page_size
+                shift = pages[index] * page_size - first
+                slots += range(shift + max(start, first), shift + min(end, first + page_size))
+            cu_seqlens_q.append(len(token_ids))
+            kv_lens.append(end)
+            if item.samples:
+                logits_rows.append(len(token_ids) - 1)
+            if row.pages is not pages or row.num_filled < len(pages):
+                self._fill(row, len(kv_lens) - 1, pages)
+        cu, kv = torch.tensor(cu_seqlens_q, dtype=torch.int32), torch.tensor(kv_lens, dtype=torch.int32)
         return StepInputs(
-            token_ids=token_ids,
-            positions=positions,
-            slot_mapping=slot_mapping,
-            block_table=block_table,
-            plans=plans,
-            logits_rows=torch.from_numpy((cu_seqlens_q[1:] - 1)[samples].astype(np.int64)),
+            token_ids=_fill_front(self.token_ids, token_ids),
+            positions=_fill_front(self.positions, positions),
+            slot_mapping=_fill_front(self.slot_mapping, slots),
+            block_table=self.block_table[: len(kv_lens)],
+            # Shared-prefix jobs hold for layers that see the whole prefix; a window is planned request by request.
+            plans={w: p.plan(cu, kv, step.prefix_groups if w < 0 else ()) for w, p in self.planners.items()},
+            logits_rows=torch.tensor(logits_rows, dtype=torch.int64),
         )
 
-    def _table_rows(self, requests: list[Request]) -> list[int]:
-        """Rows of self.table for the step's requests, brought up to date with their pages."""
-        if len(self.rows) + len(requests) > len(self.table):
-            self._drop_rows_except({request.request_id for request in requests})
-        indices = []
-        for request in requests:
-            row = self.rows.get(request.request_id)
-            if row is None or row.pages is not request.pages:  # new, or back from a preemption
-                index = row.index if row is not None else self.free_rows.pop()
-                row = self.rows[request.request_id] = _Row(index, request.pages)
-            if row.num_filled < len(request.pages):
-                self.table[row.index, row.num_filled : len(request.pages)] = request.pages[row.num_filled :]
-                row.num_filled = len(request.pages)
-            indices.append(row.index)
-        return indices
-
-    def _drop_rows_except(self, running: set[str]) -> None:
-        for request_id in [r for r in self.rows if r not in running]:
-            self.free_rows.append(self.rows.pop(request_id).index)
+    def _fill(self, row: _Row, index: int, pages: list[int]) -> None:
+        """Bring a row of the table up to date with the pages of its request."""
+        if row.pages is not pages:  # another request than before, or the same one back from a preemption
+            row.pages, row.num_filled = pages, 0
+        self.table[index, row.num_filled : len(pages)] = pages[row.num_filled :]
+        row.num_filled = len(pages)
 
 
 @dataclass(slots=True)
 class _Row:
-    index: int
-    pages: list[int]  # the request's own list: its identity tells whether the pages are still the same
+    """What a row of the block table holds: the first num_filled of `pages`, a request's own list."""
+
+    pages: list[int] = field(default_factory=list)
     num_filled: int = 0
+
+
+def _fill_front(buffer: torch.Tensor, values: list[int]) -> torch.Tensor:
+    front = buffer[: len(values)]
+    front.numpy()[:] = values
+    return front
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,14 +135,17 @@ class SamplingInputs:
 def build_sampling_inputs(requests: Sequence[Request]) -> SamplingInputs:
     """Tensors for the rows that are sampled in this step, one per request."""
     params = [request.params for request in requests]
-    floats = torch.tensor([[p.temperature, p.top_p, p.min_p] for p in params], dtype=torch.float32).T.contiguous()
+    floats = [[p.temperature for p in params], [p.top_p for p in params], [p.min_p for p in params]]
+    temperature, top_p, min_p = torch.tensor(floats, dtype=torch.float32).unbind()
+    integers = [[request.seed for request in requests], [request.num_tokens for request in requests]]
+    seeds, positions = torch.tensor(integers, dtype=torch.int64).unbind()
     return SamplingInputs(
-        temperature=floats[0],
-        top_p=floats[1],
-        min_p=floats[2],
+        temperature=temperature,
+        top_p=top_p,
+        min_p=min_p,
         top_k=torch.tensor([max(p.top_k, 0) for p in params], dtype=torch.int32),
-        seeds=torch.tensor([request.seed for request in requests], dtype=torch.int64),
-        positions=torch.tensor([request.num_tokens for request in requests], dtype=torch.int64),
+        seeds=seeds,
+        positions=positions,
         penalties=_penalties(requests),
         num_top_logprobs=max((p.logprobs for p in params if p.logprobs is not None), default=None),
     )

@@ -41,7 +41,10 @@ class Detokenizer:
             The text that is certain now, and the stop string that it completed, or None. After a stop
             string there is nothing more to come: everything past it is dropped.
         """
-        self._held += self._decoder.decode(self._tokenizer.token_bytes(token_id))
+        text = self._decoder.decode(self._tokenizer.token_bytes(token_id))
+        if not self._stop:
+            return text, None
+        self._held += text
         found = self._find_stop()
         if found is None:
             num_certain = len(self._held) - self._num_maybe_stop()

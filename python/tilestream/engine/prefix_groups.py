@@ -28,6 +28,8 @@ def find_prefix_groups(
     Returns:
         Groups in order of their first member. Linear in the pages of requests whose first page is shared.
     """
+    if len(page_lists) < MIN_MEMBERS:
+        return []
     by_first_page: dict[int, list[int]] = {}
     for index, num_pages in enumerate(num_prefix_pages):
         if num_pages > 0:
