@@ -37,7 +37,7 @@ class LlamaCpp:
     Args:
         path: GGUF file.
         num_threads: for prompts and decodes.
-        max_seqs: sequences of the largest batch; max_tokens: tokens of all of them together.
+        max_seqs: sequences of the largest batch; max_tokens: of all of them together, each may have an even share.
     """
 
     def __init__(self, path: Path, *, num_threads: int, max_seqs: int, max_tokens: int) -> None:
@@ -47,7 +47,7 @@ class LlamaCpp:
         self.num_batch_tokens = 2048  # llama-server's default, as 512 for n_ubatch
         params.n_ctx, params.n_batch, params.n_ubatch, params.n_seq_max = max_tokens, self.num_batch_tokens, 512, max_seqs
         params.n_threads = params.n_threads_batch = num_threads
-        params.kv_unified = True
+        params.kv_unified = False  # a cache for each sequence: a batch of 32 decodes 1.4 times as fast as in one for all
         self.context = llama_cpp.llama_init_from_model(self.model, params)
         self.memory = llama_cpp.llama_get_memory(self.context)
         self.vocab_size = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
