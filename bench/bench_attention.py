@@ -1,6 +1,7 @@
 """Paged attention against torch SDPA (`enable_gqa`), batches of equal lengths
 
-Decode rates count K and V once. Prefill rates count 2 * heads * S^2 * head_dim FLOP (causal half). Torch gets contiguous K and V, ours shuffled pages of 32 tokens.
+Decode rates count K and V once; prefill rates count 2 * heads * S^2 * head_dim FLOP (causal half). Torch gets contiguous
+K and V, ours shuffled pages of 32 tokens.
 """
 
 from __future__ import annotations

@@ -85,7 +85,7 @@ class Report:
         Returns: peer name -> its median time over ours.
         """
         ours, *peers = times
-        spread = statistics.quantiles(times[ours], n=5) if len(times[ours]) > 1 else times[ours] * 4
+        spread = statistics.quantiles(times[ours], n=5, method="inclusive") if len(times[ours]) > 1 else times[ours] * 4
         median = statistics.median(times[ours])
         row = Row(op, case, seconds_text(median), f"{seconds_text(spread[0])} - {seconds_text(spread[-1])}", rate, limit, median)
         if work is not None:
@@ -111,8 +111,9 @@ class Report:
         lines = [f"## {self.title}", "", describe_machine(), "", "| " + " | ".join(HEADER) + " |", "|" + "---|" * len(HEADER)]
         for row in self.rows:
             start = [row.op, row.case, row.ours, row.spread, row.rate, row.limit]
-            for name, (value, ratio) in (row.peers or {"": ("", None)}).items():
-                lines.append("| " + " | ".join([*start, name, value, "" if ratio is None else f"{ratio:.3g}" if row.seconds else f"{ratio:.4f}"]) + " |")
+            digits = ".3g" if row.seconds else ".4f"
+            peers = [[name, value, format(ratio, digits)] for name, (value, ratio) in row.peers.items()]
+            lines += ["| " + " | ".join(start + peer) + " |" for peer in peers or [["", "", ""]]]
         return "\n".join(lines) + "\n"
 
     def json(self) -> str:

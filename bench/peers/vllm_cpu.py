@@ -93,13 +93,12 @@ async def _serve(checkpoint: str) -> None:
     )
     vocab_size = engine.model_config.get_vocab_size()
 
-    async def request(name: str, prompt_tokens: int, output_tokens: int, begin_s: float) -> list[float]:
+    async def request(name: str, prompt: list[int], output_tokens: int, begin_s: float) -> list[float]:
         params = SamplingParams(
             max_tokens=output_tokens, min_tokens=output_tokens, temperature=0.0, ignore_eos=True, detokenize=False
         )
-        prompt = {"prompt_token_ids": random.Random(name).choices(range(vocab_size), k=prompt_tokens)}
         sent_s, first_s, num_tokens = time.perf_counter(), None, 0
-        async for output in engine.generate(prompt, params, name):
+        async for output in engine.generate({"prompt_token_ids": prompt}, params, name):
             num_tokens = len(output.outputs[0].token_ids)
             if first_s is None and num_tokens:
                 first_s = time.perf_counter()
@@ -112,9 +111,10 @@ async def _serve(checkpoint: str) -> None:
     reply([])  # ready
     for turn, line in enumerate(sys.stdin):
         num_requests, prompt_tokens, output_tokens = json.loads(line)
+        prompts = {f"{turn}-{i}": random.choices(range(vocab_size), k=prompt_tokens) for i in range(num_requests)}
         begin_s = time.perf_counter()
-        names = [f"{turn}-{i}" for i in range(num_requests)]
-        reply(await asyncio.gather(*(request(name, prompt_tokens, output_tokens, begin_s) for name in names)))
+        requests = (request(name, prompt, output_tokens, begin_s) for name, prompt in prompts.items())
+        reply(await asyncio.gather(*requests))
     engine.shutdown()
 
 
