@@ -10,6 +10,7 @@ import ctypes.util
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -37,6 +38,8 @@ def bf16_checkpoint(gguf: Path) -> Path:
 class VllmCpu:
     """A vLLM engine as its server runs it (AsyncLLM), at its best setting here: tcmalloc and libiomp loaded first.
 
+    Its processes are stopped between loads: idle, they poll each other, and would take the cores from whose turn it is.
+
     Args:
         checkpoint: Hugging Face directory.
         num_threads: OpenMP threads of the engine.
@@ -56,20 +59,28 @@ class VllmCpu:
         }
         self.process = subprocess.Popen(
             [PYTHON, __file__, checkpoint], env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=open(checkpoint.parent / "vllm.log", "w"),
+            stderr=open(checkpoint.parent / "vllm.log", "w"), process_group=0,
         )  # fmt: skip
         self._reply()
         self.start_s = time.perf_counter() - begin_s
+        self._signal(signal.SIGSTOP)
 
     def load(self, num_requests: int, prompt_tokens: int, output_tokens: int) -> list[list[float]]:
         """[sent_s, first_token_s, end_s, num_output_tokens] of requests of random tokens that are sent all at once."""
+        self._signal(signal.SIGCONT)
         self.process.stdin.write(json.dumps([num_requests, prompt_tokens, output_tokens]) + "\n")
         self.process.stdin.flush()
-        return self._reply()
+        times = self._reply()
+        self._signal(signal.SIGSTOP)
+        return times
 
     def close(self) -> None:
+        self._signal(signal.SIGCONT)
         self.process.stdin.close()
         self.process.wait(timeout=60)
+
+    def _signal(self, number: int) -> None:
+        os.killpg(self.process.pid, number)
 
     def _reply(self) -> list:
         line = self.process.stdout.readline()
