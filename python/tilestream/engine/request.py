@@ -67,7 +67,7 @@ class TokenLogprobs:
     top: tuple[tuple[int, float], ...] = ()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)  # not frozen: one is made per token, and that takes a frozen one four times as long
 class RequestDelta:
     """What is new for one request. The delta with a finish_reason is its last.
 

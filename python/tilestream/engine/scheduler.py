@@ -242,8 +242,9 @@ class Scheduler:
         return max(0, to_tile_border if to_tile_border > 0 else most)
 
     def _take(self, plan: StepPlan, request: Request, num_new_tokens: int) -> None:
-        num_pages = self._num_pages_for(request.num_computed_tokens + num_new_tokens)
-        request.pages += self.pool.allocate(max(0, num_pages - len(request.pages)))
+        num_missing = self._num_pages_for(request.num_computed_tokens + num_new_tokens) - len(request.pages)
+        if num_missing > 0:
+            request.pages += self.pool.allocate(num_missing)
         plan.add(request, num_new_tokens)
 
     def _latest_is_prefill_after(self, request: Request) -> bool:
