@@ -53,11 +53,9 @@ def draw_roofline(axes, rows: list[dict], roofs: dict[str, float]) -> None:
         axes.plot([low, ridge, high], [low * roofs["read"] / 1e9, roofs[kind] / 1e9, roofs[kind] / 1e9], color=INK, lw=1.2, zorder=1)
         text = f"{kind} {roofs[kind] / 1e9:.0f} Gop/s"
         axes.annotate(text, (high, roofs[kind] / 1e9), (-4, 3), textcoords="offset points", ha="right", fontsize=8.5)
-    x = 1.3
-    axes.annotate(
-        f"memory {roofs['read'] / 1e9:.0f} GB/s", (x, x * roofs["read"] / 1e9), (-14, 4), textcoords="offset points",
-        rotation=45, rotation_mode="anchor", transform_rotates_text=True, fontsize=8.5,
-    )  # fmt: skip
+    x = 6
+    text = f"memory {roofs['read'] / 1e9:.0f} GB/s"
+    axes.annotate(text, (x, x * roofs["read"] / 1e9), (-8, 0), textcoords="offset points", ha="right", fontsize=8.5)
     for row in rows:
         work, colour = row["work"], COLOURS[row["bench"]]
         if not work["num_ops"]:
