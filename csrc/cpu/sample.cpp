@@ -1,16 +1,16 @@
 // Sampling on the CPU: filters without sorting, a seeded draw, log-probabilities. Contract: sample.h.
 //
-// Work: rows go to workers; the rows left over (fewer than workers) are each cut into chunks for all of them.
-// One pass over the logits gives the log-sum-exp and, for each block, the maxima of its 16 lanes. Then
-//   greedy   the block that holds the maximum is searched;
-//   top-k    the k-th largest maximum bounds the k-th largest logit from below, so that few blocks are read
-//            again; a radix select on the float bits of what they hold gives the exact threshold;
-//   dense    (no top-k) top-p sums probability mass per chunk and bin of 1/11.5 octave, then selects inside
-//            one bin; the draw walks the chunk in which it falls.
-// Masses are fixed point, so their sums do not depend on the order, hence not on the number of threads; the
-// log-sum-exp is summed per chunk and then in chunk order.
+// Work: rows go to workers; the rows left over (fewer than workers) are each cut into chunks for all of them, one launch
+// for each pass. One pass over the logits gives the log-sum-exp and, for each block, the maxima of its 16 lanes. Then
+//   greedy     the block that holds the maximum is searched;
+//   top-k      the k-th largest maximum bounds the k-th largest logit from below, so that few blocks are read again; a
+//              select on the float bits of what they hold gives the exact threshold;
+//   whole row  (no top-k) one more pass gives the masses and the top-p threshold (sample_mass.h); the draw walks the
+//              chunk in which it falls.
+// Masses are fixed point, so their sums do not depend on the order, hence not on the number of threads; the log-sum-exp
+// is summed per chunk and then in chunk order.
 // Sources: Philox4x32-10, Salmon et al. 2011; top-p, Holtzman et al. 2019; min-p, Nguyen et al. 2024.
-// Reads the logits once (three times when dense); bound by exp2 when logprobs are wanted, else by memory.
+// Reads the logits once or twice; bound by exp2 where weights or logprobs are wanted, else by memory.
 #include "tilestream/sample.h"
 
 #include <cfloat>
@@ -18,6 +18,7 @@
 #include <cstring>
 
 #include "cpu/common/thread_pool.h"
+#include "cpu/sample_mass.h"
 #include "cpu/sample_row.h"
 #include "cpu/simd/vec.h"
 
@@ -26,15 +27,6 @@ namespace {
 
 constexpr long kMinLogitsPerWorker = 16384;  // about 5 us of work
 constexpr float kLog2E = 1.44269504f;
-// A weight in [0, 1] plus this has an ulp of 2^-44: its bits are the weight in fixed point. 2^20 of them fit.
-constexpr double kFixedPoint = 384.0;
-
-struct Crew {
-  int worker, num_workers;
-  void barrier() const {
-    if (num_workers > 1) team_barrier();
-  }
-};
 
 // ---- statistics ---------------------------------------------------------------------------------
 
@@ -101,196 +93,6 @@ double log_sum_exp(const Row& r, bool& valid) {
   for (long c = 0; c < r.num_chunks; ++c) sum += r.chunk_sum[c] * std::exp(r.chunk_max[c] - largest);
   valid = std::fabs(largest) <= FLT_MAX && sum == sum;
   return largest + std::log(sum);
-}
-
-// ---- masses and the draw ------------------------------------------------------------------------
-
-// 64 random bits of Philox4x32-10 with key = seed, counter = position.
-uint64_t philox(uint64_t seed, uint64_t position) {
-  uint32_t c[4] = {uint32_t(position), uint32_t(position >> 32), 0, 0};
-  uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
-  for (int round = 0; round < 10; ++round) {
-    const uint64_t a = 0xD2511F53ull * c[0], b = 0xCD9E8D57ull * c[2];
-    const uint32_t next[4] = {uint32_t(b >> 32) ^ c[1] ^ k0, uint32_t(b), uint32_t(a >> 32) ^ c[3] ^ k1,
-                              uint32_t(a)};
-    std::memcpy(c, next, sizeof(c));
-    k0 += 0x9E3779B9u;
-    k1 += 0xBB67AE85u;
-  }
-  return uint64_t(c[1]) << 32 | c[0];
-}
-
-// floor(u * total) for u = bits / 2^64.
-uint64_t scaled_draw(uint64_t bits, uint64_t total) {
-  return uint64_t((unsigned __int128)bits * total >> 64);
-}
-
-// The least mass that reaches the fraction top_p of `total`.
-uint64_t needed_mass(float top_p, uint64_t total) {
-  const double need = std::ceil(double(top_p) * double(total));
-  return need < 1.0 ? 1 : need < double(total) ? uint64_t(need) : total;
-}
-
-// w[i] = exp((x[i] - max) / temperature), n a multiple of 16.
-void weights(const Row& r, const float* x, float* w, long n) {
-  const F32x16 m = set1(r.max), scale = set1(r.inverse_scale);
-  for (long i = 0; i < n; i += kLanes) store(w + i, exp2(mul(sub(load(x + i), m), scale)));
-}
-
-// Where each logit lies, in bins below the maximum. Monotone, so that bins are ranges of logits.
-inline F32x16 bin_position(const Row& r, F32x16 x) {
-  return min(mul(sub(set1(r.max), x), set1(r.inverse_scale * kBinsPerOctave)), set1(float(kBins - 1)));
-}
-
-inline int64_t fixed_point(float weight) {
-  const double shifted = double(weight) + kFixedPoint, zero_point = kFixedPoint;
-  int64_t bits, zero_bits;
-  std::memcpy(&bits, &shifted, 8);
-  std::memcpy(&zero_bits, &zero_point, 8);
-  return bits - zero_bits;
-}
-
-// Masses of a block's kept logits, 0 for the others.
-void kept_masses(const Row& r, const float* x, uint64_t* mass) {
-  alignas(64) float w[kBlock];
-  weights(r, x, w, kBlock);
-  for (long i = 0; i < kBlock; ++i) {
-    const int64_t m = fixed_point(x[i] >= r.threshold ? w[i] : 0.0f);
-    mass[i] = m >= r.least_mass ? m : 0;
-  }
-}
-
-// Masses of the first n list entries; returns their sum.
-uint64_t list_masses(Row& r, long n) {
-  uint64_t total = 0;
-  float w[kLanes];
-  for (long i = 0; i < n; i += kLanes) {
-    weights(r, r.list_x + i, w, kLanes);
-    for (long j = i; j < n && j < i + kLanes; ++j) total += r.list_mass[j] = uint64_t(fixed_point(w[j - i]));
-  }
-  return total;
-}
-
-// Top-p, min-p and the draw over a list of n candidates, the row's maximum among them.
-int64_t draw_from_list(Row& r, long n, float top_p, uint64_t random_bits) {
-  const uint64_t all = list_masses(r, n);
-  if (top_p < 1.0f) r.threshold = weighted_threshold(r.list_x, r.list_mass, n, needed_mass(top_p, all));
-  uint64_t total = 0;
-  for (long i = 0; i < n; ++i) {
-    if (r.list_x[i] < r.threshold || r.list_mass[i] < uint64_t(r.least_mass)) r.list_mass[i] = 0;
-    total += r.list_mass[i];
-  }
-  const uint64_t target = scaled_draw(random_bits, total);
-  long i = 0;
-  for (uint64_t below = r.list_mass[0]; below <= target; below += r.list_mass[i]) ++i;
-  return r.list_id[i];
-}
-
-// The mass of one chunk, by bin. Neighbours often share a bin: in tables of their own, they need not wait for
-// the previous one's store.
-void histogram_chunk(Row& r, long chunk) {
-  constexpr int kTables = 4;
-  alignas(64) float padded[kBlock], w[kBlock], position[kBlock];
-  alignas(64) int64_t mass[kBlock];
-  alignas(64) int32_t bins[kBlock];
-  alignas(64) uint64_t tables[kTables][kBins] = {};
-  for (long b = chunk * (kChunk / kBlock); b < block_end(r, chunk); ++b) {
-    const float* x = block_of(r, r.x, b, padded);
-    weights(r, x, w, kBlock);
-    for (long i = 0; i < kBlock; i += kLanes) store(position + i, bin_position(r, load(x + i)));
-    for (long i = 0; i < kBlock; ++i) mass[i] = fixed_point(w[i]);
-    for (long i = 0; i < kBlock; ++i) bins[i] = int32_t(position[i]);
-    for (long i = 0; i < kBlock; i += kTables) {
-#pragma GCC unroll 4
-      for (int t = 0; t < kTables; ++t) tables[t][bins[i + t]] += uint64_t(mass[i + t]);
-    }
-  }
-  uint64_t* histogram = r.histogram + chunk * kBins;
-  for (int i = 0; i < kBins; ++i) histogram[i] = tables[0][i] + tables[1][i] + tables[2][i] + tables[3][i];
-}
-
-// The bin in which top-p ends, and what it still needs from there; chunk_mass becomes the mass above the bin.
-void find_bin(Row& r, float top_p) {
-  uint64_t bins[kBins] = {}, total = 0;
-  for (long c = 0; c < r.num_chunks; ++c) {
-    for (int i = 0; i < kBins; ++i) bins[i] += r.histogram[c * kBins + i];
-  }
-  for (int i = 0; i < kBins; ++i) total += bins[i];
-  r.bin_need = needed_mass(top_p, total);
-  for (r.bin = 0; bins[r.bin] < r.bin_need; ++r.bin) r.bin_need -= bins[r.bin];
-  for (long c = 0; c < r.num_chunks; ++c) {
-    r.chunk_mass[c] = 0;
-    for (int i = 0; i < r.bin; ++i) r.chunk_mass[c] += r.histogram[c * kBins + i];
-  }
-}
-
-// Lists the logits of r.bin in the chunks [begin, end), from position begin * kChunk on; returns how many.
-long collect_bin(Row& r, long begin, long end) {
-  alignas(64) float padded[kBlock];
-  const F32x16 low = set1(float(r.bin)), high = set1(std::nextafterf(float(r.bin + 1), 0.0f));
-  long n = begin * kChunk;
-  for (long b = begin * (kChunk / kBlock); b < block_end(r, end - 1); ++b) {
-    const float* x = block_of(r, r.x, b, padded);
-    for (long i = 0; i < kBlock; i += kLanes) {
-      float inside[kLanes];  // >= 0: the logit is in the bin
-      const F32x16 position = bin_position(r, load(x + i));
-      const F32x16 depth = min(sub(position, low), sub(high, position));
-      if (!(reduce_max(depth) >= 0.0f)) continue;
-      store(inside, depth);
-      for (long j = 0; j < kLanes; ++j) {  // no branch: it could not be predicted
-        r.list_x[n] = x[i + j];
-        r.list_id[n] = int32_t(b * kBlock + i + j);
-        n += (inside[j] >= 0.0f) & (x[i + j] > -INFINITY);
-      }
-    }
-  }
-  return n - begin * kChunk;
-}
-
-// Selects inside r.bin from the workers' lists: sets r.threshold, and adds the kept mass to its chunks.
-void finish_bin(Row& r, int num_workers) {
-  long n = 0;
-  for (int w = 0; w < num_workers; ++w) {
-    const long begin = share_of(r.num_chunks, w, num_workers).begin * kChunk;
-    std::memmove(r.list_x + n, r.list_x + begin, size_t(r.list_count[w]) * sizeof(float));
-    std::memmove(r.list_id + n, r.list_id + begin, size_t(r.list_count[w]) * sizeof(int32_t));
-    n += r.list_count[w];
-  }
-  list_masses(r, n);
-  r.threshold = weighted_threshold(r.list_x, r.list_mass, n, r.bin_need);
-  for (long i = 0; i < n; ++i) {
-    if (r.list_x[i] >= r.threshold) r.chunk_mass[r.list_id[i] / kChunk] += r.list_mass[i];
-  }
-}
-
-// The kept mass of one chunk, from the logits.
-void sum_chunk(Row& r, long chunk) {
-  alignas(64) float padded[kBlock];
-  alignas(64) uint64_t mass[kBlock];
-  uint64_t sum = 0;
-  for (long b = chunk * (kChunk / kBlock); b < block_end(r, chunk); ++b) {
-    kept_masses(r, block_of(r, r.x, b, padded), mass);
-    for (long i = 0; i < kBlock; ++i) sum += mass[i];
-  }
-  r.chunk_mass[chunk] = sum;
-}
-
-int64_t draw_dense(const Row& r, uint64_t random_bits) {
-  uint64_t total = 0, below = 0;
-  for (long c = 0; c < r.num_chunks; ++c) total += r.chunk_mass[c];
-  const uint64_t target = scaled_draw(random_bits, total);
-  long chunk = 0;
-  while (below + r.chunk_mass[chunk] <= target) below += r.chunk_mass[chunk++];
-  alignas(64) float padded[kBlock];
-  alignas(64) uint64_t mass[kBlock];
-  for (long b = chunk * (kChunk / kBlock); b < block_end(r, chunk); ++b) {
-    kept_masses(r, block_of(r, r.x, b, padded), mass);
-    for (long i = 0; i < kBlock; ++i) {
-      below += mass[i];
-      if (below > target) return b * kBlock + i;
-    }
-  }
-  return -1;  // not reached: the chunk's masses sum to more than target - below
 }
 
 // ---- penalties ----------------------------------------------------------------------------------
@@ -381,19 +183,18 @@ void write_invalid(const SampleParams& p, long b) {
   }
 }
 
-uint64_t random_bits(const SampleParams& p, long b) {
-  return philox(uint64_t(p.seeds[b]), uint64_t(p.positions[b]));
-}
-
-// All that needs no second pass over the logits, by one worker. Sets r.dense when the draw is still to come.
-void decide(Row& r, const SampleParams& p, long b, double lse, bool valid) {
-  r.dense = false;
+void sample_row(Row& r, const SampleParams& p, long b) {
+  r.x = p.logits + b * p.logits_row_stride;
+  const bool want_sum = p.logprobs != nullptr || p.num_top_logprobs > 0;
+  float* copy = has_penalties(p, b) ? r.copy : nullptr;
+  for_chunks(r, [&](long c) { chunk_statistics(r, r.x, c, want_sum, copy); });
+  bool valid;
+  const double lse = log_sum_exp(r, valid);
   if (!valid) return write_invalid(p, b);
   top_logprobs(r, p, b, lse);
-  r.x = p.logits + b * p.logits_row_stride;
-  if (has_penalties(p, b)) {
+  if (copy != nullptr) {
     apply_penalties(r, p, b);
-    r.x = r.copy;
+    r.x = copy;
   }
   r.max = largest_lane(r);
   if (!(std::fabs(r.max) <= FLT_MAX)) return write_invalid(p, b);
@@ -401,50 +202,13 @@ void decide(Row& r, const SampleParams& p, long b, double lse, bool valid) {
   if (p.temperature[b] == 0.0f || k == 1) return write_token(p, b, arg_max(r), lse);
   // Kept away from 0 and infinity, whose products with the other are NaN.
   r.inverse_scale = std::fmin(std::fmax(kLog2E / p.temperature[b], FLT_MIN), FLT_MAX / 64);
-  r.least_mass = fixed_point(p.min_p[b]);
   r.threshold = -INFINITY;
-  r.dense = k == 0 || k >= r.vocab_size;
-  if (r.dense) return;
-  const long n = list_top_k(r, r.x, k);
-  write_token(p, b, draw_from_list(r, n, p.top_p[b], random_bits(p, b)), lse);
-}
-
-void sample_dense(Row& r, const SampleParams& p, long b, double lse, const Crew& crew) {
-  const Share chunks = share_of(r.num_chunks, crew.worker, crew.num_workers);
-  const bool top_p = p.top_p[b] < 1.0f, min_p = p.min_p[b] > 0.0f;
-  if (top_p) {
-    for (long c = chunks.begin; c < chunks.end; ++c) histogram_chunk(r, c);
-    crew.barrier();
-    if (crew.worker == 0) find_bin(r, p.top_p[b]);
-    crew.barrier();
-    r.list_count[crew.worker] = chunks.begin < chunks.end ? collect_bin(r, chunks.begin, chunks.end) : 0;
-    crew.barrier();
-    if (crew.worker == 0) finish_bin(r, crew.num_workers);
-  }
-  if (!top_p || min_p) {
-    crew.barrier();
-    for (long c = chunks.begin; c < chunks.end; ++c) sum_chunk(r, c);
-    crew.barrier();
-  }
-  if (crew.worker == 0) write_token(p, b, draw_dense(r, random_bits(p, b)), lse);
-}
-
-void sample_row(Row& r, const SampleParams& p, long b, const Crew& crew) {
-  const float* raw = p.logits + b * p.logits_row_stride;
-  const Share chunks = share_of(r.num_chunks, crew.worker, crew.num_workers);
-  const bool want_sum = p.logprobs != nullptr || p.num_top_logprobs > 0;
-  float* copy = has_penalties(p, b) ? r.copy : nullptr;
-  for (long c = chunks.begin; c < chunks.end; ++c) chunk_statistics(r, raw, c, want_sum, copy);
-  crew.barrier();
-  double lse = 0.0;
-  if (crew.worker == 0) {
-    bool valid;
-    lse = log_sum_exp(r, valid);
-    decide(r, p, b, lse, valid);
-  }
-  crew.barrier();
-  if (r.dense) sample_dense(r, p, b, lse, crew);
-  crew.barrier();  // the next row uses the same memory
+  r.least_weight = 0.0f;
+  const uint64_t bits = philox(uint64_t(p.seeds[b]), uint64_t(p.positions[b]));
+  const bool whole_row = k == 0 || k >= r.vocab_size;
+  const int64_t token = whole_row ? draw_from_row(r, p.top_p[b], p.min_p[b], bits)
+                                  : draw_from_list(r, list_top_k(r, r.x, k), p.top_p[b], p.min_p[b], bits);
+  write_token(p, b, token, lse);
 }
 
 // The hash table's size: a power of two, at most half full.
@@ -463,23 +227,20 @@ long history_capacity(const SampleParams& p) {
 
 void sample(const SampleParams& p) {
   const long work = p.batch_size * p.vocab_size / kMinLogitsPerWorker;
-  const int wanted = work < 1 ? 1 : work < kMaxWorkers ? int(work) : kMaxWorkers;
   const int available = num_threads();
-  const int max_workers = wanted < available ? wanted : available;
+  const int num_workers = work < 1 ? 1 : work < available ? int(work) : available;
+  const long alone = p.batch_size - p.batch_size % num_workers;  // rows that one worker does from end to end
   const long capacity = history_capacity(p);
-  Row shared;
-  const size_t bytes = size_t(lay_out(shared, nullptr, p.vocab_size, capacity));
-  lay_out(shared, static_cast<char*>(scratch(Scratch::kLaunch, bytes)), p.vocab_size, capacity);
-  auto work_on_rows = [&](int worker, int num_workers) {
-    const long left_over = p.batch_size % num_workers, alone = p.batch_size - left_over;
-    if (alone > 0) {
-      Row own;
-      lay_out(own, static_cast<char*>(scratch(Scratch::kWorker, bytes)), p.vocab_size, capacity);
-      for (long b = worker; b < alone; b += num_workers) sample_row(own, p, b, {0, 1});
-    }
-    for (long b = alone; b < p.batch_size; ++b) sample_row(shared, p, b, {worker, num_workers});
+  Row row;
+  const size_t bytes = size_t(lay_out(row, nullptr, p.vocab_size, capacity, num_workers));
+  auto work_on_rows = [&](int worker, int team_size) {
+    Row own;
+    lay_out(own, static_cast<char*>(scratch(Scratch::kWorker, bytes)), p.vocab_size, capacity, 1);
+    for (long b = worker; b < alone; b += team_size) sample_row(own, p, b);
   };
-  parallel_together(max_workers, work_on_rows);
+  if (alone > 0) parallel(num_workers, work_on_rows);
+  lay_out(row, static_cast<char*>(scratch(Scratch::kLaunch, bytes)), p.vocab_size, capacity, num_workers);
+  for (long b = alone; b < p.batch_size; ++b) sample_row(row, p, b);
 }
 
 }  // namespace tilestream::cpu::TILESTREAM_LEVEL

@@ -139,6 +139,16 @@ def test_ties_and_masked_logits(backend: testing.Backend, filters: dict) -> None
     assert bool((drawn > -math.inf).all())
 
 
+@pytest.mark.parametrize("top_p", [0.05, 0.5, 0.9, 0.99])
+@pytest.mark.parametrize("misleading", [-3.0, 3.0])
+def test_top_p_when_its_guess_is_wrong(backend: testing.Backend, misleading: float, top_p: float) -> None:
+    """The CPU kernel guesses from the first 16 of each 512 logits, which here lie apart from the others."""
+    logits = torch.randn(4, 6000)
+    logits[:, torch.arange(6000) % 512 < 16] += misleading
+    logits[:, torch.arange(6000) % 256 == 100] = 4.0  # lane maxima, so that the first 16 are not
+    assert Case(logits, top_p=top_p).check() >= 3
+
+
 @pytest.mark.parametrize("penalties", [(1.5, 0.0, 0.0), (1.0, 0.7, 0.0), (1.0, 0.0, 0.4), (0.8, -0.5, 0.3)])
 @pytest.mark.parametrize("filters", [{"temperature": 0.0}, {"top_k": 10}, {"top_p": 0.6}, {}])
 def test_penalties(backend: testing.Backend, penalties: tuple, filters: dict) -> None:

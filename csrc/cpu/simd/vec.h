@@ -12,6 +12,11 @@
 //   F load_first(const float*, int n), store_first(float*, F, int n)              n in 0..16 lanes; others 0
 //   add sub mul div max min fma(a, b, c) = a * b + c, rounded once where the level has FMA
 //   F where_lt(I a, int n, F yes, F no)        lane-wise a < n ? yes : no;   I iota()
+//   F where_ge(F a, F b, F yes)                lane-wise a >= b ? yes : 0
+//   uint32_t lanes_ge(F a, F b)                bit i: a[i] >= b[i]
+//   int store_lanes(float*, F, uint32_t lanes) the chosen lanes, one after another; may write 16; returns how many
+//   FixedSum no_mass(), add_mass(FixedSum, F w), add_mass_ge(FixedSum, F a, F b, F w)   exact sums of weights in fixed
+//   uint64_t reduce_mass(FixedSum)             point (kFixedPoint below); _ge: of the lanes with a >= b
 //   F larger_magnitude(F, F)                   max(|a|, |b|), NaN if either is
 //   F add_rows(const F (&)[16])                lane i = sum of vector i; add_rows and larger_rows (by larger_magnitude,
 //   F larger_rows(const F (&)[16])             of vectors without sign bits) have one fixed order
@@ -35,6 +40,15 @@
 #ifndef TILESTREAM_LEVEL
 #error "compile with -DTILESTREAM_LEVEL=portable|avx2|avx512|avx512_vnni"
 #endif
+
+namespace tilestream::cpu::TILESTREAM_LEVEL {
+
+// A weight in [0, 1] plus this has an ulp of 2^-44: its bits are the weight in fixed point, rounded to nearest even. Sums of
+// these (FixedSum keeps them with the bits of kFixedPoint itself, which the reduction takes off) are exact in any order.
+constexpr double kFixedPoint = 384.0;
+constexpr int64_t kFixedPointBits = 0x4078000000000000;
+
+}  // namespace tilestream::cpu::TILESTREAM_LEVEL
 
 #if defined(__AVX512F__)
 #include "cpu/simd/vec_avx512.h"
@@ -65,6 +79,7 @@ inline F32x16 exp2(F32x16 x) {
 }
 
 #if !defined(__AVX512F__)
+inline FixedSum add_mass_ge(FixedSum s, F32x16 a, F32x16 b, F32x16 w) { return add_mass(s, where_ge(a, b, w)); }
 inline F32x16 exp2_weight(F32x16 x) { return exp2(x); }
 template <class V>
 inline V in_register(V a) { return a; }

@@ -90,6 +90,39 @@ inline F32x16 abs(F32x16 a) {
   const __m256 m = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
   return {_mm256_and_ps(a.lo, m), _mm256_and_ps(a.hi, m)};
 }
+inline F32x16 where_ge(F32x16 a, F32x16 b, F32x16 yes) {
+  return {_mm256_and_ps(_mm256_cmp_ps(a.lo, b.lo, _CMP_GE_OQ), yes.lo),
+          _mm256_and_ps(_mm256_cmp_ps(a.hi, b.hi, _CMP_GE_OQ), yes.hi)};
+}
+inline uint32_t lanes_ge(F32x16 a, F32x16 b) {
+  return uint32_t(_mm256_movemask_ps(_mm256_cmp_ps(a.lo, b.lo, _CMP_GE_OQ)) |
+                  _mm256_movemask_ps(_mm256_cmp_ps(a.hi, b.hi, _CMP_GE_OQ)) << 8);
+}
+inline int store_lanes(float* p, F32x16 a, uint32_t lanes) {
+  float all[16];
+  store(all, a);
+  int n = 0;
+  for (; lanes != 0; lanes &= lanes - 1) p[n++] = all[__builtin_ctz(lanes)];
+  return n;
+}
+struct FixedSum { __m256i v[4]; int64_t num; };
+inline FixedSum no_mass() { return {}; }
+inline FixedSum add_mass(FixedSum s, F32x16 w) {
+  const __m128 quarters[4] = {_mm256_castps256_ps128(w.lo), _mm256_extractf128_ps(w.lo, 1),
+                              _mm256_castps256_ps128(w.hi), _mm256_extractf128_ps(w.hi, 1)};
+  for (int i = 0; i < 4; ++i) {
+    const __m256d fixed = _mm256_add_pd(_mm256_cvtps_pd(quarters[i]), _mm256_set1_pd(kFixedPoint));
+    s.v[i] = _mm256_add_epi64(s.v[i], _mm256_castpd_si256(fixed));
+  }
+  s.num += 16;
+  return s;
+}
+inline uint64_t reduce_mass(FixedSum s) {
+  uint64_t lanes[16], sum = 0;
+  std::memcpy(lanes, s.v, sizeof(lanes));
+  for (uint64_t lane : lanes) sum += lane;
+  return sum - uint64_t(s.num) * kFixedPointBits;
+}
 inline F32x16 where_lt(I32x16 a, int n, F32x16 yes, F32x16 no) {
   const I32x16 m = less(a, n);
   return {_mm256_blendv_ps(no.lo, yes.lo, _mm256_castsi256_ps(m.lo)),

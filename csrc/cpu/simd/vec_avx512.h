@@ -62,6 +62,30 @@ inline I32x16 iota() { return _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10
 inline F32x16 where_lt(I32x16 a, int n, F32x16 yes, F32x16 no) {
   return _mm512_mask_blend_ps(_mm512_cmplt_epi32_mask(a, _mm512_set1_epi32(n)), no, yes);
 }
+inline F32x16 where_ge(F32x16 a, F32x16 b, F32x16 yes) {
+  return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a, b, _CMP_GE_OQ), yes);
+}
+inline uint32_t lanes_ge(F32x16 a, F32x16 b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
+// Compressed in a register: Zen 4's compressing store is a hundred times slower.
+inline int store_lanes(float* p, F32x16 a, uint32_t lanes) {
+  store(p, _mm512_maskz_compress_ps(__mmask16(lanes), a));
+  return __builtin_popcount(lanes);
+}
+struct FixedSum { __m512i lo, hi; int64_t num; };
+inline FixedSum no_mass() { return {_mm512_setzero_si512(), _mm512_setzero_si512(), 0}; }
+inline FixedSum add_mass(FixedSum s, F32x16 w, uint32_t lanes) {
+  const __m512d point = _mm512_set1_pd(kFixedPoint);
+  const __m512d lo = _mm512_add_pd(_mm512_cvtps_pd(_mm512_castps512_ps256(w)), point);
+  const __m512d hi = _mm512_add_pd(_mm512_cvtps_pd(_mm512_extractf32x8_ps(w, 1)), point);
+  return {_mm512_mask_add_epi64(s.lo, __mmask8(lanes), s.lo, _mm512_castpd_si512(lo)),
+          _mm512_mask_add_epi64(s.hi, __mmask8(lanes >> 8), s.hi, _mm512_castpd_si512(hi)),
+          s.num + __builtin_popcount(lanes)};
+}
+inline FixedSum add_mass(FixedSum s, F32x16 w) { return add_mass(s, w, 0xffff); }
+inline FixedSum add_mass_ge(FixedSum s, F32x16 a, F32x16 b, F32x16 w) { return add_mass(s, w, lanes_ge(a, b)); }
+inline uint64_t reduce_mass(FixedSum s) {
+  return uint64_t(_mm512_reduce_add_epi64(_mm512_add_epi64(s.lo, s.hi))) - uint64_t(s.num) * kFixedPointBits;
+}
 inline float reduce_add(F32x16 a) { return _mm512_reduce_add_ps(a); }
 inline float reduce_max(F32x16 a) { return _mm512_reduce_max_ps(a); }
 // A butterfly: each step folds two vectors into one, halving what a vector's own lanes still have to give.

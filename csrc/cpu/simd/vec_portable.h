@@ -113,6 +113,39 @@ inline I32x16 iota() {
   for (int i = 0; i < 16; ++i) r.v[i / 4][i % 4] = i;
   return r;
 }
+inline F32x16 where_ge(F32x16 a, F32x16 b, F32x16 yes) {
+  TILESTREAM_LANES((f32x4)((a.v[i] >= b.v[i]) & (i32x4)yes.v[i]));
+}
+inline uint32_t lanes_ge(F32x16 a, F32x16 b) {
+  uint32_t lanes = 0;
+  for (int i = 0; i < 16; ++i) lanes |= uint32_t(a.v[i / 4][i % 4] >= b.v[i / 4][i % 4]) << i;
+  return lanes;
+}
+inline int store_lanes(float* p, F32x16 a, uint32_t lanes) {
+  int n = 0;
+  for (; lanes != 0; lanes &= lanes - 1) {
+    const int i = __builtin_ctz(lanes);
+    p[n++] = a.v[i / 4][i % 4];
+  }
+  return n;
+}
+struct FixedSum { uint64_t v[16]; int64_t num; };
+inline FixedSum no_mass() { return {}; }
+inline FixedSum add_mass(FixedSum s, F32x16 w) {
+  for (int i = 0; i < 16; ++i) {
+    const double fixed = double(w.v[i / 4][i % 4]) + kFixedPoint;
+    uint64_t bits;
+    std::memcpy(&bits, &fixed, 8);
+    s.v[i] += bits;
+  }
+  s.num += 16;
+  return s;
+}
+inline uint64_t reduce_mass(FixedSum s) {
+  uint64_t sum = 0;
+  for (uint64_t lane : s.v) sum += lane;
+  return sum - uint64_t(s.num) * kFixedPointBits;
+}
 inline F32x16 where_lt(I32x16 a, int n, F32x16 yes, F32x16 no) { TILESTREAM_LANES(a.v[i] < n ? yes.v[i] : no.v[i]); }
 inline float reduce_add(F32x16 a) {
   const f32x4 s = (a.v[0] + a.v[2]) + (a.v[1] + a.v[3]);
