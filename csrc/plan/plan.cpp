@@ -55,6 +55,7 @@ class Planner::JobWriter {
         ticks_per_cost_(2 * int64_t(config.num_workers)),
         share_ticks_(2 * total_cost),
         half_tile_ticks_(max_tile_cost * config.num_workers),
+        tiles_per_split_(config.split_tokens / config.tile_keys),
         next_cut_(config.num_workers > 1 ? share_ticks_ : INT64_MAX),
         jobs_(jobs),
         worker_begin_(worker_begin) {
@@ -68,7 +69,7 @@ class Planner::JobWriter {
     const int64_t begin = position_, end = begin + tiles * tile_ticks;
     // Half-way between two borders the unit's own wins, except that the first worker does not stay idle for it.
     const int64_t border_end = begin + half_tile_ticks_ + (begin > 0 ? 1 : 0);
-    while (next_cut_ < border_end) next_worker();
+    while (next_cut_ < border_end) next_worker(num_jobs_);
     const bool cut = next_cut_ < end - half_tile_ticks_;
     const bool partial = cut || unit.always_merged();
     int32_t job_begin = unit.kv_begin;
@@ -77,7 +78,7 @@ class Planner::JobWriter {
       const int32_t border = unit.kv_begin + int32_t(tile) * config_.tile_keys;
       if (border > job_begin) add_job(unit, job_begin, border, partial);
       job_begin = border;
-      next_worker();
+      next_worker(num_jobs_);
     }
     add_job(unit, job_begin, unit.kv_end, partial);
     position_ = end;
@@ -85,22 +86,29 @@ class Planner::JobWriter {
   }
 
   bool add_invariant(const Unit& unit, int64_t tile_cost) {
-    const int32_t split = config_.split_tokens, tile_keys = config_.tile_keys;
+    const int32_t split = config_.split_tokens;
     const int64_t tile_ticks = tile_cost * ticks_per_cost_;
-    const int64_t whole_part_ticks = split / tile_keys * tile_ticks;
     int32_t part_begin = unit.kv_begin;
-    int32_t part_end = std::min((part_begin / split + 1) * split, unit.kv_end);
+    int32_t part_end = std::min(part_begin == 0 ? split : (part_begin / split + 1) * split, unit.kv_end);
     const bool cut = part_end < unit.kv_end;
     const bool partial = cut || unit.always_merged();
+    int32_t partial_begin = partial ? num_partial_rows_ : -1;
+    // Where it stands in locals: the compiler cannot know that writing a job leaves the members as they are.
+    PlanJob* job = jobs_ + num_jobs_;
+    int64_t position = position_;
     while (part_begin < unit.kv_end) {
       const int32_t keys = part_end - part_begin;
-      const int64_t ticks = keys == split ? whole_part_ticks : (keys + tile_keys - 1) / tile_keys * tile_ticks;
-      while (next_cut_ < position_ + ticks / 2) next_worker();
-      add_job(unit, part_begin, part_end, partial);
-      position_ += ticks;
+      const int64_t ticks = (keys == split ? tiles_per_split_ : tiles_of(keys)) * tile_ticks;
+      while (next_cut_ < position + ticks / 2) next_worker(int32_t(job - jobs_));
+      *job++ = job_of(unit, part_begin, part_end, partial_begin);
+      if (partial) partial_begin += unit.num_q_tokens;
+      position += ticks;
       part_begin = part_end;
       part_end = std::min(part_end + split, unit.kv_end);
     }
+    if (partial) num_partial_rows_ = partial_begin;
+    num_jobs_ = int32_t(job - jobs_);
+    position_ = position;
     return cut;
   }
 
@@ -112,22 +120,31 @@ class Planner::JobWriter {
   int32_t num_partial_rows() const { return num_partial_rows_; }
 
  private:
+  // Remembers the last answer: the heads of a request ask the same, which saves their divisions.
+  int64_t tiles_of(int32_t keys) {
+    if (keys != last_keys_) last_tiles_ = ceil_div(last_keys_ = keys, config_.tile_keys);
+    return last_tiles_;
+  }
+
+  static PlanJob job_of(const Unit& u, int32_t kv_begin, int32_t kv_end, int32_t partial_begin) {
+    return {u.q_rows_begin, u.num_q_tokens, u.kv_head, u.page_list, kv_begin, kv_end, u.q_pos_begin, partial_begin};
+  }
+
   void add_job(const Unit& unit, int32_t kv_begin, int32_t kv_end, bool partial) {
-    jobs_[num_jobs_++] = {unit.q_rows_begin, unit.num_q_tokens, unit.kv_head,     unit.page_list,
-                          kv_begin,          kv_end,            unit.q_pos_begin, partial ? num_partial_rows_ : -1};
+    jobs_[num_jobs_++] = job_of(unit, kv_begin, kv_end, partial ? num_partial_rows_ : -1);
     if (partial) num_partial_rows_ += unit.num_q_tokens;
   }
 
-  void next_worker() {
-    worker_begin_[++worker_] = num_jobs_;
+  void next_worker(int32_t first_job) {
+    worker_begin_[++worker_] = first_job;
     next_cut_ = worker_ + 1 < config_.num_workers ? (worker_ + 1) * share_ticks_ : INT64_MAX;
   }
 
   const PlanConfig& config_;
-  const int64_t ticks_per_cost_, share_ticks_, half_tile_ticks_;
-  int64_t position_ = 0;
+  const int64_t ticks_per_cost_, share_ticks_, half_tile_ticks_, tiles_per_split_;
+  int64_t position_ = 0, last_tiles_ = 0;
   int64_t next_cut_;
-  int32_t worker_ = 0, num_jobs_ = 0, num_partial_rows_ = 0;
+  int32_t worker_ = 0, last_keys_ = 0, num_jobs_ = 0, num_partial_rows_ = 0;
   PlanJob* jobs_;
   int32_t* worker_begin_;
 };
@@ -324,10 +341,11 @@ void Planner::write_merges(const PlanJob* jobs, int32_t* buffer, PlanHeader& hea
       }
       const int32_t q_pos = unit.q_pos_begin + i;
       int32_t begin = unit.first_job, end = unit.first_job + unit.num_jobs;
-      if (config_.window_left >= 0) {
+      // A lone token sees keys of all its unit's jobs.
+      if (unit.num_tokens > 1 && config_.window_left >= 0) {
         while (begin < end && jobs[begin].kv_end <= q_pos - config_.window_left) ++begin;
       }
-      if (config_.causal) {
+      if (unit.num_tokens > 1 && config_.causal) {
         while (begin < end && jobs[end - 1].kv_begin > q_pos) --end;
       }
       part = append_parts(jobs, begin, end, i, part);
@@ -343,22 +361,18 @@ int64_t Planner::write(int32_t* buffer) {
   PlanHeader& header = *reinterpret_cast<PlanHeader*>(buffer);
   header = {};
   header.magic = kPlanMagic;
-  header.batch_size = input_.batch_size;
-  header.num_tokens = num_tokens_;
-  header.num_qo_heads = config_.num_qo_heads;
-  header.num_kv_heads = config_.num_kv_heads;
+  header.batch_size = input_.batch_size, header.num_tokens = num_tokens_;
+  header.num_qo_heads = config_.num_qo_heads, header.num_kv_heads = config_.num_kv_heads;
   header.page_size = config_.page_size;
   header.num_workers = config_.num_workers;
-  header.tile_rows = config_.tile_rows;
-  header.tile_keys = config_.tile_keys;
+  header.tile_rows = config_.tile_rows, header.tile_keys = config_.tile_keys;
   header.causal = config_.causal;
   header.window_left = config_.window_left;
   header.lists_per_head = input_.lists_per_head;
   header.num_groups = input_.num_groups;
   header.max_kv_len = max_kv_len_;
   header.mode = int32_t(config_.mode);
-  header.cost_tile = config_.cost_tile;
-  header.cost_row = config_.cost_row;
+  header.cost_tile = config_.cost_tile, header.cost_row = config_.cost_row;
   header.num_q_rows = int32_t(num_q_rows_);
   header.q_rows_offset = int32_t(sizeof(PlanHeader) / sizeof(int32_t));
   header.worker_begin_offset = header.q_rows_offset + int32_t(align4(num_q_rows_));
