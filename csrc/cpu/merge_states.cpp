@@ -26,21 +26,21 @@ void merge_row(const MergeStatesParams& p, int64_t token, int64_t head) {
   }
   const int64_t row = token * p.num_heads + head;
   float denominator = 0.0f;
-  for (int s = 0; s < p.num_states; ++s) {
-    const float lse = p.lse[first + int64_t(s) * p.num_heads];
-    if (lse != empty) denominator += std::exp(lse - most);
-  }
-  const F32x16 divisor = set1(denominator == 0.0f ? 1.0f : denominator);
   for (int64_t begin = 0; begin < p.head_dim; begin += kChunkValues) {
     const int64_t num = std::min<int64_t>(kChunkValues, p.head_dim - begin);
-    float sum[kChunkValues] = {};
+    float sum[kChunkValues];
+    for (int64_t d = 0; d < num; d += 16) store(sum + d, zero());
+    denominator = 0.0f;  // the same for every chunk
     for (int s = 0; s < p.num_states; ++s) {
       const int64_t state = first + int64_t(s) * p.num_heads;
       if (p.lse[state] == empty) continue;
-      const F32x16 weight = set1(std::exp(p.lse[state] - most));
+      const float scale = std::exp(p.lse[state] - most);
+      const F32x16 weight = set1(scale);
+      denominator += scale;
       const T* v = static_cast<const T*>(p.v) + state * p.head_dim + begin;
       for (int64_t d = 0; d < num; d += 16) store(sum + d, fma(load_part<E>(v + d, num - d), weight, load(sum + d)));
     }
+    const F32x16 divisor = set1(denominator == 0.0f ? 1.0f : denominator);
     T* out = static_cast<T*>(p.out) + row * p.head_dim + begin;
     for (int64_t d = 0; d < num; d += 16) store_part<E>(out + d, div(load(sum + d), divisor), num - d);
   }
