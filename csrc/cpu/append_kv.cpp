@@ -1,8 +1,8 @@
 // Rotary embedding of q and k, key statistics, quantisation and the write into a paged cache, in one pass.
 //
-// All arithmetic is float32. Every (token, kv head) is one task. Where two tokens may share memory (the nibbles of a
-// blocked int4 page, a page's key statistics) a page and head belong to one worker, which takes them in token order;
-// otherwise tasks are shared evenly. Bound by memory: each input is read once, each output written once.
+// All arithmetic is float32. Where two tokens share memory (the lanes of a blocked page, a page's key statistics) a page and
+// head belong to one worker, which takes them in token order; otherwise tokens are shared evenly. Each input is read once,
+// each output written once.
 // Limits: head_dim a multiple of 16, at most 256 (api/kv_cache.h checks it).
 #include "tilestream/append_kv.h"
 
@@ -17,8 +17,8 @@ namespace tilestream::cpu::TILESTREAM_LEVEL {
 namespace {
 
 constexpr int kMaxHeadDim = 256;
-// A launch pays from about 5 us of work on one worker (measured: a value in about 1 ns).
-constexpr int64_t kValuesPerWorker = 4096;
+// A launch pays from about 5 us of work on one worker (measured: 3 to 5 values in 1 ns).
+constexpr int64_t kValuesPerWorker = 16384;
 
 // cos: [rotary_dim / 2], sin: the same.
 void rotate(float* x, const float* cos, const float* sin, int rotary_dim, bool interleaved) {
@@ -31,7 +31,13 @@ void rotate(float* x, const float* cos, const float* sin, int rotary_dim, bool i
     }
     return;
   }
-  for (int i = 0; i < half; ++i) {
+  int i = 0;
+  for (; i + 16 <= half; i += 16) {
+    const F32x16 a = load(x + i), b = load(x + i + half), c = load(cos + i), s = load(sin + i);
+    store(x + i, sub(mul(a, c), mul(b, s)));
+    store(x + i + half, add(mul(b, c), mul(a, s)));
+  }
+  for (; i < half; ++i) {
     const float a = x[i], b = x[i + half];
     x[i] = a * cos[i] - b * sin[i];
     x[i + half] = b * cos[i] + a * sin[i];
@@ -51,19 +57,15 @@ void quantise(const float* row, int num, int most, uint8_t* q, uint16_t* scale_z
     high = max(high, load(row + d));
     check = fma(load(row + d), zero(), check);
   }
-  float lanes[16];
-  store(lanes, low);
-  float least = lanes[0];
-  for (float x : lanes) least = x < least ? x : least;
+  const float least = 0.0f - reduce_max(sub(zero(), low));
   scale_zero[0] = float_to_f16((reduce_max(high) - least) / float(most) + reduce_add(check));
   scale_zero[1] = float_to_f16(least);
   const float scale = f16_to_float(scale_zero[0]);
   const F32x16 divisor = set1(scale > 0.0f ? scale : 1.0f), offset = set1(f16_to_float(scale_zero[1]));
   for (int d = 0; d < num; d += 16) {
     // NaN is the first operand: both min and max then give the second.
-    const F32x16 n = round_nearest(div(sub(load(row + d), offset), divisor));
-    store_s8(reinterpret_cast<int8_t*>(q) + d, to_int(sub(max(min(n, set1(float(most))), zero()), set1(128.0f))));
-    for (int i = 0; i < 16; ++i) q[d + i] ^= 0x80;  // back from 0..255 - 128, which a signed byte holds
+    const F32x16 n = max(min(div(sub(load(row + d), offset), divisor), set1(float(most))), zero());
+    store_low_bytes(reinterpret_cast<int8_t*>(q) + d, add(n, set1(kRoundingMagic)));
   }
 }
 
@@ -129,16 +131,20 @@ class Appender {
   template <class Order>
   void run() const {
     const int64_t num_heads = p_.num_kv_heads;
-    const bool shared = p_.key_stats != nullptr || (Order::kNibbles && k_.blocked);
+    const bool shared = p_.key_stats != nullptr || (Order::kPair > 1 && k_.blocked);
     auto body = [&](int worker, int num_workers) {
-      const Share tokens = share_of(p_.num_tokens, worker, num_workers);
-      for (long t = tokens.begin; t < tokens.end; ++t) rotate_q(t);
-      const int64_t num_tasks = p_.num_tokens * num_heads;
-      const Share share = shared ? Share{0, long(num_tasks)} : share_of(num_tasks, worker, num_workers);
-      for (int64_t i = share.begin; i < share.end; ++i) {
-        const int64_t slot = p_.slot_mapping[i / num_heads], head = i % num_heads;
-        if (slot < 0 || (shared && (slot / p_.page_size * num_heads + head) % num_workers != worker)) continue;
-        append<Order>(i / num_heads, head);
+      const Share share = share_of(p_.num_tokens, worker, num_workers);
+      for (long t = share.begin; t < share.end; ++t) rotate_q(t);
+      for (long t = shared ? 0 : share.begin; t < (shared ? p_.num_tokens : share.end); ++t) {
+        const int64_t slot = p_.slot_mapping[t];
+        if (slot < 0) continue;
+        if (!shared) {
+          for (int64_t head = 0; head < num_heads; ++head) append<Order>(t, head);
+          continue;
+        }
+        // This worker's heads of the page: those with (page * num_heads + head) % num_workers == worker.
+        const int64_t first = (worker + num_workers - slot / p_.page_size * num_heads % num_workers) % num_workers;
+        for (int64_t head = first; head < num_heads; head += num_workers) append<Order>(t, head);
       }
     };
     const int64_t values = p_.num_tokens * (num_heads * (p_.head_dim_qk + p_.head_dim_vo) +

@@ -32,6 +32,38 @@ struct BlockOrder {
     }
     *at = value;
   }
+  // Writes one token's values of K, column `column` of a block: whole lanes.
+  static void put_column(T* block, int64_t column, const T* row, int64_t head_dim) {
+    if constexpr (kNibbles) {
+      for (int64_t d = 0; d < head_dim; d += 2 * kPair) {
+        T lane[kPair];
+        for (int i = 0; i < kPair; ++i) lane[i] = T(row[d + i] | row[d + kPair + i] << 4);
+        std::memcpy(block + index(d, column, kKvBlockTokens), lane, sizeof(lane));
+      }
+    } else {
+      for (int64_t d = 0; d < head_dim; d += kPair) {
+        std::memcpy(block + index(d, column, kKvBlockTokens), row + d, kPair * sizeof(T));
+      }
+    }
+  }
+  // Writes one token's values of V: a part of each 32-bit lane. The lane's other tokens are rewritten as they were, so that
+  // nobody else may write the block meanwhile.
+  static void put_row(T* block, int64_t token, const T* row, int64_t head_dim) {
+    T* at = block + index(token - token % kPair, 0, head_dim);
+    if constexpr (kPair == 1) {
+      std::memcpy(at, row, sizeof(T) * head_dim);
+    } else {
+      constexpr int kBits = kNibbles ? 4 : 8 * int(sizeof(T));
+      const int up = int(token % kPair) * 8 * int(sizeof(T)) + shift(token);
+      const uint32_t keep = ~(((1u << kBits) - 1) << up);
+      for (int64_t d = 0; d < head_dim; ++d) {
+        uint32_t lane;
+        std::memcpy(&lane, at + d * kPair, 4);
+        lane = (lane & keep) | uint32_t(row[d]) << up;
+        std::memcpy(at + d * kPair, &lane, 4);
+      }
+    }
+  }
   static T get(const T* block, int64_t reduced, int64_t column, int64_t num_columns) {
     const T value = block[index(reduced, column, num_columns)];
     if constexpr (kNibbles) return T((value >> shift(reduced)) & 0x0f);
@@ -85,9 +117,9 @@ inline void write_kv_row(const KvSide& side, int64_t page, int64_t head, int64_t
   const int64_t t = offset % kKvBlockTokens;
   at += (offset - t) * Order::bytes(side.head_dim) / int64_t(sizeof(T));
   if (side.is_k) {
-    for (int d = 0; d < side.head_dim; ++d) Order::put(at, d, t, kKvBlockTokens, row[d]);
+    Order::put_column(at, t, row, side.head_dim);
   } else {
-    for (int d = 0; d < side.head_dim; ++d) Order::put(at, t, d, side.head_dim, row[d]);
+    Order::put_row(at, t, row, side.head_dim);
   }
 }
 
