@@ -86,10 +86,12 @@ class Planner::JobWriter {
   }
 
   bool add_invariant(const Unit& unit, int64_t tile_cost) {
-    const int32_t split = config_.split_tokens;
+    const int32_t split = config_.split_tokens, tile_keys = config_.tile_keys;
     const int64_t tile_ticks = tile_cost * ticks_per_cost_;
+    const int64_t whole_part_ticks = tiles_per_split_ * tile_ticks;
     int32_t part_begin = unit.kv_begin;
-    int32_t part_end = std::min(part_begin == 0 ? split : (part_begin / split + 1) * split, unit.kv_end);
+    const int32_t first_border = part_begin == 0 ? split : (part_begin / split + 1) * split;  // a division saved, mostly
+    int32_t part_end = std::min(first_border, unit.kv_end);
     const bool cut = part_end < unit.kv_end;
     const bool partial = cut || unit.always_merged();
     int32_t partial_begin = partial ? num_partial_rows_ : -1;
@@ -98,7 +100,7 @@ class Planner::JobWriter {
     int64_t position = position_;
     while (part_begin < unit.kv_end) {
       const int32_t keys = part_end - part_begin;
-      const int64_t ticks = (keys == split ? tiles_per_split_ : tiles_of(keys)) * tile_ticks;
+      const int64_t ticks = keys == split ? whole_part_ticks : (keys + tile_keys - 1) / tile_keys * tile_ticks;
       while (next_cut_ < position + ticks / 2) next_worker(int32_t(job - jobs_));
       *job++ = job_of(unit, part_begin, part_end, partial_begin);
       if (partial) partial_begin += unit.num_q_tokens;
@@ -120,12 +122,6 @@ class Planner::JobWriter {
   int32_t num_partial_rows() const { return num_partial_rows_; }
 
  private:
-  // Remembers the last answer: the heads of a request ask the same, which saves their divisions.
-  int64_t tiles_of(int32_t keys) {
-    if (keys != last_keys_) last_tiles_ = ceil_div(last_keys_ = keys, config_.tile_keys);
-    return last_tiles_;
-  }
-
   static PlanJob job_of(const Unit& u, int32_t kv_begin, int32_t kv_end, int32_t partial_begin) {
     return {u.q_rows_begin, u.num_q_tokens, u.kv_head, u.page_list, kv_begin, kv_end, u.q_pos_begin, partial_begin};
   }
@@ -142,9 +138,9 @@ class Planner::JobWriter {
 
   const PlanConfig& config_;
   const int64_t ticks_per_cost_, share_ticks_, half_tile_ticks_, tiles_per_split_;
-  int64_t position_ = 0, last_tiles_ = 0;
+  int64_t position_ = 0;
   int64_t next_cut_;
-  int32_t worker_ = 0, last_keys_ = 0, num_jobs_ = 0, num_partial_rows_ = 0;
+  int32_t worker_ = 0, num_jobs_ = 0, num_partial_rows_ = 0;
   PlanJob* jobs_;
   int32_t* worker_begin_;
 };
@@ -361,18 +357,22 @@ int64_t Planner::write(int32_t* buffer) {
   PlanHeader& header = *reinterpret_cast<PlanHeader*>(buffer);
   header = {};
   header.magic = kPlanMagic;
-  header.batch_size = input_.batch_size, header.num_tokens = num_tokens_;
-  header.num_qo_heads = config_.num_qo_heads, header.num_kv_heads = config_.num_kv_heads;
+  header.batch_size = input_.batch_size;
+  header.num_tokens = num_tokens_;
+  header.num_qo_heads = config_.num_qo_heads;
+  header.num_kv_heads = config_.num_kv_heads;
   header.page_size = config_.page_size;
   header.num_workers = config_.num_workers;
-  header.tile_rows = config_.tile_rows, header.tile_keys = config_.tile_keys;
+  header.tile_rows = config_.tile_rows;
+  header.tile_keys = config_.tile_keys;
   header.causal = config_.causal;
   header.window_left = config_.window_left;
   header.lists_per_head = input_.lists_per_head;
   header.num_groups = input_.num_groups;
   header.max_kv_len = max_kv_len_;
   header.mode = int32_t(config_.mode);
-  header.cost_tile = config_.cost_tile, header.cost_row = config_.cost_row;
+  header.cost_tile = config_.cost_tile;
+  header.cost_row = config_.cost_row;
   header.num_q_rows = int32_t(num_q_rows_);
   header.q_rows_offset = int32_t(sizeof(PlanHeader) / sizeof(int32_t));
   header.worker_begin_offset = header.q_rows_offset + int32_t(align4(num_q_rows_));
