@@ -28,12 +28,16 @@ class GatedMlp:
         self._act_quant = getattr(torch.ops.tilestream, activation + "_and_mul_quant").default
 
     def __call__(self, x: torch.Tensor | QuantisedRows, buf: Scratch) -> None:
-        """Writes the MLP's output for x, the normalised rows, into buf.x."""
-        self.gate_up(x, buf.gate_up)
-        if self.down.takes_int8:
-            act = buf.act_int8
-            self._act_quant(buf.gate_up, act.q, act.scale, act.sum)
-            self.down(act, buf.x)
-        else:
-            self._act(buf.gate_up, buf.act)
-            self.down(buf.act, buf.x)
+        """Writes the MLP's output for x, the normalised rows, into buf.x, buf.mlp_rows rows at a time."""
+        num_tokens, step = buf.x.size(0), buf.mlp_rows
+        for begin in range(0, num_tokens, step):
+            rows = slice(begin, min(begin + step, num_tokens))
+            part = slice(0, rows.stop - begin)
+            self.gate_up(x[rows], buf.gate_up[part])
+            if buf.act_int8 is not None and self.down.takes_int8:
+                act = buf.act_int8[part]
+                self._act_quant(buf.gate_up[part], act.q, act.scale, act.sum)
+                self.down(act, buf.x[rows])
+            else:
+                self._act(buf.gate_up[part], buf.act[part])
+                self.down(buf.act[part], buf.x[rows])

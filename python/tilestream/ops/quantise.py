@@ -32,6 +32,10 @@ class QuantisedRows:
             torch.empty(num_rows, k // _GROUP_K, dtype=torch.int32),
         )
 
+    def __getitem__(self, rows: slice) -> QuantisedRows:
+        """A range of rows, sharing memory."""
+        return QuantisedRows(self.q[rows], self.scale[rows], self.sum[rows])
+
 
 def quantise(x: torch.Tensor, *, out: QuantisedRows | None = None) -> QuantisedRows:
     """Round every row to int8, to nearest even, with scale = max|x| / 127 of each 128 elements.
