@@ -6,8 +6,8 @@
 // A tile of K and V (32 KB at head_dim 64 in bfloat16) stays in L1/L2 while the groups pass over it; q, out and the
 // running max and sum of a job stay in L2.
 // Arithmetic: bfloat16 caches round q and the weights to bfloat16; float caches compute in float32; int8 and int4
-// caches in exact integers (attention_digits.h). Sums are float32. Decode is bound by reading K and V, prefill by the
-// multiply-adds.
+// caches in exact integers (attention_digits.h), under a float32 q as floats. Sums are float32. Decode is
+// bound by reading K and V, prefill by the multiply-adds.
 // A row's bits depend on its own q, its job's keys and its mask, and on nothing else.
 // Source: FlashAttention-2 (2307.08691), online softmax (1805.02867).
 #include "tilestream/attention.h"
@@ -36,18 +36,18 @@ inline float exp2_of(float x) {
 // What all jobs of a launch share.
 struct Launch {
   const AttentionParams& p;
-  int group_size, num_digits;  // num_digits: rows of the product per row of q; 1 for float products
-  float q_sign;                // sign of sm_scale, folded into q so that LogitRule::scale is positive
+  int group_size;
+  float q_sign;  // sign of sm_scale, folded into q so that LogitRule::scale is positive
   LogitRule rule;
 };
 
-Launch make_launch(const AttentionParams& p, int num_digits) {
+Launch make_launch(const AttentionParams& p) {
   const PlanHeader& h = p.plan.header();
   const float magnitude = std::fabs(p.sm_scale);
   LogitRule rule{magnitude * kLog2E, 0.0f, p.alibi_slopes != nullptr};
   if (p.logits_soft_cap > 0.0f) rule = {p.logits_soft_cap * kLog2E, magnitude / p.logits_soft_cap, rule.alibi};
   if (magnitude == 0.0f) rule = {kLog2E, 0.0f, rule.alibi};  // q is multiplied by 0
-  return {p, h.num_qo_heads / h.num_kv_heads, num_digits, float(p.sm_scale > 0) - float(p.sm_scale < 0), rule};
+  return {p, h.num_qo_heads / h.num_kv_heads, float(p.sm_scale > 0) - float(p.sm_scale < 0), rule};
 }
 
 // out and lse of one (token, q head) from its parts, in order: part(i, out, lse_log2) gives part i's normalised output
@@ -88,11 +88,12 @@ void write_merged(const Launch& launch, int token, int head, int num_parts, Part
 // A worker's memory for one job.
 struct JobMemory {
   uint32_t* q;                         // [rows][digits][q_units]
-  float *q_factor, *q_sum;             // [rows]: integer products only
+  float *q_factor, *q_sum;             // [rows]: quantised caches only
   SoftmaxState state;
   float* out;                          // [rows][head_dim_vo], not yet normalised
-  float *scores, *products, *alpha;    // of one group: [kMaxRows][kTileKeys], [kMaxRows][head_dim_vo], [16]
-  uint32_t* weights;                   // [kMaxRows][units of kTileKeys tokens]
+  float *scores, *alpha;               // of one group: [kMaxRows][kTileKeys], [16]
+  float *weight_factor, *weight_sum;   // [kMaxRows]: quantised caches only
+  uint32_t* weights;                   // [kMaxRows][digits][units of kTileKeys tokens]
   float* row;                          // [head_dim_qk or head_dim_vo]
   TileScales* scales;
   char* pack;
@@ -118,15 +119,16 @@ template <class C>
 JobMemory carve(Carver& carver, const Launch& launch, int64_t rows) {
   const AttentionParams& p = launch.p;
   JobMemory m;
-  m.q = carver.take<uint32_t>(rows * launch.num_digits * num_units<C>(p.head_dim_qk));
+  m.q = carver.take<uint32_t>(rows * C::kDigits * num_units<C>(p.head_dim_qk));
   m.q_factor = carver.take<float>(rows);
   m.q_sum = carver.take<float>(rows);
   m.state = {carver.take<float>(rows), carver.take<float>(rows * 16)};
   m.out = carver.take<float>(rows * p.head_dim_vo);
-  m.scores = carver.take<float>(kMaxRows * kTileKeys);
-  m.products = carver.take<float>(int64_t(kMaxRows) * p.head_dim_vo);
+  m.scores = carver.take<float>(kMaxRows<C> * kTileKeys);
   m.alpha = carver.take<float>(16);
-  m.weights = carver.take<uint32_t>(kMaxRows * kTileKeys);
+  m.weight_factor = carver.take<float>(kMaxRows<C>);
+  m.weight_sum = carver.take<float>(kMaxRows<C>);
+  m.weights = carver.take<uint32_t>(kMaxRows<C> * C::kDigits * num_units<C>(kTileKeys));
   m.row = carver.take<float>(std::max(p.head_dim_qk, p.head_dim_vo));
   m.scales = carver.take<TileScales>(1);
   m.pack = carver.take<char>(kTileBlocks * TileReader<C>::block_bytes(p));
@@ -176,12 +178,16 @@ class JobRunner {
 
   void store_q_row(int r) {
     const int num = p_.head_dim_qk;
-    uint32_t* q = m_.q + int64_t(r) * launch_.num_digits * units_;
-    if constexpr (C::kInteger) {
-      const Digits digits = to_digits(m_.row, nullptr, num, launch_.num_digits, q);
-      m_.q_factor[r] = digits.factor;
-      m_.q_sum[r] = digits.dot * digits.factor;
-    } else if constexpr (C::kPair == 2) {
+    uint32_t* q = m_.q + int64_t(r) * C::kDigits * units_;
+    if constexpr (C::kQuantised) {
+      F32x16 sum = zero();
+      for (int d = 0; d < num; d += 16) sum = add(sum, load(m_.row + d));
+      m_.q_sum[r] = reduce_add(sum);
+      m_.q_factor[r] = 1.0f;
+    }
+    if constexpr (C::kDigits == 2) {
+      m_.q_factor[r] = to_digits(m_.row, num, q);
+    } else if constexpr (C::kUnit == 2) {
       for (int d = 0; d < num; d += 16) store_bf16(reinterpret_cast<uint16_t*>(q) + d, load(m_.row + d));
     } else {
       std::memcpy(q, m_.row, sizeof(float) * num);
@@ -190,22 +196,22 @@ class JobRunner {
 
   void walk_tiles() {
     const TileReader<C> reader(p_, job_, m_.pack);
-    const int groups = int(ceil_div(num_rows_, kMaxRows / launch_.num_digits));
+    const int groups = int(ceil_div(num_rows_, kMaxRows<C>));
     TileBlocks tile, next;
+    // What is prefetched in place of blocks that are not the job's.
+    std::fill(next.k, next.k + kTileBlocks, static_cast<const char*>(p_.k_cache));
+    std::fill(next.v, next.v + kTileBlocks, static_cast<const char*>(p_.v_cache));
     int begin = job_.kv_begin / kTileKeys * kTileKeys;
-    if (begin < job_.kv_end) reader.locate(begin, tile);
+    if (begin < job_.kv_end) reader.locate(begin, next);
     for (; begin < job_.kv_end; begin += kTileKeys) {
-      next = tile;
+      tile = next;
       if (begin + kTileKeys < job_.kv_end) reader.locate(begin + kTileKeys, next);
-      std::copy(next.k, next.k + kTileBlocks, tile.next_k);
-      std::copy(next.v, next.v + kTileBlocks, tile.next_v);
+      if constexpr (C::kQuantised) reader.read_scales(begin, *m_.scales);
       reader.prepare(begin, tile);
-      if constexpr (C::kInteger) reader.read_scales(begin, *m_.scales);
       for (int g = 0; g < groups; ++g) {
         const int row_begin = num_rows_ * g / groups, row_end = num_rows_ * (g + 1) / groups;
-        attend(begin, tile, row_begin, row_end - row_begin);
+        attend(begin, tile, next, row_begin, row_end - row_begin);
       }
-      tile = next;
     }
   }
 
@@ -229,8 +235,8 @@ class JobRunner {
   }
 
   // One group of rows over one tile.
-  void attend(int tile_begin, const TileBlocks& tile, int row_begin, int rows) {
-    RowView views[kMaxRows];
+  void attend(int tile_begin, const TileBlocks& tile, const TileBlocks& next, int row_begin, int rows) {
+    RowView views[kMaxRows<C>];
     int lo = kTileKeys, hi = 0;
     for (int r = 0; r < rows; ++r) {
       views[r] = view_of(tile_begin, row_begin + r);
@@ -238,52 +244,24 @@ class JobRunner {
     }
     if (lo >= hi) return;
     const int block_begin = lo / kKvBlockTokens, block_end = int(ceil_div(hi, kKvBlockTokens));
-    const int product_rows = rows * launch_.num_digits;
-    tile_scores<C>(product_rows, m_.q + int64_t(row_begin) * launch_.num_digits * units_, units_, tile, block_begin,
-                   block_end, m_.scores);
-    if constexpr (C::kInteger) scores_from_digits(row_begin, rows);
+    tile_scores<C>(rows, m_.q + int64_t(row_begin) * C::kDigits * units_, units_, tile, next, block_begin, block_end,
+                   *m_.scales, RowScales{m_.q_factor + row_begin, m_.q_sum + row_begin}, m_.scores);
     softmax_step<C>(rows, m_.scores, launch_.rule, views,
                     {m_.state.max + row_begin, m_.state.sum + 16 * int64_t(row_begin)}, m_.alpha, m_.weights);
-    float* out = m_.out + int64_t(row_begin) * p_.head_dim_vo;
-    if constexpr (C::kInteger) {
-      add_integer_values(rows, tile, block_begin, block_end, out);
-    } else {
-      const auto* weights = C::kPair == 2 ? m_.weights : reinterpret_cast<const uint32_t*>(m_.scores);
-      tile_values<C>(rows, weights, tile, block_begin, block_end, p_.head_dim_vo, m_.alpha, out);
-    }
-  }
-
-  // [rows][digits][kTileKeys] products -> [rows][kTileKeys] scores, in place.
-  void scores_from_digits(int row_begin, int rows) {
-    const int digits = launch_.num_digits;
-    for (int r = 0; r < rows; ++r) {
-      const float* products = m_.scores + r * digits * kTileKeys;
-      const F32x16 factor = set1(m_.q_factor[row_begin + r]), sum = set1(m_.q_sum[row_begin + r]);
-      for (int j = 0; j < kTileKeys; j += 16) {
-        const F32x16 dot = mul(from_digits(products + j, digits, kTileKeys), factor);
-        const F32x16 shift = mul(load(m_.scales->k_zero + j), sum);
-        store(m_.scores + r * kTileKeys + j, fma(dot, load(m_.scales->k_scale + j), shift));
+    if constexpr (C::kQuantised) {
+      for (int r = 0; r < rows; ++r) {
+        float* weights = m_.scores + r * kTileKeys;
+        m_.weight_sum[r] = scale_weights(weights, *m_.scales);
+        m_.weight_factor[r] = 1.0f;
+        if constexpr (C::kDigits == 2) {
+          m_.weight_factor[r] = to_digits(weights, kTileKeys, m_.weights + r * 2 * num_units<C>(kTileKeys));
+        }
       }
     }
-  }
-
-  void add_integer_values(int rows, const TileBlocks& tile, int block_begin, int block_end, float* out) {
-    const int digits = launch_.num_digits;
-    Digits scaled[kMaxRows];
-    for (int r = 0; r < rows; ++r) {
-      float* w = m_.scores + r * kTileKeys;
-      for (int j = 0; j < kTileKeys; j += 16) store(w + j, mul(load(w + j), load(m_.scales->v_scale + j)));
-      scaled[r] = to_digits(w, m_.scales->v_zero_steps, kTileKeys, digits, m_.weights + r * digits * num_units<C>(kTileKeys));
-    }
-    tile_values<C>(rows * digits, m_.weights, tile, block_begin, block_end, p_.head_dim_vo, m_.alpha, m_.products);
-    for (int r = 0; r < rows; ++r) {
-      for (int d = 0; d < p_.head_dim_vo; d += 16) {
-        float* o = out + int64_t(r) * p_.head_dim_vo + d;
-        const F32x16 value = from_digits(m_.products + int64_t(r) * digits * p_.head_dim_vo + d, digits, p_.head_dim_vo);
-        const F32x16 sum = mul(add(value, set1(scaled[r].dot)), set1(scaled[r].factor));
-        store(o, fma(load(o), set1(m_.alpha[r]), sum));
-      }
-    }
+    const bool in_place = C::kUnit == 1;
+    tile_values<C>(rows, in_place ? reinterpret_cast<const uint32_t*>(m_.scores) : m_.weights, tile, next, block_begin,
+                   block_end, p_.head_dim_vo, m_.alpha, RowScales{m_.weight_factor, m_.weight_sum},
+                   m_.out + int64_t(row_begin) * p_.head_dim_vo);
   }
 
   // Normalised rows and their lse: to the workspace, or as the final output.
@@ -337,8 +315,7 @@ void merge(const Launch& launch, const PlanMerge& merge) {
 template <class C>
 void run_launch(const AttentionParams& p) {
   const PlanHeader& h = p.plan.header();
-  const int num_digits = !C::kInteger ? 1 : p.q_dtype == DType::kFloat32 ? 3 : 2;
-  const Launch launch = make_launch(p, num_digits);
+  const Launch launch = make_launch(p);
   auto body = [&](int worker, int num_workers) {
     for (int w = worker; w < h.num_workers; w += num_workers) {
       for (int j = p.plan.worker_begin()[w]; j < p.plan.worker_begin()[w + 1]; ++j) {
@@ -357,12 +334,13 @@ void run_launch(const AttentionParams& p) {
 }  // namespace
 
 void attention(const AttentionParams& p) {
+  const bool float32_q = p.q_dtype == DType::kFloat32;
   switch (p.kv_dtype) {
     case DType::kFloat32: return run_launch<Float32Cache>(p);
     case DType::kFloat16: return run_launch<Float16Cache>(p);
     case DType::kBFloat16: return run_launch<BFloat16Cache>(p);
-    case DType::kUInt8: return run_launch<Int8Cache>(p);
-    case DType::kUInt4: return run_launch<Int4Cache>(p);
+    case DType::kUInt8: return float32_q ? run_launch<FloatInt8Cache>(p) : run_launch<Int8Cache>(p);
+    case DType::kUInt4: return float32_q ? run_launch<FloatInt4Cache>(p) : run_launch<Int4Cache>(p);
   }
 }
 

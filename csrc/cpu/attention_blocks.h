@@ -71,7 +71,13 @@ class TileReader {
  public:
   // pack: room for one tile of K and V blocks, kTileBlocks * block_bytes() bytes.
   TileReader(const AttentionParams& p, const PlanJob& job, char* pack)
-      : p_(p), job_(job), table_(p.block_table + job.page_list * p.block_table_stride), pack_(pack) {
+      : p_(p),
+        job_(job),
+        table_(p.block_table + job.page_list * p.block_table_stride),
+        pack_(pack),
+        strided_(p.kv_layout == KvLayout::kStrided),
+        k_(side(p.k_cache, p.k_page_stride, p.k_head_stride, p.k_token_stride, p.head_dim_qk)),
+        v_(side(p.v_cache, p.v_page_stride, p.v_head_stride, p.v_token_stride, p.head_dim_vo)) {
     const int page_size = p.plan.header().page_size;
     while ((1 << page_shift_) < page_size) ++page_shift_;
   }
@@ -93,34 +99,26 @@ class TileReader {
       const int key = tile_begin + b * kKvBlockTokens;
       const int64_t page = table_[key >> page_shift_];
       const int64_t offset = key & ((1 << page_shift_) - 1);
-      const bool blocked = p_.kv_layout == KvLayout::kBlocked;
-      constexpr int64_t kBytes = sizeof(typename C::Element);
-      tile.k[b] = static_cast<const char*>(p_.k_cache) +
-                  (page * p_.k_page_stride + job_.kv_head * p_.k_head_stride) * kBytes +
-                  offset * (blocked ? C::bytes(p_.head_dim_qk) : p_.k_token_stride * kBytes);
-      tile.v[b] = static_cast<const char*>(p_.v_cache) +
-                  (page * p_.v_page_stride + job_.kv_head * p_.v_head_stride) * kBytes +
-                  offset * (blocked ? C::bytes(p_.head_dim_vo) : p_.v_token_stride * kBytes);
+      tile.k[b] = k_.begin + page * k_.page_bytes + offset * k_.token_bytes;
+      tile.v[b] = v_.begin + page * v_.page_bytes + offset * v_.token_bytes;
     }
   }
 
   // Makes a located tile ready for the products.
   void prepare(int tile_begin, TileBlocks& tile) const {
-    constexpr int64_t kBytes = sizeof(typename C::Element);
-    const int64_t k_bytes = C::bytes(kKvBlockTokens * int64_t(p_.head_dim_qk));
+    const bool clear = !C::kQuantised && !is_whole(tile_begin);  // quantised: the scales are 0
+    if (!strided_ && !clear) return;
     for (int b = block_begin(tile_begin); b < block_end(tile_begin); ++b) {
-      const int key = tile_begin + b * kKvBlockTokens;
       char* k = pack_ + b * block_bytes(p_);
-      char* v = k + k_bytes;
-      const bool strided = p_.kv_layout == KvLayout::kStrided;
-      if (strided) {
-        pack_k_block<C>(tile.k[b], p_.k_token_stride * kBytes, p_.head_dim_qk, k);
-        pack_v_block<C>(tile.v[b], p_.v_token_stride * kBytes, p_.head_dim_vo, v);
+      char* v = k + C::bytes(kKvBlockTokens * int64_t(p_.head_dim_qk));
+      if (strided_) {
+        pack_k_block<C>(tile.k[b], k_.token_bytes, p_.head_dim_qk, k);
+        pack_v_block<C>(tile.v[b], v_.token_bytes, p_.head_dim_vo, v);
         tile.k[b] = k, tile.v[b] = v;
       }
-      const int begin = job_.kv_begin - key, end = job_.kv_end - key;
-      if (!C::kInteger && (begin > 0 || end < kKvBlockTokens)) {
-        if (!strided) std::memcpy(v, tile.v[b], C::bytes(kKvBlockTokens * int64_t(p_.head_dim_vo)));
+      const int key = tile_begin + b * kKvBlockTokens, begin = job_.kv_begin - key, end = job_.kv_end - key;
+      if (clear && (begin > 0 || end < kKvBlockTokens)) {
+        if (!strided_) std::memcpy(v, tile.v[b], C::bytes(kKvBlockTokens * int64_t(p_.head_dim_vo)));
         clear_v_tokens<C>(v, begin, end, p_.head_dim_vo);
         tile.v[b] = v;
       }
@@ -131,31 +129,38 @@ class TileReader {
     const KvSide k = k_side(p_), v = v_side(p_);
     const int page_size = 1 << page_shift_, num_heads = p_.plan.header().num_kv_heads;
     const auto* pairs = static_cast<const uint16_t*>(p_.kv_scales);
-    for (int b = 0; b < kTileBlocks; ++b) {
+    if (!is_whole(tile_begin)) std::memset(&scales, 0, sizeof(scales));
+    for (int b = block_begin(tile_begin); b < block_end(tile_begin); ++b) {
       const int key = tile_begin + b * kKvBlockTokens;
-      F32x16 k_scale = zero(), k_zero = zero(), v_scale = zero(), v_zero = zero();
-      if (b >= block_begin(tile_begin) && b < block_end(tile_begin)) {
-        const int64_t page = table_[key >> page_shift_], offset = key & (page_size - 1);
-        load_f16_pairs(pairs + kv_scale_index(k, page, job_.kv_head, offset, num_heads, page_size), k_scale, k_zero);
-        load_f16_pairs(pairs + kv_scale_index(v, page, job_.kv_head, offset, num_heads, page_size), v_scale, v_zero);
-      }
+      F32x16 k_scale, k_zero, v_scale, v_zero;
+      const int64_t page = table_[key >> page_shift_], offset = key & (page_size - 1);
+      load_f16_pairs(pairs + kv_scale_index(k, page, job_.kv_head, offset, num_heads, page_size), k_scale, k_zero);
+      load_f16_pairs(pairs + kv_scale_index(v, page, job_.kv_head, offset, num_heads, page_size), v_scale, v_zero);
+      k_zero = fma(k_scale, set1(float(C::kCentre)), k_zero);
+      v_zero = fma(v_scale, set1(float(C::kCentre)), v_zero);
       const int begin = job_.kv_begin - key, end = job_.kv_end - key;
-      v_scale = nonzero(keep(v_scale, begin, end));
+      if (begin > 0 || end < kKvBlockTokens) v_scale = keep(v_scale, begin, end), v_zero = keep(v_zero, begin, end);
       store(scales.k_scale + 16 * b, k_scale);
       store(scales.k_zero + 16 * b, k_zero);
       store(scales.v_scale + 16 * b, v_scale);
-      store(scales.v_zero_steps + 16 * b, keep(div(v_zero, v_scale), begin, end));
+      store(scales.v_zero + 16 * b, v_zero);
     }
   }
 
  private:
-  static int at_least_0(int x) { return x > 0 ? x : 0; }
-  // 1 where a scale is 0: a row of equal values, all of whose steps are 0. float16 has nothing below 2^-24 but 0.
-  static F32x16 nonzero(F32x16 scale) {
-    const F32x16 bounded = min(set1(1.0f), mul(abs(scale), set1(0x1p25f)));
-    const F32x16 check = mul(scale, zero());  // NaN stays NaN
-    return add(check, where_lt(to_int(bounded), 1, set1(1.0f), scale));
+  bool is_whole(int tile_begin) const { return job_.kv_begin <= tile_begin && job_.kv_end >= tile_begin + kTileKeys; }
+
+  // The job's kv head in one side of the cache.
+  struct Side {
+    const char* begin;
+    int64_t page_bytes, token_bytes;
+  };
+  Side side(const void* cache, int64_t page_stride, int64_t head_stride, int64_t token_stride, int head_dim) const {
+    constexpr int64_t kBytes = sizeof(typename C::Element);
+    return {static_cast<const char*>(cache) + job_.kv_head * head_stride * kBytes, page_stride * kBytes,
+            strided_ ? token_stride * kBytes : C::bytes(head_dim)};
   }
+  static int at_least_0(int x) { return x > 0 ? x : 0; }
   // Lanes begin .. end of x, 0 elsewhere.
   static F32x16 keep(F32x16 x, int begin, int end) {
     const I32x16 lanes = iota();
@@ -166,6 +171,8 @@ class TileReader {
   const PlanJob& job_;
   const int32_t* table_;
   char* pack_;
+  bool strided_;
+  Side k_, v_;
   int page_shift_ = 0;
 };
 

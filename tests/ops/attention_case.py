@@ -14,11 +14,6 @@ from tilestream.reference import attention as reference
 from tilestream.testing.paged import FLOAT_DTYPES
 
 
-# Quantised caches take a float32 operand as three 7-bit digits: rounded to 2^-22 of its row's largest element, where
-# float32 rounds to 2^-24 of each (csrc/cpu/attention_digits.h).
-DIGIT_LOSS = 4.0
-
-
 @dataclasses.dataclass(frozen=True)
 class Case:
     """A step: requests, shapes, dtypes, layout, variants and how it is planned."""
@@ -149,11 +144,9 @@ def plain(case: Case, t: Tensors, want: tuple[torch.Tensor, torch.Tensor]) -> tu
 
 def check(case: Case, t: Tensors | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Runs the case and holds it to the project's error rule."""
-    is_digits = case.dtype == "float32" and case.kv_dtype in ("int8", "int4")
     t = make_tensors(case) if t is None else t
     out, lse = run(case, t)
     want = exact(case, t)
     for got, exactly, plainly, name in zip((out, lse), want, plain(case, t, want), ("out", "lse"), strict=True):
-        bound = testing.plain_bound(exactly, plainly, got.dtype)
-        testing.assert_within(got, exactly, bound * (DIGIT_LOSS if is_digits else 1.0), name)
+        testing.assert_within(got, exactly, testing.plain_bound(exactly, plainly, got.dtype), name)
     return out, lse

@@ -32,6 +32,8 @@
 //   Nibbles begin_u4(I start), dot_u4s8(Nibbles, B, int32_t b4), I end_u4(Nibbles, I start)   the same for a < 16 and at
 //                                              most 8 steps from begin to end: 16-bit sums where that is faster
 //   F to_float(I), I to_int(F) (nearest even), I izero(), I set1_int(int32_t), void store_s8(int8_t*, I) (values fit)
+//   void store_digits(int8_t* high, int8_t* low, I)   each lane as 128 * high + low, 0 <= low < 128; |lane| <= 127 * 128
+//   F byte_minus<i>(B, int n)                  byte i of every four, less n
 #pragma once
 
 #include <cstdint>

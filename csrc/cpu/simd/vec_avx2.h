@@ -250,5 +250,18 @@ inline void store_s8(int8_t* p, I32x16 a) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
                    _mm_packs_epi16(_mm256_castsi256_si128(w), _mm256_extracti128_si256(w, 1)));
 }
+inline void store_digits(int8_t* high, int8_t* low, I32x16 a) {
+  const __m256i m = _mm256_set1_epi32(127);
+  store_s8(high, {_mm256_srai_epi32(a.lo, 7), _mm256_srai_epi32(a.hi, 7)});
+  store_s8(low, {_mm256_and_si256(a.lo, m), _mm256_and_si256(a.hi, m)});
+}
+template <int kByte>
+inline __m256 byte_minus(__m256i a, int n) {  // a byte in the low bits of 2^23 is a float
+  const __m256i byte = _mm256_and_si256(_mm256_srli_epi32(a, 8 * kByte), _mm256_set1_epi32(0xff));
+  const __m256i bits = _mm256_or_si256(byte, _mm256_set1_epi32(0x4b000000));
+  return _mm256_sub_ps(_mm256_castsi256_ps(bits), _mm256_set1_ps(8388608.0f + float(n)));
+}
+template <int kByte>
+inline F32x16 byte_minus(U8x64 a, int n) { return {byte_minus<kByte>(a.lo, n), byte_minus<kByte>(a.hi, n)}; }
 
 }  // namespace tilestream::cpu::TILESTREAM_LEVEL

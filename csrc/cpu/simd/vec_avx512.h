@@ -223,5 +223,15 @@ inline void store_low_bytes(int8_t* p, F32x16 a) {
 inline void store_s8(int8_t* p, I32x16 a) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a));
 }
+inline void store_digits(int8_t* high, int8_t* low, I32x16 a) {
+  store_s8(high, _mm512_srai_epi32(a, 7));
+  store_s8(low, _mm512_and_si512(a, _mm512_set1_epi32(127)));
+}
+template <int kByte>
+inline F32x16 byte_minus(U8x64 a, int n) {  // a byte in the low bits of 2^23 is a float
+  const __m512i shifted = kByte == 0 ? a.v : _mm512_srli_epi32(a.v, 8 * kByte);
+  const __m512i bits = _mm512_ternarylogic_epi32(shifted, _mm512_set1_epi32(0xff), _mm512_set1_epi32(0x4b000000), 0xea);
+  return _mm512_sub_ps(_mm512_castsi512_ps(bits), _mm512_set1_ps(8388608.0f + float(n)));
+}
 
 }  // namespace tilestream::cpu::TILESTREAM_LEVEL

@@ -278,6 +278,23 @@ inline void store_low_bytes(int8_t* p, F32x16 a) {
 inline void store_s8(int8_t* p, I32x16 a) {
   for (int i = 0; i < 16; ++i) p[i] = int8_t(a.v[i / 4][i % 4]);
 }
+inline void store_digits(int8_t* high, int8_t* low, I32x16 a) {
+  for (int i = 0; i < 16; ++i) {
+    const int x = a.v[i / 4][i % 4];
+    high[i] = int8_t(x >> 7);
+    low[i] = int8_t(x & 127);
+  }
+}
+template <int kByte>
+inline F32x16 byte_minus(U8x64 a, int n) {
+  F32x16 r;
+  for (int i = 0; i < 4; ++i) {
+    i32x4 lanes;
+    std::memcpy(&lanes, a.v + 16 * i, 16);
+    r.v[i] = __builtin_convertvector(((lanes >> (8 * kByte)) & 0xff) - n, f32x4);
+  }
+  return r;
+}
 
 #undef TILESTREAM_LANES
 
