@@ -206,7 +206,7 @@ class JobRunner {
     for (; begin < job_.kv_end; begin += kTileKeys) {
       tile = next;
       if (begin + kTileKeys < job_.kv_end) reader.locate(begin + kTileKeys, next);
-      if constexpr (C::kQuantised) reader.read_scales(begin, *m_.scales);
+      if constexpr (C::kQuantised) reader.read_scales(begin, tile, *m_.scales);
       reader.prepare(begin, tile);
       for (int g = 0; g < groups; ++g) {
         const int row_begin = num_rows_ * g / groups, row_end = num_rows_ * (g + 1) / groups;

@@ -93,7 +93,7 @@ class TileReader {
     return keys >= kTileKeys ? kTileBlocks : (keys + kKvBlockTokens - 1) / kKvBlockTokens;
   }
 
-  // Pointers into the cache; of strided pages only the place of the block's first token.
+  // Pointers into the cache; of strided pages only the place of the block's first token. Scales are prefetched.
   void locate(int tile_begin, TileBlocks& tile) const {
     for (int b = block_begin(tile_begin); b < block_end(tile_begin); ++b) {
       const int key = tile_begin + b * kKvBlockTokens;
@@ -101,6 +101,12 @@ class TileReader {
       const int64_t offset = key & ((1 << page_shift_) - 1);
       tile.k[b] = k_.begin + page * k_.page_bytes + offset * k_.token_bytes;
       tile.v[b] = v_.begin + page * v_.page_bytes + offset * v_.token_bytes;
+      if constexpr (C::kQuantised) {
+        tile.k_scales[b] = scales_of(k_side(p_), page, offset);
+        tile.v_scales[b] = scales_of(v_side(p_), page, offset);
+        prefetch(tile.k_scales[b]);
+        prefetch(tile.v_scales[b]);
+      }
     }
   }
 
@@ -125,17 +131,13 @@ class TileReader {
     }
   }
 
-  void read_scales(int tile_begin, TileScales& scales) const {
-    const KvSide k = k_side(p_), v = v_side(p_);
-    const int page_size = 1 << page_shift_, num_heads = p_.plan.header().num_kv_heads;
-    const auto* pairs = static_cast<const uint16_t*>(p_.kv_scales);
+  void read_scales(int tile_begin, const TileBlocks& tile, TileScales& scales) const {
     if (!is_whole(tile_begin)) std::memset(&scales, 0, sizeof(scales));
     for (int b = block_begin(tile_begin); b < block_end(tile_begin); ++b) {
       const int key = tile_begin + b * kKvBlockTokens;
       F32x16 k_scale, k_zero, v_scale, v_zero;
-      const int64_t page = table_[key >> page_shift_], offset = key & (page_size - 1);
-      load_f16_pairs(pairs + kv_scale_index(k, page, job_.kv_head, offset, num_heads, page_size), k_scale, k_zero);
-      load_f16_pairs(pairs + kv_scale_index(v, page, job_.kv_head, offset, num_heads, page_size), v_scale, v_zero);
+      load_f16_pairs(tile.k_scales[b], k_scale, k_zero);
+      load_f16_pairs(tile.v_scales[b], v_scale, v_zero);
       k_zero = fma(k_scale, set1(float(C::kCentre)), k_zero);
       v_zero = fma(v_scale, set1(float(C::kCentre)), v_zero);
       const int begin = job_.kv_begin - key, end = job_.kv_end - key;
@@ -159,6 +161,10 @@ class TileReader {
     constexpr int64_t kBytes = sizeof(typename C::Element);
     return {static_cast<const char*>(cache) + job_.kv_head * head_stride * kBytes, page_stride * kBytes,
             strided_ ? token_stride * kBytes : C::bytes(head_dim)};
+  }
+  const uint16_t* scales_of(const KvSide& side, int64_t page, int64_t offset) const {
+    return static_cast<const uint16_t*>(p_.kv_scales) +
+           kv_scale_index(side, page, job_.kv_head, offset, p_.plan.header().num_kv_heads, 1 << page_shift_);
   }
   static int at_least_0(int x) { return x > 0 ? x : 0; }
   // Lanes begin .. end of x, 0 elsewhere.

@@ -137,11 +137,13 @@ constexpr int num_units(int num) { return num / C::kUnit; }
 // Where one tile's blocks lie. The kernels prefetch `next` while they read a tile; it may be the same.
 struct TileBlocks {
   const char *k[kTileBlocks], *v[kTileBlocks];
+  const uint16_t *k_scales[kTileBlocks], *v_scales[kTileBlocks];  // (scale, zero) pairs of quantised caches
 };
 
 // Into L2: prefetches into L1 wait for its 24 miss registers and halve the rate from DRAM. From several pages in turn:
 // one page after the other leaves banks of memory idle. Measured on Zen 4, one thread, shuffled pages of 4 KB: 11 GB/s
 // into L1, 21 into L2, 28 into L2 from four pages in turn (31 where the keys are contiguous).
+inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 // Loads n .. n + kNum of one side of the next tile, counted in this order: four loads of each block, then the next
 // four; of the blocks first every second one, because two neighbours lie in one page of 32 tokens.
 template <class C, int kNum>
@@ -153,7 +155,7 @@ __attribute__((always_inline)) inline void prefetch_loads(const char* const* blo
     const int first = turn / kTileBlocks * kBurst + (kNum < kBurst ? n % kBurst : 0);
     const char* at = blocks[m % (kTileBlocks / 2) * 2 + m / (kTileBlocks / 2)] + first * kLoadBytes<C>;
 #pragma GCC unroll 4
-    for (int j = 0; j < kBurst && j < kNum; ++j) __builtin_prefetch(at + j * kLoadBytes<C>, 0, 2);
+    for (int j = 0; j < kBurst && j < kNum; ++j) prefetch(at + j * kLoadBytes<C>);
   }
 }
 
