@@ -42,7 +42,7 @@ struct FloatProduct {
   static F32x16 unit(const uint32_t* u) { return set1(*reinterpret_cast<const float*>(u)); }
   static Acc multiply_add(Acc acc, F32x16 v, F32x16 u) { return fma(v, u, acc); }
   template <class Sums>
-  static F32x16 value(const Sums& sums, int row, int n) { return sums[row][n]; }
+  __attribute__((always_inline)) static F32x16 value(const Sums& sums, int row, int n) { return sums[row][n]; }
 };
 struct Float32Cache : Float32Order, FloatProduct {
   using Vec = F32x16;
@@ -75,7 +75,7 @@ struct IntegerProduct {
   static int32_t unit(const uint32_t* u) { return int32_t(*u); }
   static Acc multiply_add(Acc acc, U8x64 v, int32_t u) { return in_register(dot_u8s8(acc, v, u)); }
   template <class Sums>
-  static F32x16 value(const Sums& sums, int row, int n) {
+  __attribute__((always_inline)) static F32x16 value(const Sums& sums, int row, int n) {
     return fma(to_float(sums[2 * row][n]), set1(kDigitBase), to_float(sums[2 * row + 1][n]));
   }
 };
