@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include "api/program.h"
+#include "cpu/common/cpus.h"
 #include "cpu/common/thread_pool.h"
 #include "cpu/dispatch.h"
 
@@ -15,6 +16,14 @@ PYBIND11_MODULE(_C, m) {
   m.def("simd_level", &tilestream::cpu::simd_level, "The SIMD level in use.");
   m.def("simd_levels", &tilestream::cpu::simd_levels, "SIMD levels this CPU runs, weakest first.");
   m.def("set_simd_level", &tilestream::cpu::set_simd_level, pybind11::arg("name"));
+  m.def(
+      "order_cpus",
+      [](const std::vector<int>& allowed, const std::string& sysfs) {
+        const auto order = tilestream::cpu::order_cpus(allowed, sysfs);
+        return std::pair(order.cpus, order.num_cores);
+      },
+      pybind11::arg("allowed"), pybind11::arg("sysfs"),
+      "The order in which workers are placed on the CPUs `allowed`, and how many cores these are.");
   m.def("num_threads", &tilestream::cpu::num_threads, "Worker threads of the CPU backend.");
   m.def(
       "set_num_threads",

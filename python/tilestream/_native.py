@@ -18,4 +18,6 @@ if _build_info.TORCH_VERSION != torch.__version__:
 
 from tilestream import _C  # noqa: E402
 
+_C.num_threads()  # reads TILESTREAM_NUM_THREADS and TILESTREAM_PIN_THREADS: a bad value is an error now, not in mid-step
+
 __all__ = ["_C"]

@@ -65,7 +65,7 @@ class LLM:
         kv_cache_tokens: tokens the KV cache holds; None: a quarter of the free memory, at most 16 full contexts.
         max_model_len: most tokens of one request; None: the model's context length, or the cache if smaller.
         max_num_seqs, token_budget, max_queued_requests, enable_prefix_caching, batch_invariant, seed: see EngineConfig.
-        num_threads: CPU threads; None: all this process may use (or TILESTREAM_NUM_THREADS).
+        num_threads: CPU threads; None: TILESTREAM_NUM_THREADS, or one for every core this process may use.
         progress: called with (done, total) bytes while loading.
     Raises:
         ModelLoadError: the model cannot be found or read, with the file and what is wrong.

@@ -90,7 +90,7 @@ def restore_threads():
         pytest.param(dict(kv_cache_tokens=16384), id="one batch, prefix reuse"),
         pytest.param(dict(kv_cache_tokens=16384, token_budget=48), id="small chunks"),
         pytest.param(dict(kv_cache_tokens=480, page_size=16, max_model_len=256), id="preemption"),
-        pytest.param(dict(kv_cache_tokens=16384, num_threads=1), id="one thread"),
+        *[pytest.param(dict(kv_cache_tokens=16384, num_threads=n), id=f"{n} threads") for n in (1, 2, 3, 7, 16, 64)],
     ],
 )
 def test_batch_invariant_is_bitwise(reference_outputs: list[list[int]], options: dict, restore_threads) -> None:

@@ -5,12 +5,18 @@
 
 #include <algorithm>
 #include <atomic>
+#include <charconv>
 #include <cstdint>
 #include <cstdlib>
+#include <cstring>
 #include <mutex>
 #include <new>
+#include <stdexcept>
+#include <string>
 #include <thread>
 #include <vector>
+
+#include "cpu/common/cpus.h"
 
 namespace tilestream::cpu {
 namespace {
@@ -29,30 +35,37 @@ inline void pause_cpu() {
 #endif
 }
 
-// The CPUs this process may use, as they are when the first team starts.
-const std::vector<int>& usable_cpus() {
-  static const std::vector<int> cpus = [] {
-    std::vector<int> found;
-    cpu_set_t set;
-    if (sched_getaffinity(0, sizeof(set), &set) == 0) {
-      for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu) {
-        if (CPU_ISSET(cpu, &set)) found.push_back(cpu);
-      }
-    }
-    if (found.empty()) found.resize(std::max(1u, std::thread::hardware_concurrency()));
-    return found;
-  }();
-  return cpus;
+// An environment variable's whole number, or `otherwise` where it is not set.
+int read_environment(const char* name, int lowest, int highest, int otherwise) {
+  const char* text = std::getenv(name);
+  if (text == nullptr) return otherwise;
+  const char* end = text + std::strlen(text);
+  int value = 0;
+  const auto [stop, error] = std::from_chars(text, end, value);
+  if (error != std::errc() || stop != end || value < lowest || value > highest) {
+    throw std::invalid_argument(std::string(name) + " is '" + text + "'; allowed: " + std::to_string(lowest) + " to " +
+                                std::to_string(highest));
+  }
+  return value;
 }
 
-// Workers get a CPU each when the team is as large as the process's share of the machine: left to itself the system may
-// wake a worker on the launching thread's CPU, and then the two take turns. The launching thread is the user's and stays
+struct Settings {
+  int num_threads;
+  bool pins;
+};
+
+const Settings& settings() {
+  static const Settings found{
+      read_environment("TILESTREAM_NUM_THREADS", 1, kMaxThreads, std::min(usable_cpus().num_cores, kMaxThreads)),
+      read_environment("TILESTREAM_PIN_THREADS", 0, 1, 1) == 1};
+  return found;
+}
+
+// Workers get a CPU each when the team fills the process's share of the machine: left to itself the system may wake a
+// worker on the launching thread's CPU, and then the two take turns. The launching thread is the user's and stays
 // free; it ends up on the CPU that is left. Smaller teams stay free too, for several of them may share the CPUs.
 // TILESTREAM_PIN_THREADS=0 leaves all threads free.
-bool pins_workers(int team_size) {
-  const char* env = std::getenv("TILESTREAM_PIN_THREADS");
-  return team_size == int(usable_cpus().size()) && (env == nullptr || env[0] != '0');
-}
+bool pins_workers(int num_threads) { return settings().pins && num_threads >= usable_cpus().num_cores; }
 
 void pin_to_cpu(std::thread& thread, int cpu) {
   cpu_set_t set;
@@ -61,24 +74,16 @@ void pin_to_cpu(std::thread& thread, int cpu) {
   pthread_setaffinity_np(thread.native_handle(), sizeof(set), &set);  // a refusal only costs speed
 }
 
-int default_num_threads() {
-  if (const char* env = std::getenv("TILESTREAM_NUM_THREADS")) {
-    const int n = std::atoi(env);
-    if (n >= 1 && n <= kMaxThreads) return n;
-  }
-  return std::min(int(usable_cpus().size()), kMaxThreads);
-}
-
-// A launch is one task per worker. Worker w takes task w when it is there in time; a task that nobody has begun is
-// taken by whoever is idle, the caller first. So a worker that the system has scheduled out delays nobody: on a busy
-// machine a launch falls back towards one thread's time instead of waiting a scheduler's tick.
+// A launch is one task per worker. Of T threads (never more than there are CPUs), thread t takes tasks t, t + T, ... when
+// it is there in time; a task that nobody has begun is taken by the caller. So a worker that the system has scheduled out
+// delays nobody: on a busy machine a launch falls back towards one thread's time instead of waiting a scheduler's tick.
 class Team {
  public:
-  explicit Team(int size) : size_(size), spins_(size <= int(usable_cpus().size()) ? kSpinsBeforeSleep : 1), claimed_(size) {
-    const bool pins = pins_workers(size);
-    for (int w = 1; w < size; ++w) {
-      threads_.emplace_back([this, w] { work(w); });
-      if (pins) pin_to_cpu(threads_.back(), usable_cpus()[w]);
+  explicit Team(int size) : size_(size), num_threads_(std::min(size, int(usable_cpus().cpus.size()))), claimed_(size) {
+    const bool pins = pins_workers(num_threads_);
+    for (int t = 1; t < num_threads_; ++t) {
+      threads_.emplace_back([this, t] { work(t); });
+      if (pins) pin_to_cpu(threads_.back(), usable_cpus().cpus[t]);
     }
   }
   ~Team() {
@@ -90,7 +95,8 @@ class Team {
   int size() const { return size_; }
 
   // together: every task on a thread of its own, so that tasks may meet at barrier().
-  void run(TaskFn fn, void* context, int num_tasks, bool together) {
+  void run(TaskFn fn, void* context, int max_tasks, bool together) {
+    const int num_tasks = std::min(max_tasks, together ? num_threads_ : size_);
     const uint32_t epoch = epoch_.load(std::memory_order_relaxed) + 1;
     fn_ = fn;
     context_ = context;
@@ -100,7 +106,8 @@ class Team {
     for (int task = num_tasks; task < size_; ++task) claimed_[task].epoch.store(epoch, std::memory_order_relaxed);
     epoch_.store(epoch, std::memory_order_seq_cst);
     if (sleepers_.load(std::memory_order_seq_cst) > 0) epoch_.notify_all();
-    for (int task = 0; task < (together ? 1 : num_tasks); ++task) try_task(task, epoch);
+    try_own_tasks(0, epoch);
+    for (int task = 0; task < num_tasks && !together; ++task) try_task(task, epoch);
     for (int spins = 0; done_.load(std::memory_order_acquire) != num_tasks; ++spins) relax(spins);
   }
 
@@ -120,8 +127,8 @@ class Team {
     std::atomic<uint32_t> epoch{0};
   };
 
-  void relax(int spins) const {
-    if (spins < std::min(spins_, kSpinsBeforeYield)) {
+  static void relax(int spins) {
+    if (spins < kSpinsBeforeYield) {
       pause_cpu();
     } else {
       std::this_thread::yield();
@@ -137,10 +144,16 @@ class Team {
     done_.fetch_add(1, std::memory_order_release);
   }
 
-  void work(int worker) {
+  void try_own_tasks(int thread, uint32_t epoch) {
+    for (int task = thread; task < size_; task += num_threads_) try_task(task, epoch);
+  }
+
+  void work(int thread) {
     uint32_t seen = 0;
     while (true) {
-      for (int spins = 0; epoch_.load(std::memory_order_acquire) == seen && spins < spins_; ++spins) pause_cpu();
+      for (int spins = 0; epoch_.load(std::memory_order_acquire) == seen && spins < kSpinsBeforeSleep; ++spins) {
+        pause_cpu();
+      }
       while (epoch_.load(std::memory_order_acquire) == seen) {
         sleepers_.fetch_add(1, std::memory_order_seq_cst);
         epoch_.wait(seen, std::memory_order_seq_cst);
@@ -148,11 +161,11 @@ class Team {
       }
       seen = epoch_.load(std::memory_order_acquire);
       if (stop_.load()) return;
-      try_task(worker, seen);
+      try_own_tasks(thread, seen);
     }
   }
 
-  const int size_, spins_;
+  const int size_, num_threads_;
   TaskFn fn_ = nullptr;
   void* context_ = nullptr;
   int num_tasks_ = 1;
@@ -179,7 +192,7 @@ void forget_team_in_child() {
 
 void ensure_team() {
   if (wanted_threads == 0) {
-    wanted_threads = default_num_threads();
+    wanted_threads = settings().num_threads;
     pthread_atfork(nullptr, nullptr, forget_team_in_child);
   }
   if (team != nullptr && team->size() == wanted_threads) return;
@@ -191,7 +204,7 @@ void ensure_team() {
 
 int num_threads() {
   std::lock_guard lock(launch_mutex);
-  return wanted_threads == 0 ? default_num_threads() : wanted_threads;
+  return wanted_threads == 0 ? settings().num_threads : wanted_threads;
 }
 
 void set_num_threads(int num) {

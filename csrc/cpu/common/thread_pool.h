@@ -8,15 +8,17 @@
 
 namespace tilestream::cpu {
 
+// Throws std::invalid_argument where TILESTREAM_NUM_THREADS or TILESTREAM_PIN_THREADS is not one of the allowed values.
 int num_threads();
-// 1..256; takes effect at the next launch. Default: TILESTREAM_NUM_THREADS, else the CPUs this process may use.
+// 1..256; takes effect at the next launch. Default: TILESTREAM_NUM_THREADS, else one for every core this process may use.
+// More than there are CPUs change how work is cut, not how many threads run: those there are share the tasks.
 void set_num_threads(int num);
 
 using TaskFn = void (*)(void* context, int worker, int num_workers);
 // Runs the W = min(max_workers, num_threads()) tasks fn(context, w, W) on the team, the caller included; returns when all
 // are done. Tasks must not wait for one another, because a thread may run several: work in phases is several launches, or a
-// launch with `together`, whose tasks have a thread each and may meet at team_barrier() (each equally often). Launches
-// from several host threads take turns. fn must not throw or launch.
+// launch with `together`, whose tasks (W at most the CPUs there are) have a thread each and may meet at team_barrier()
+// (each equally often). Launches from several host threads take turns. fn must not throw or launch.
 void run_parallel(TaskFn fn, void* context, int max_workers, bool together);
 void team_barrier();
 

@@ -22,7 +22,7 @@ NumThreads = Annotated[
     typer.Option(
         metavar="N",
         min=1,
-        help="Threads that compute. Default: all that this process may use, or TILESTREAM_NUM_THREADS.",
+        help="Threads that compute. Default: TILESTREAM_NUM_THREADS, or one for every core this process may use.",
         rich_help_panel="Engine",
     ),
 ]
