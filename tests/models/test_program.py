@@ -25,7 +25,9 @@ def test_replay_gives_the_same_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     assert answers(LLM(kv_cache_tokens=2048)) == replayed
     assert len(recorded) == num_recordings  # with programs off, nothing was recorded
     assert 0 < num_recordings < 20  # 40 steps, most of them replays
-    assert all(p.num_launches == recorded[0].num_launches > 0 for p in recorded)
+    # Prompts end without the projection to logits (norm and matrix: two launches), decodes with it.
+    sizes = {p.num_launches for p in recorded}
+    assert len(sizes) == 2 and max(sizes) - min(sizes) == 2 and min(sizes) > 0
 
 
 def test_one_recording_at_a_time() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -21,7 +21,7 @@ class StepInputs:
         positions, slot_mapping: [num_tokens], int32.
         block_table: [batch_size, max_pages_per_seq], int32.
         plans: the attention plan by window_left (-1: no window).
-        logits_rows: [num_logits_rows], int64: tokens whose logits are wanted.
+        logits_rows: [num_logits_rows], int64: tokens whose logits are wanted; None: all of them.
     """
 
     token_ids: torch.Tensor
@@ -29,7 +29,7 @@ class StepInputs:
     slot_mapping: torch.Tensor
     block_table: torch.Tensor
     plans: dict[int, AttentionPlan]
-    logits_rows: torch.Tensor
+    logits_rows: torch.Tensor | None
 
 
 class BatchBuilder:
@@ -93,7 +93,7 @@ class BatchBuilder:
             block_table=self.block_table[: len(kv_lens)],
             # Shared-prefix jobs hold for layers that see the whole prefix; a window is planned request by request.
             plans={w: p.plan(cu, kv, step.prefix_groups if w < 0 else ()) for w, p in self.planners.items()},
-            logits_rows=torch.tensor(logits_rows, dtype=torch.int64),
+            logits_rows=torch.tensor(logits_rows, dtype=torch.int64) if len(logits_rows) < len(token_ids) else None,
         )
 
     def _fill(self, row: _Row, index: int, pages: list[int]) -> None:
@@ -132,8 +132,26 @@ class SamplingInputs:
     num_top_logprobs: int | None
 
 
+class SamplingBuilder:
+    """Builds SamplingInputs, each valid until the next. While the same requests are sampled, only what changes is new."""
+
+    def __init__(self) -> None:
+        self._requests: list[Request] = []
+        self._inputs: SamplingInputs | None = None
+
+    def build(self, requests: list[Request]) -> SamplingInputs:
+        """Tensors for the rows that are sampled in this step, one per request."""
+        if self._inputs is None or requests != self._requests:
+            self._requests, self._inputs = requests, build_sampling_inputs(requests)
+            return self._inputs
+        self._inputs.positions.numpy()[:] = [request.num_tokens for request in requests]
+        if self._inputs.penalties is None:
+            return self._inputs
+        return replace(self._inputs, penalties=_penalties(requests))
+
+
 def build_sampling_inputs(requests: Sequence[Request]) -> SamplingInputs:
-    """Tensors for the rows that are sampled in this step, one per request."""
+    """The tensors of these requests, from nothing."""
     params = [request.params for request in requests]
     floats = [[p.temperature for p in params], [p.top_p for p in params], [p.min_p for p in params]]
     temperature, top_p, min_p = torch.tensor(floats, dtype=torch.float32).unbind()

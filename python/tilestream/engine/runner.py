@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from tilestream.engine.batch import BatchBuilder, build_sampling_inputs
+from tilestream.engine.batch import BatchBuilder, SamplingBuilder
 from tilestream.engine.config import EngineConfig
 from tilestream.engine.scheduler import SampledTokens, StepPlan
 from tilestream.ops import AttentionPlanner, KvCache, sample
@@ -45,6 +45,7 @@ class ModelRunner:
             max_num_seqs=config.max_running_requests,
             max_num_tokens=config.token_budget,
         )
+        self.sampling = SamplingBuilder()
 
     @torch.inference_mode()
     def run(self, step: StepPlan) -> SampledTokens:
@@ -53,7 +54,7 @@ class ModelRunner:
         requests = [item.request for item in step.scheduled if item.samples]
         if not requests:
             return SampledTokens([])
-        s = build_sampling_inputs(requests)
+        s = self.sampling.build(requests)
         drawn = sample(
             logits,
             s.temperature,

@@ -95,25 +95,48 @@ class LlamaModel:
 
         Args:
             step: token_ids int64 [num_tokens], positions and slot_mapping int32 [num_tokens], block_table int32
-                [batch_size, max_pages_per_seq], plans {window_left: plan}, logits_rows int64 [num_rows].
+                [batch_size, max_pages_per_seq], plans {window_left: plan}, logits_rows int64 [num_rows] (None: all).
             kv_caches: one per layer.
         Returns:
             [num_rows, vocab_size] float32, overwritten by the next call.
         """
         self._reach(int(step.positions.max()))
-        buf = self._scratch.get(step.token_ids.size(0))
-        x, residual = buf.x, buf.residual
-        self.embedding(step.token_ids, x)
-        residual.zero_()
-        if step.token_ids.size(0) <= _MAX_PROGRAM_TOKENS:
-            self._programs.run(self._run_layers, buf, step, kv_caches)
+        num_tokens, rows = step.token_ids.size(0), step.logits_rows
+        buf, logits = self._scratch.get(num_tokens), self._logits_of(num_tokens if rows is None else rows.size(0))
+        self.embedding(step.token_ids, buf.x)
+        buf.residual.zero_()
+        if num_tokens <= _MAX_PROGRAM_TOKENS:
+            self._programs.run(self._run_layers, buf, step, kv_caches, logits)
         else:
-            self._run_layers(buf, step, kv_caches)
-        return self._project(x, residual, step.logits_rows)
+            self._run_layers(buf, step, kv_caches, logits)
+        if rows is not None:
+            x, residual = self._last[:, : rows.size(0)]
+            torch.index_select(buf.x, 0, rows, out=x)
+            torch.index_select(buf.residual, 0, rows, out=residual)
+            self._project(x, residual, logits)
+        if cap := self.config.final_soft_cap:
+            logits.div_(cap).tanh_().mul_(cap)
+        return logits
 
-    def _run_layers(self, buf: Scratch, step: StepInputs, kv_caches: Sequence[KvCache]) -> None:
+    def _run_layers(
+        self, buf: Scratch, step: StepInputs, kv_caches: Sequence[KvCache], logits: torch.Tensor
+    ) -> None:
+        """The layers and, where every token's logits are wanted, the projection to them: what a program records."""
         for layer, cache in zip(self.layers, kv_caches, strict=True):
             layer(buf, step, cache)
+        if step.logits_rows is None:
+            self._project(buf.x, buf.residual, logits)
+
+    def _project(self, x: torch.Tensor, residual: torch.Tensor, logits: torch.Tensor) -> None:
+        """Final norm and output projection: only of rows that are wanted, for the vocabulary is the widest matrix."""
+        self.norm.add(x, residual)
+        self.lm_head(x, logits)
+
+    def _logits_of(self, num_rows: int) -> torch.Tensor:
+        if self._logits.size(0) < num_rows:
+            self._logits = torch.empty(num_rows, self.config.vocab_size)
+            self._last = torch.empty(2, num_rows, self.config.hidden_size)
+        return self._logits[:num_rows]
 
     def _reach(self, position: int) -> None:
         """Make the RoPE tables cover `position`, as far as the model's context goes; append_kv rejects the rest."""
@@ -124,21 +147,6 @@ class LlamaModel:
         for rope in self._ropes:
             rope.grow(self._rope_rows)
         self._programs.clear()
-
-    def _project(self, x: torch.Tensor, residual: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """Final norm and output projection of `rows` only: the vocabulary is the widest matrix of the model."""
-        num_rows, width = rows.size(0), x.size(1)
-        if self._logits.size(0) < num_rows:
-            self._logits = torch.empty(num_rows, self.config.vocab_size)
-            self._last = torch.empty(2, num_rows, width)
-        logits, x_rows, residual_rows = self._logits[:num_rows], self._last[0, :num_rows], self._last[1, :num_rows]
-        torch.index_select(x, 0, rows, out=x_rows)
-        torch.index_select(residual, 0, rows, out=residual_rows)
-        self.norm.add(x_rows, residual_rows)
-        self.lm_head(x_rows, logits)
-        if cap := self.config.final_soft_cap:
-            logits.div_(cap).tanh_().mul_(cap)
-        return logits
 
 
 def build_model(config: ModelConfig, weights: WeightLoader) -> LlamaModel:
