@@ -94,31 +94,18 @@ class Team {
   }
   int size() const { return size_; }
 
-  // together: every task on a thread of its own, so that tasks may meet at barrier().
-  void run(TaskFn fn, void* context, int max_tasks, bool together) {
-    const int num_tasks = std::min(max_tasks, together ? num_threads_ : size_);
+  void run(TaskFn fn, void* context, int num_tasks) {
     const uint32_t epoch = epoch_.load(std::memory_order_relaxed) + 1;
     fn_ = fn;
     context_ = context;
     num_tasks_ = num_tasks;
     done_.store(0, std::memory_order_relaxed);
-    arrived_.store(0, std::memory_order_relaxed);
     for (int task = num_tasks; task < size_; ++task) claimed_[task].epoch.store(epoch, std::memory_order_relaxed);
     epoch_.store(epoch, std::memory_order_seq_cst);
     if (sleepers_.load(std::memory_order_seq_cst) > 0) epoch_.notify_all();
     try_own_tasks(0, epoch);
-    for (int task = 0; task < num_tasks && !together; ++task) try_task(task, epoch);
+    for (int task = 0; task < num_tasks; ++task) try_task(task, epoch);
     for (int spins = 0; done_.load(std::memory_order_acquire) != num_tasks; ++spins) relax(spins);
-  }
-
-  void barrier() {
-    const uint32_t phase = phase_.load(std::memory_order_acquire);
-    if (arrived_.fetch_add(1, std::memory_order_acq_rel) == num_tasks_ - 1) {
-      arrived_.store(0, std::memory_order_relaxed);
-      phase_.store(phase + 1, std::memory_order_release);
-      return;
-    }
-    for (int spins = 0; phase_.load(std::memory_order_acquire) == phase; ++spins) relax(spins);
   }
 
  private:
@@ -171,8 +158,6 @@ class Team {
   int num_tasks_ = 1;
   alignas(64) std::atomic<uint32_t> epoch_{0};
   alignas(64) std::atomic<int> done_{0};
-  alignas(64) std::atomic<int> arrived_{0};
-  alignas(64) std::atomic<uint32_t> phase_{0};
   alignas(64) std::atomic<int> sleepers_{0};
   std::atomic<bool> stop_{false};
   std::vector<Claim> claimed_;
@@ -182,7 +167,6 @@ class Team {
 std::mutex launch_mutex;
 Team* team = nullptr;
 int wanted_threads = 0;
-thread_local bool alone = false;  // this launch runs on the caller only
 
 // A forked child has none of the parent's workers: it starts a team of its own at its first launch.
 void forget_team_in_child() {
@@ -213,20 +197,11 @@ void set_num_threads(int num) {
   wanted_threads = std::clamp(num, 1, kMaxThreads);
 }
 
-void run_parallel(TaskFn fn, void* context, int max_workers, bool together) {
-  if (max_workers <= 1) {
-    alone = true;
-    fn(context, 0, 1);
-    alone = false;
-    return;
-  }
+void run_parallel(TaskFn fn, void* context, int max_workers) {
+  if (max_workers <= 1) return fn(context, 0, 1);
   std::lock_guard lock(launch_mutex);
   ensure_team();
-  team->run(fn, context, std::min(max_workers, team->size()), together);
-}
-
-void team_barrier() {
-  if (!alone) team->barrier();
+  team->run(fn, context, std::min(max_workers, team->size()));
 }
 
 void* scratch(Scratch slot, size_t bytes) {

@@ -16,11 +16,9 @@ void set_num_threads(int num);
 
 using TaskFn = void (*)(void* context, int worker, int num_workers);
 // Runs the W = min(max_workers, num_threads()) tasks fn(context, w, W) on the team, the caller included; returns when all
-// are done. Tasks must not wait for one another, because a thread may run several: work in phases is several launches, or a
-// launch with `together`, whose tasks (W at most the CPUs there are) have a thread each and may meet at team_barrier()
-// (each equally often). Launches from several host threads take turns. fn must not throw or launch.
-void run_parallel(TaskFn fn, void* context, int max_workers, bool together);
-void team_barrier();
+// are done. Tasks must not wait for one another, because a thread may run several: work in phases is several launches.
+// Launches from several host threads take turns. fn must not throw or launch.
+void run_parallel(TaskFn fn, void* context, int max_workers);
 
 // f(int worker, int num_workers) on the team. `static`: each kernel file keeps its own instance, compiled for its level.
 template <class F>
@@ -29,11 +27,7 @@ static inline void call_task(void* f, int worker, int num_workers) {
 }
 template <class F>
 static inline void parallel(int max_workers, F& f) {
-  run_parallel(call_task<F>, &f, max_workers, false);
-}
-template <class F>
-static inline void parallel_together(int max_workers, F& f) {
-  run_parallel(call_task<F>, &f, max_workers, true);
+  run_parallel(call_task<F>, &f, max_workers);
 }
 
 // Grow-only, 64-byte aligned memory of the calling thread. kLaunch: filled by the launching thread and read by
