@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
+from tests.simt import build as simt
 from tilestream import testing
 from tilestream._native import _C
 
@@ -24,9 +25,30 @@ def _one_torch_thread() -> None:
     torch.set_num_threads(1)
 
 
-@pytest.fixture(params=testing.backends(), ids=str)
-def backend(request: pytest.FixtureRequest) -> testing.Backend:
-    return request.param
+# The emulator's schedules: in order with late effects, backwards with early ones, random.
+SIMT_SEEDS = (0, 1, 2)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test with a `backend` runs on all that this machine has; the mark `simt` says that its op has a CUDA kernel."""
+    if "backend" not in metafunc.fixturenames:
+        return
+    choices = testing.backends()
+    if metafunc.definition.get_closest_marker("simt"):
+        choices += [testing.Backend("simt", torch.device("cpu"), seed) for seed in SIMT_SEEDS]
+    metafunc.parametrize("backend", choices, ids=str, indirect=True)
+
+
+@pytest.fixture
+def backend(request: pytest.FixtureRequest) -> Iterator[testing.Backend]:
+    if request.param.name != "simt":
+        yield request.param
+        return
+    before = _C.simd_level()
+    simt.ops().tilestream_simt_set_seed(request.param.seed)
+    _C.set_simd_level("simt")
+    yield request.param
+    _C.set_simd_level(before)
 
 
 @pytest.fixture(params=testing.simd_levels())

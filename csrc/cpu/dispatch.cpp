@@ -1,5 +1,7 @@
 #include "cpu/dispatch.h"
 
+#include <dlfcn.h>
+
 #include <cstdlib>
 #include <stdexcept>
 
@@ -63,7 +65,16 @@ const Level kLevels[] = {
 #endif
 };
 
+#define WITHOUT_KERNEL(op, Params) \
+  void op##_without_kernel(const Params&) { throw std::runtime_error(#op " has no CUDA kernel to emulate"); }
+TILESTREAM_CPU_OPS(WITHOUT_KERNEL)
+
+#define WITHOUT_KERNEL_ENTRY(op, Params) , op##_without_kernel
+Level simt_level = {"simt", [] { return true; } TILESTREAM_CPU_OPS(WITHOUT_KERNEL_ENTRY)};
+bool simt_is_loaded = false;
+
 const Level* find_level(const std::string& name) {
+  if (simt_is_loaded && name == simt_level.name) return &simt_level;
   std::string allowed;
   for (const Level& level : kLevels) {
     if (!level.supported()) continue;
@@ -101,6 +112,17 @@ std::vector<std::string> simd_levels() {
 }
 
 void set_simd_level(const std::string& name) { current() = find_level(name); }
+
+void load_simt(const std::string& library) {
+  void* const handle = dlopen(library.c_str(), RTLD_NOW | RTLD_LOCAL);
+  if (handle == nullptr) throw std::runtime_error(std::string("the emulator did not load: ") + dlerror());
+  const auto find = reinterpret_cast<void* (*)(const char*)>(dlsym(handle, "tilestream_simt_op"));
+  if (find == nullptr) throw std::runtime_error(library + " has no tilestream_simt_op");
+#define LOAD(op, Params) \
+  if (void* const kernel = find(#op)) simt_level.op = reinterpret_cast<void (*)(const Params&)>(kernel);
+  TILESTREAM_CPU_OPS(LOAD)
+  simt_is_loaded = true;
+}
 
 #define DEFINE(op, Params) \
   void op(const Params& params) { current()->op(params); }

@@ -25,4 +25,8 @@ std::string simd_level();                    // the level in use
 std::vector<std::string> simd_levels();      // what this build and this CPU can run, weakest first
 void set_simd_level(const std::string& name);  // throws std::invalid_argument naming what is allowed
 
+// Adds the level "simt": the CUDA kernels on the emulator of tests/simt, from its shared library. For tests: it is picked by
+// set_simd_level alone, and is not one of simd_levels().
+void load_simt(const std::string& library);
+
 }  // namespace tilestream::cpu

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from tilestream import ops, testing
 from tilestream.reference import activation as reference
 
+pytestmark = pytest.mark.simt
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 

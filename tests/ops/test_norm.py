@@ -10,6 +10,7 @@ from tilestream import ops, testing
 from tilestream.reference import norm as reference
 
 EPS = 1e-5
+pytestmark = pytest.mark.simt
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 

@@ -35,4 +35,9 @@ void rms_norm(const RmsNormParams& params);
 void act_and_mul(const ActAndMulParams& params);
 }  // namespace cpu
 
+namespace cuda {
+void rms_norm(const RmsNormParams& params, Stream stream);
+void act_and_mul(const ActAndMulParams& params, Stream stream);
+}  // namespace cuda
+
 }  // namespace tilestream

@@ -10,7 +10,11 @@
 #define TILESTREAM_HOST_DEVICE inline
 #endif
 
+struct CUstream_st;  // CUDA's, so that no CUDA header is needed to hold a stream
+
 namespace tilestream {
+
+using Stream = CUstream_st*;  // of a GPU; null is the default stream
 
 // Element type of a tensor handed to a kernel.
 enum class DType : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2, kUInt8 = 3, kUInt4 = 4 };

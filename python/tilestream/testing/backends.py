@@ -11,13 +11,14 @@ from tilestream._native import _C
 
 @dataclasses.dataclass(frozen=True)
 class Backend:
-    """A backend and the device of its tensors."""
+    """A backend, the device of its tensors, and for the emulator the seed of its schedule."""
 
     name: str
     device: torch.device
+    seed: int | None = None
 
     def __str__(self) -> str:
-        return self.name
+        return self.name if self.seed is None else f"{self.name}-{self.seed}"
 
 
 def backends() -> list[Backend]:

@@ -1,0 +1,132 @@
+// RMS normalisation, with the residual addition fused in.
+//
+//   residual += x;  out = residual * rsqrt(mean(residual^2) + eps) * weight      (without a residual: of x)
+//
+// A block of 256 threads takes one row, or 8 rows of one warp each when rows are short (heads of a fused QKV). A thread
+// keeps its first 4 vectors in registers (8,192 two-byte elements a block) and reads later ones again from L2.
+// Memory-bound: the roof is a copy of the same bytes. Squares are summed in an order that depends on `hidden` alone, so
+// a row's bits depend on nothing but the row. 32 bytes of shared memory.
+#include "tilestream/norm.h"
+
+#include "cuda/common/reduce.cuh"
+#include "cuda/common/vec.cuh"
+#include "cuda/runtime.cuh"
+
+namespace tilestream::cuda {
+namespace {
+
+constexpr int kBlockThreads = 256;
+constexpr int kHeldVecs = 4;
+constexpr int64_t kWarpRowElements = 512;  // a row up to this goes to one warp: 2 vectors of 8 a lane, no block barrier
+
+struct SharedStorage {
+  float partials[kBlockThreads / kWarpSize];
+};
+
+template <class T>
+struct Row {
+  const T* x;
+  T* residual;
+  T* out;
+};
+
+template <class T>
+__device__ __forceinline__ Row<T> row_at(const RmsNormParams& p, int64_t row) {
+  const int64_t outer = row / p.inner, inner = row % p.inner;
+  return {static_cast<const T*>(p.x) + outer * p.x_outer_stride + inner * p.x_inner_stride,
+          static_cast<T*>(p.residual) + outer * p.residual_outer_stride + inner * p.residual_inner_stride,
+          static_cast<T*>(p.out) + outer * p.out_outer_stride + inner * p.out_inner_stride};
+}
+
+// x, or residual + x rounded as it is stored, which this also does.
+template <class T, bool kAligned, bool kResidual>
+__device__ __forceinline__ Vec<T> load_sum(const Row<T>& row, int64_t i, int64_t num) {
+  Vec<T> v = load_vec<kAligned>(row.x + i, num);
+  if constexpr (kResidual) {
+    const Vec<T> residual = load_vec<kAligned>(row.residual + i, num);
+#pragma unroll
+    for (int k = 0; k < Vec<T>::kSize; ++k) v.at[k] = from_float<T>(to_float(v.at[k]) + to_float(residual.at[k]));
+    store_vec<kAligned>(row.residual + i, v, num);
+  }
+  return v;
+}
+
+template <class T>
+__device__ __forceinline__ float add_squares(float sum, const Vec<T>& v) {
+#pragma unroll
+  for (int k = 0; k < Vec<T>::kSize; ++k) sum = fmaf(to_float(v.at[k]), to_float(v.at[k]), sum);
+  return sum;
+}
+
+template <bool kAligned, class T>
+__device__ __forceinline__ void store_scaled(T* out, const Vec<T>& v, const float* weight, float inverse, int64_t num) {
+  Vec<T> scaled;
+#pragma unroll
+  for (int k = 0; k < Vec<T>::kSize; ++k) scaled.at[k] = from_float<T>(to_float(v.at[k]) * inverse * (k < num ? weight[k] : 0.0f));
+  store_vec<kAligned>(out, scaled, num);
+}
+
+template <class T, bool kAligned, bool kResidual, int kRowThreads>
+__global__ void __launch_bounds__(kBlockThreads) rms_norm_kernel(const __grid_constant__ RmsNormParams p) {
+  constexpr int kRowsPerBlock = kBlockThreads / kRowThreads;
+  constexpr int64_t kStep = int64_t(kRowThreads) * Vec<T>::kSize;
+  const int64_t row_idx = int64_t(blockIdx.x) * kRowsPerBlock + threadIdx.x / kRowThreads;
+  if (row_idx >= p.outer * p.inner) return;  // a whole warp of the last block, and only where no barrier follows
+  const Row<T> row = row_at<T>(p, row_idx);
+  const int64_t first = int64_t(threadIdx.x % kRowThreads) * Vec<T>::kSize;
+
+  Vec<T> held[kHeldVecs];
+  float sum = 0.0f;
+#pragma unroll
+  for (int j = 0; j < kHeldVecs; ++j) {
+    const int64_t i = first + j * kStep;
+    if (i < p.hidden) sum = add_squares(sum, held[j] = load_sum<T, kAligned, kResidual>(row, i, p.hidden - i));
+  }
+  for (int64_t i = first + kHeldVecs * kStep; i < p.hidden; i += kStep)
+    sum = add_squares(sum, load_sum<T, kAligned, kResidual>(row, i, p.hidden - i));
+
+  float total;
+  if constexpr (kRowThreads == kWarpSize) total = warp_sum(sum);
+  else total = block_sum(sum, dynamic_smem<SharedStorage>().partials);
+  const float inverse = rsqrtf(total / float(p.hidden) + p.eps);
+
+#pragma unroll
+  for (int j = 0; j < kHeldVecs; ++j) {
+    const int64_t i = first + j * kStep;
+    if (i < p.hidden) store_scaled<kAligned>(row.out + i, held[j], p.weight + i, inverse, p.hidden - i);
+  }
+  for (int64_t i = first + kHeldVecs * kStep; i < p.hidden; i += kStep) {
+    const Vec<T> v = load_vec<kAligned>(kResidual ? row.residual + i : row.x + i, p.hidden - i);
+    store_scaled<kAligned>(row.out + i, v, p.weight + i, inverse, p.hidden - i);
+  }
+}
+
+template <class T, bool kAligned, bool kResidual>
+void launch_rows(const RmsNormParams& p, Stream stream) {
+  const int64_t num_rows = p.outer * p.inner;
+  if (p.hidden <= kWarpRowElements) {
+    const unsigned grid = unsigned(ceil_div(num_rows, kBlockThreads / kWarpSize));
+    launch(rms_norm_kernel<T, kAligned, kResidual, kWarpSize>, {.grid = grid, .block = kBlockThreads, .stream = stream}, p);
+  } else {
+    launch(rms_norm_kernel<T, kAligned, kResidual, kBlockThreads>,
+           {.grid = unsigned(num_rows), .block = kBlockThreads, .smem_bytes = sizeof(SharedStorage), .stream = stream}, p);
+  }
+}
+
+}  // namespace
+
+void rms_norm(const RmsNormParams& p, Stream stream) {
+  with_element(p.dtype, [&](auto element) {
+    using T = decltype(element);
+    const bool aligned = rows_aligned(p.x, sizeof(T), p.x_outer_stride, p.x_inner_stride) &&
+                         rows_aligned(p.residual, sizeof(T), p.residual_outer_stride, p.residual_inner_stride) &&
+                         rows_aligned(p.out, sizeof(T), p.out_outer_stride, p.out_inner_stride);
+    if (p.residual != nullptr) {
+      aligned ? launch_rows<T, true, true>(p, stream) : launch_rows<T, false, true>(p, stream);
+    } else {
+      aligned ? launch_rows<T, true, false>(p, stream) : launch_rows<T, false, false>(p, stream);
+    }
+  });
+}
+
+}  // namespace tilestream::cuda

@@ -1,0 +1,27 @@
+// Twin of csrc/cuda/runtime.cuh: a launch runs on the emulator, and has ended when launch() returns.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_fp8.h>
+#include <cuda_runtime.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "simt/launch.h"
+
+namespace tilestream::cuda {
+
+template <class T>
+SIMT_TWIN T& dynamic_smem() {
+  return *static_cast<T*>(simt::self().shared);
+}
+
+template <class... Parameters, class... Arguments>
+void launch(void (*kernel)(Parameters...), const LaunchConfig& config, const Arguments&... arguments) {
+  if (config.grid.x == 0 || config.grid.y == 0 || config.grid.z == 0) return;
+  simt::run(config, [&] { kernel(Parameters(arguments)...); }, reinterpret_cast<const void*>(kernel));
+}
+
+}  // namespace tilestream::cuda

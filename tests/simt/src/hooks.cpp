@@ -1,0 +1,75 @@
+// Every load and store of a kernel. `g++ -fsanitize=thread` emits a call before each; these are its definitions, so no
+// thread-sanitizer run-time is linked, and the kernels' sources need no change.
+#include "machine.h"
+
+namespace simt {
+
+// The shared memory of the clusters under way on this host thread lies in [begin, end); nearly every access lies outside.
+thread_local __attribute__((tls_model("initial-exec"))) SharedRange shared_range;
+thread_local __attribute__((tls_model("initial-exec"))) Thread* watched = nullptr;  // current, if wgmma is writing its registers
+
+namespace {
+
+void shared_access(Shadow::Kind kind, const char* what, const void* address, size_t bytes, const void* pc) {
+  Machine& machine = Machine::of_this_thread();
+  const Thread* me = machine.current;
+  Cluster* cluster = me == nullptr ? nullptr : machine.cluster_of(address);
+  if (cluster == nullptr) return;
+  const size_t offset = static_cast<const unsigned char*>(address) - cluster->arena;
+  const size_t in_block = offset % cluster->stride;
+  if (cluster != me->owner->cluster)
+    machine.fail_current(format("%s: shared memory of a block outside this thread's cluster", what), pc);
+  if (in_block + bytes > cluster->shared_bytes)
+    machine.fail_current(format("out of bounds: %s of %zu bytes at byte 0x%zx of shared memory, which has %zu bytes", what, bytes,
+                                in_block, cluster->shared_bytes), pc);
+  cluster->shadow->access(*me, kind, what, offset, bytes, pc);
+}
+
+void register_access(const char* what, const void* address, size_t bytes, const void* pc) {
+  Machine& machine = Machine::of_this_thread();
+  const auto* p = static_cast<const char*>(address);
+  if (machine.current != watched) return;
+  for (const Thread::Accumulator& a : watched->accumulators) {
+    if (p + bytes > a.begin && p < a.begin + a.bytes)
+      machine.fail_current(format("%s of a register that the wgmma issued at %s is still writing: wgmma.wait_group is missing",
+                                  what, where(a.pc).c_str()), pc);
+  }
+}
+
+inline void hook(Shadow::Kind kind, const void* address, size_t bytes, const void* pc) {
+  if (address >= shared_range.begin && address < shared_range.end)
+    shared_access(kind, kind == Shadow::kRead ? "a load" : "a store", address, bytes, pc);
+  else if (watched != nullptr)
+    register_access(kind == Shadow::kRead ? "a load" : "a store", address, bytes, pc);
+}
+
+}  // namespace
+
+void read(const char* what, const void* address, size_t bytes) {
+  if (address >= shared_range.begin && address < shared_range.end) shared_access(Shadow::kRead, what, address, bytes, __builtin_return_address(0));
+}
+void write(const char* what, const void* address, size_t bytes) {
+  if (address >= shared_range.begin && address < shared_range.end) shared_access(Shadow::kWrite, what, address, bytes, __builtin_return_address(0));
+}
+void atomic(const char* what, const void* address, size_t bytes) {
+  if (address >= shared_range.begin && address < shared_range.end) shared_access(Shadow::kAtomic, what, address, bytes, __builtin_return_address(0));
+}
+
+}  // namespace simt
+
+extern "C" {
+#define HOOK(name, kind, bytes) \
+  void __tsan_##name(void* address) { simt::hook(simt::Shadow::kind, address, bytes, __builtin_return_address(0)); }
+HOOK(read1, kRead, 1) HOOK(read2, kRead, 2) HOOK(read4, kRead, 4) HOOK(read8, kRead, 8) HOOK(read16, kRead, 16)
+HOOK(write1, kWrite, 1) HOOK(write2, kWrite, 2) HOOK(write4, kWrite, 4) HOOK(write8, kWrite, 8) HOOK(write16, kWrite, 16)
+HOOK(unaligned_read2, kRead, 2) HOOK(unaligned_read4, kRead, 4) HOOK(unaligned_read8, kRead, 8) HOOK(unaligned_read16, kRead, 16)
+HOOK(unaligned_write2, kWrite, 2) HOOK(unaligned_write4, kWrite, 4) HOOK(unaligned_write8, kWrite, 8)
+HOOK(unaligned_write16, kWrite, 16)
+void __tsan_read_range(void* address, size_t bytes) { simt::hook(simt::Shadow::kRead, address, bytes, __builtin_return_address(0)); }
+void __tsan_write_range(void* address, size_t bytes) { simt::hook(simt::Shadow::kWrite, address, bytes, __builtin_return_address(0)); }
+void __tsan_vptr_read(void**) {}
+void __tsan_vptr_update(void**, void*) {}
+void __tsan_func_entry(void*) {}
+void __tsan_func_exit() {}
+void __tsan_init() {}
+}

@@ -1,0 +1,281 @@
+#include "machine.h"
+
+#include <sched.h>
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cstdlib>
+#include <cstring>
+#include <numeric>
+#include <stdexcept>
+
+namespace simt {
+namespace {
+
+std::atomic<unsigned long long> launch_seed{0};
+constexpr size_t kRedZone = 1024;   // between the blocks' shared memory
+constexpr int kPoison = 0xff;       // NaN as float, half, bfloat16 and e4m3; -1 as an integer
+constexpr double kPollSeconds = 5;  // polling with no other progress for so long is a deadlock
+
+double seconds() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+}  // namespace
+
+void set_seed(unsigned long long seed) { launch_seed = seed; }
+
+Machine& Machine::of_this_thread() {
+  // On the heap: with a thread-local of initial-exec model (hooks.cpp) all of the library's must fit in glibc's small reserve.
+  static thread_local std::unique_ptr<Machine> machine = std::make_unique<Machine>();
+  return *machine;
+}
+
+void run(const LaunchConfig& config, const std::function<void()>& kernel, const void* kernel_address) {
+  Machine::of_this_thread().run(config, kernel, kernel_address);
+}
+
+void Machine::run(const LaunchConfig& config, const std::function<void()>& kernel, const void* kernel_address) {
+  const auto refuse = [&](const char* what, long long value, const char* allowed) {
+    throw std::runtime_error(format("simt: launch of %s with %s %lld; allowed: %s", where(kernel_address).c_str(), what, value, allowed));
+  };
+  const long long num_threads = 1ll * config.block.x * config.block.y * config.block.z;
+  const long long num_blocks = 1ll * config.grid.x * config.grid.y * config.grid.z;
+  if (num_threads < 1 || num_threads > 1024) refuse("threads per block", num_threads, "1 to 1024");
+  if (num_blocks < 1 || config.grid.y > 65535 || config.grid.z > 65535) refuse("blocks", num_blocks, "at least 1; y and z at most 65535");
+  if (config.cluster < 1 || config.cluster > kMaxCluster || config.grid.x % config.cluster != 0)
+    refuse("cluster size", config.cluster, "1 to 16, a divisor of the grid's x");
+  if (config.smem_bytes > 227 * 1024) refuse("bytes of shared memory", config.smem_bytes, "0 to 232448");
+
+  config_ = config;
+  kernel_ = &kernel;
+  kernel_address_ = kernel_address;
+  const unsigned long long seed = launch_seed;
+  random_.seed(seed);
+  order_ = seed == 0 ? Order::kForward : seed == 1 ? Order::kBackward : Order::kRandom;
+  moment_ = seed == 0 ? Moment::kLatest : seed == 1 ? Moment::kEarliest : Moment::kRandom;
+
+  const int64_t num_clusters = num_blocks / config.cluster;
+  waiting_clusters_.resize(num_clusters);  // taken from the back
+  std::iota(waiting_clusters_.rbegin(), waiting_clusters_.rend(), 0);
+  if (order_ == Order::kBackward) std::reverse(waiting_clusters_.begin(), waiting_clusters_.end());
+  if (order_ == Order::kRandom) std::shuffle(waiting_clusters_.begin(), waiting_clusters_.end(), random_);
+  const int64_t resident = config.cooperative ? num_clusters : order_ == Order::kRandom ? 1 + random_below(3) : 1;
+
+  runnable_.clear(), polling_.clear(), async_.clear(), failure_.clear();
+  clusters_.clear();  // of a launch that failed
+  live_clusters_ = 0;
+  while (live_clusters_ < resident && !waiting_clusters_.empty()) start_cluster();
+  schedule();
+}
+
+void Machine::start_cluster() {
+  const int64_t index = waiting_clusters_.back();
+  waiting_clusters_.pop_back();
+  clusters_.push_back(std::make_unique<Cluster>());
+  Cluster& cluster = *clusters_.back();
+  ++live_clusters_;
+
+  const unsigned size = config_.cluster, per_block = config_.block.x * config_.block.y * config_.block.z;
+  cluster.shared_bytes = config_.smem_bytes;
+  cluster.stride = (config_.smem_bytes + 1023) / 1024 * 1024 + kRedZone;
+  cluster.arena = static_cast<unsigned char*>(std::aligned_alloc(1024, size * cluster.stride));
+  std::memset(cluster.arena, kPoison, size * cluster.stride);
+  cluster.shadow = std::make_unique<Shadow>(config_.smem_bytes == 0 ? 0 : size, cluster.stride, size * per_block);
+  const auto nothing_seen = std::make_shared<const Clock>(size * per_block * (1 + Shadow::kNumAgents), 0);
+  cluster.live = size * per_block;
+
+  const unsigned clusters_x = config_.grid.x / size;
+  for (unsigned rank = 0; rank < size; ++rank) {
+    cluster.blocks.push_back(std::make_unique<Block>());
+    Block& block = *cluster.blocks.back();
+    block.cluster = &cluster;
+    block.rank = rank;
+    block.live = per_block;
+    block.warps.resize((per_block + kWarpSize - 1) / kWarpSize);
+    block.warpgroups.resize((per_block + kWarpgroupSize - 1) / kWarpgroupSize);
+    const uint3 block_idx = {unsigned(index % clusters_x) * size + rank, unsigned(index / clusters_x % config_.grid.y),
+                             unsigned(index / clusters_x / config_.grid.y)};
+    for (unsigned i = 0; i < per_block; ++i) {
+      if (idle_threads_.empty()) idle_threads_.push_back(std::make_unique<Thread>());
+      cluster.threads.push_back(std::move(idle_threads_.back()));
+      idle_threads_.pop_back();
+      Thread& t = *cluster.threads.back();
+      t.reset();
+      t.thread = {i % config_.block.x, i / config_.block.x % config_.block.y, i / config_.block.x / config_.block.y};
+      t.Position::block = block_idx;
+      t.block_dim = config_.block, t.grid_dim = config_.grid;
+      t.lane = i % kWarpSize, t.warp = i / kWarpSize;
+      t.cluster_rank = rank, t.cluster_size = size;
+      t.shared = cluster.arena + rank * cluster.stride;
+      t.owner = &block;
+      t.tid = int(cluster.threads.size()) - 1;
+      t.seen = nothing_seen;
+      t.fiber.start(&Machine::fiber_main);
+      block.threads.push_back(&t);
+      runnable_.push_back(&t);
+    }
+  }
+  update_shared_range();
+}
+
+void Thread::reset() {
+  now = 1, proxy_fence = 0, result = 0;
+  std::fill(std::begin(async_now), std::end(async_now), 0);
+  std::fill(std::begin(groups), std::end(groups), 0);
+  wait = Wait{};
+  finished = polling = wgmma_fenced = cluster_arrived = false;
+  pending.clear(), accumulators.clear();
+}
+
+void Machine::update_shared_range() {
+  shared_range = {};
+  for (const auto& cluster : clusters_) {
+    const unsigned char* end = cluster->arena + cluster->blocks.size() * cluster->stride;
+    if (shared_range.begin == nullptr || cluster->arena < shared_range.begin) shared_range.begin = cluster->arena;
+    shared_range.end = std::max(shared_range.end, end);
+  }
+}
+
+void Machine::fiber_main() {
+  Machine& machine = of_this_thread();
+  (*machine.kernel_)();
+  Thread* thread = machine.current;
+  thread->finished = true;
+  thread->fiber.finish();
+}
+
+// A finished thread: barriers of all threads no longer wait for it; the last one frees the cluster.
+void Machine::retire(Thread* thread) {
+  for (const auto& op : std::vector(thread->pending)) force(*op);
+  Block& block = *thread->owner;
+  Cluster& cluster = *block.cluster;
+  --block.live, --cluster.live;
+  current = thread;  // in whose name faults are reported
+  check_collectives_after(*thread);
+  block.barriers[0].complete_if_full(block.live);
+  if (cluster.barrier.arrived >= cluster.live) complete_cluster(cluster);
+  if (cluster.live > 0) return;
+
+  for (auto& t : cluster.threads) idle_threads_.push_back(std::move(t));
+  std::erase_if(clusters_, [&](const auto& owned) { return owned.get() == &cluster; });
+  --live_clusters_;
+  update_shared_range();
+  if (!waiting_clusters_.empty()) start_cluster();
+}
+
+Thread* Machine::pick() {
+  if (order_ == Order::kRandom) std::swap(runnable_[random_below(int(runnable_.size()))], runnable_.back());
+  Thread* thread = order_ == Order::kForward ? runnable_.front() : runnable_.back();
+  if (order_ == Order::kForward) runnable_.pop_front();
+  else runnable_.pop_back();
+  return thread;
+}
+
+void Machine::schedule() {
+  double progress = seconds();  // when something other than a poll last ran
+  while (live_clusters_ > 0) {
+    if (moment_ == Moment::kRandom && !async_.empty() && random_below(8) == 0) force(*async_[random_below(int(async_.size()))]);
+    if (runnable_.empty()) {
+      if (!async_.empty()) {
+        force(*async_[moment_ == Moment::kRandom ? random_below(int(async_.size())) : 0]);
+        progress = seconds();
+        if (polling_.empty()) continue;
+      } else if (polling_.empty()) {
+        report_deadlock("every thread waits");
+      } else if (seconds() - progress > kPollSeconds) {
+        report_deadlock("the threads that still run only poll");
+      } else {
+        sched_yield();  // another rank may be what they wait for
+      }
+      for (Thread* thread : polling_) runnable_.push_back(thread);
+      polling_.clear();
+    }
+    Thread* thread = pick();
+    if (!thread->polling) progress = seconds();
+    thread->polling = false;
+    thread->wait = Wait{};
+    current = thread;
+    watched = thread->accumulators.empty() ? nullptr : thread;
+    thread->fiber.resume();
+    watched = nullptr;
+    if (!failure_.empty()) throw std::runtime_error(failure_);
+    if (thread->finished) retire(thread);
+    if (!failure_.empty()) throw std::runtime_error(failure_);
+    current = nullptr;
+  }
+}
+
+void Machine::block_current(const char* what, const void* pc, std::string detail) {
+  current->wait = {what, pc, std::move(detail)};
+  current->fiber.suspend();
+}
+
+void Machine::wake(Thread* thread) { runnable_.push_back(thread); }
+
+void Machine::preempt_current() {
+  runnable_.push_back(current);
+  current->fiber.suspend();
+}
+
+void Machine::poll_current(const char* what, const void* pc) {
+  current->wait = {what, pc, {}};
+  current->polling = true;
+  polling_.push_back(current);
+  current->fiber.suspend();
+}
+
+void Machine::fail_current(const std::string& text, const void* pc) {
+  std::string full = "simt: " + text + "\n  at " + where(pc) + "\n  in " + describe(*current);
+  if (!on_fiber()) throw std::runtime_error(full);
+  failure_ = std::move(full);
+  current->fiber.finish();
+}
+
+bool Machine::on_fiber() const { return current != nullptr && current->fiber.holds(__builtin_frame_address(0)); }
+
+void Machine::issue(std::shared_ptr<AsyncOp> op) {
+  op->issuer->pending.push_back(op);
+  async_.push_back(op);
+  if (moment_ == Moment::kEarliest) force(*op);
+}
+
+void Machine::force(AsyncOp& op) {
+  const auto keep = std::find_if(async_.begin(), async_.end(), [&](const auto& p) { return p.get() == &op; });
+  const std::shared_ptr<AsyncOp> alive = *keep;
+  async_.erase(keep);
+  std::erase(op.issuer->pending, alive);
+  op.effect();
+}
+
+void Machine::report_deadlock(const char* reason) {
+  std::vector<std::pair<std::string, std::vector<const Thread*>>> groups;
+  std::vector<const Thread*> waiting;
+  for (const auto& cluster : clusters_) {
+    for (const auto& thread : cluster->threads) {
+      if (!thread->finished) waiting.push_back(thread.get());
+    }
+  }
+  for (const Thread* thread : waiting) {
+    const std::string at = std::string(thread->wait.what ? thread->wait.what : "?") + " at " + where(thread->wait.pc) +
+                           (thread->wait.detail.empty() ? "" : " (" + thread->wait.detail + ")");
+    auto group = std::find_if(groups.begin(), groups.end(), [&](const auto& g) { return g.first == at; });
+    if (group == groups.end()) group = groups.insert(groups.end(), {at, {}});
+    group->second.push_back(thread);
+  }
+  std::string text = format("simt: deadlock, %s, in the launch of %s", reason, where(kernel_address_).c_str());
+  for (const auto& [at, threads] : groups)
+    text += format("\n  %zu threads wait in %s; the first is %s", threads.size(), at.c_str(), describe(*threads[0]).c_str());
+  throw std::runtime_error(text);
+}
+
+Cluster* Machine::cluster_of(const void* pointer) {
+  const auto* p = static_cast<const unsigned char*>(pointer);
+  for (const auto& cluster : clusters_) {
+    if (p >= cluster->arena && p < cluster->arena + cluster->blocks.size() * cluster->stride) return cluster.get();
+  }
+  return nullptr;
+}
+
+}  // namespace simt

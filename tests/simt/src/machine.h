@@ -1,0 +1,171 @@
+// The emulated GPU of one host thread: launches, blocks, threads, and who runs next.
+#pragma once
+
+#include <cstdlib>
+#include <deque>
+#include <functional>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "clock.h"
+#include "fiber.h"
+#include "shadow.h"
+#include "simt/launch.h"
+#include "simt/simt.h"
+
+namespace simt {
+
+constexpr int kNumBarriers = 16;                  // PTX ISA 9.7.13.1
+constexpr size_t kSharedWindow = size_t{1} << 18;  // of one block, in the 32-bit shared address space
+constexpr int kMaxCluster = 16;
+
+struct Block;
+struct Cluster;
+
+// What a blocked thread waits for, as a deadlock report says it.
+struct Wait {
+  const char* what = nullptr;
+  const void* pc = nullptr;
+  std::string detail;
+};
+
+// An asynchronous operation between its issue and its effect.
+struct AsyncOp {
+  struct Thread* issuer;
+  uint32_t epoch;                // of the issuer's asynchronous agent
+  int group;                     // its commit group, by kind
+  enum Kind { kCpAsync, kBulk, kWgmma } kind;
+  std::function<void()> effect;
+  bool done = false;
+};
+
+struct Thread : Position {
+  Fiber fiber;
+  Block* owner = nullptr;
+  int tid = 0;                   // in the cluster
+  ClockPtr seen;                 // what it has been ordered after
+  uint32_t now = 1, async_now[Shadow::kNumAgents] = {};
+  uint32_t proxy_fence = 0;      // `now` at its last fence.proxy.async
+  Wait wait;
+  bool finished = false, polling = false;
+  int result = 0;                // of the barrier's reduction
+  // groups committed so far, by AsyncOp::Kind, and the operations not yet done
+  int groups[3] = {0, 0, 0};
+  std::vector<std::shared_ptr<AsyncOp>> pending;
+  // accumulators that wgmma is still writing: (address, bytes, where it was issued)
+  struct Accumulator { const char* begin; size_t bytes; const void* pc; int group; };
+  std::vector<Accumulator> accumulators;
+  bool wgmma_fenced = false;
+  bool cluster_arrived = false;  // and not yet waited
+  int cluster_phase = 0;
+
+  void reset();                  // to what a thread is before its first instruction
+};
+
+struct Barrier {
+  std::vector<Thread*> waiting;
+  int arrived = 0, expected = 0;
+  Reduce reduce = Reduce::kNone;
+  int count = 0;
+  bool all = true, any = false;
+  Clock clock;                   // of those that arrived without waiting
+  void arrive(Thread& thread);   // counts it, and what it did before
+  void complete_if_full(int expected);
+};
+
+// One collective under way: lanes of a warp (or of a warpgroup) that have arrived.
+struct Rendezvous {
+  const char* what;
+  const void* pc;
+  uint32_t mask;
+  int arrived = 0, expected = 0;
+  void* arguments[kWarpgroupSize] = {};
+  std::vector<Thread*> waiting;
+};
+
+struct Block {
+  Cluster* cluster = nullptr;
+  unsigned rank = 0;
+  std::vector<Thread*> threads;
+  int live = 0;
+  Barrier barriers[kNumBarriers];
+  std::vector<std::vector<Rendezvous>> warps, warpgroups;  // collectives under way
+};
+
+struct Cluster {
+  ~Cluster() { std::free(arena); }
+  std::vector<std::unique_ptr<Block>> blocks;
+  unsigned char* arena = nullptr;  // the blocks' shared memory, `stride` apart: the gaps are out of bounds
+  size_t stride = 0, shared_bytes = 0;
+  std::unique_ptr<Shadow> shadow;
+  std::vector<std::unique_ptr<Thread>> threads;
+  Barrier barrier;               // barrier.cluster
+  ClockPtr phase_clock;          // of the last phase that completed
+  int phase = 0, live = 0;
+};
+
+class Machine {
+ public:
+  static Machine& of_this_thread();
+
+  void run(const LaunchConfig& config, const std::function<void()>& kernel, const void* kernel_address);
+
+  // For the functions of simt.h, called on a fiber.
+  Thread* current = nullptr;
+  void block_current(const char* what, const void* pc, std::string detail = {});
+  void wake(Thread* thread);
+  void preempt_current();
+  void poll_current(const char* what, const void* pc);
+  [[noreturn]] void fail_current(const std::string& text, const void* pc);
+
+  // Asynchronous operations: run at once, at a random later moment, or when forced, by the seed.
+  void issue(std::shared_ptr<AsyncOp> op);
+  void force(AsyncOp& op);
+  int random_below(int n) { return int(random_() % uint64_t(n)); }
+  const LaunchConfig& config() const { return config_; }
+  Cluster* cluster_of(const void* shared_pointer);
+
+ private:
+  enum class Order { kForward, kBackward, kRandom };
+  enum class Moment { kLatest, kEarliest, kRandom };
+
+  void start_cluster();
+  void update_shared_range();
+  bool on_fiber() const;
+  void check_collectives_after(const Thread& finished);
+  void retire(Thread* thread);
+  Thread* pick();
+  void schedule();
+  [[noreturn]] void report_deadlock(const char* reason);
+  static void fiber_main();
+
+  LaunchConfig config_;
+  const std::function<void()>* kernel_ = nullptr;
+  const void* kernel_address_ = nullptr;
+  std::mt19937_64 random_;
+  Order order_ = Order::kForward;
+  Moment moment_ = Moment::kLatest;
+  std::deque<Thread*> runnable_;
+  std::vector<Thread*> polling_;
+  std::vector<std::shared_ptr<AsyncOp>> async_;
+  std::vector<std::unique_ptr<Cluster>> clusters_;  // those under way
+  std::vector<int64_t> waiting_clusters_;
+  std::vector<std::unique_ptr<Thread>> idle_threads_;
+  std::string failure_;
+  int live_clusters_ = 0;
+};
+
+// Set while launches run, for hooks.cpp to tell quickly which accesses matter.
+struct SharedRange { const unsigned char *begin = nullptr, *end = nullptr; };
+extern thread_local __attribute__((tls_model("initial-exec"))) SharedRange shared_range;
+extern thread_local __attribute__((tls_model("initial-exec"))) Thread* watched;
+
+void complete_cluster(Cluster& cluster);  // if every thread of it has arrived
+
+std::string describe(const Thread& thread);   // "thread (3,0,0) of block (1,0,0)"
+std::string where(const void* pc);            // "kernel.cu:41 in load_tile", or the bare address
+std::string format(const char* format, ...) __attribute__((format(printf, 1, 2)));
+
+}  // namespace simt
