@@ -2,6 +2,7 @@
 #include <cstring>
 
 #include "machine.h"
+#include "simt/async.h"
 
 namespace simt {
 namespace {

@@ -16,7 +16,14 @@ namespace {
 std::atomic<unsigned long long> launch_seed{0};
 constexpr size_t kRedZone = 1024;   // between the blocks' shared memory
 constexpr int kPoison = 0xff;       // NaN as float, half, bfloat16 and e4m3; -1 as an integer
-constexpr double kPollSeconds = 5;  // polling with no other progress for so long is a deadlock
+// Polling with no other progress for so long is a deadlock; so many rounds, when no other host thread runs a launch.
+constexpr double kPollSeconds = 5;
+constexpr int kPollRounds = 10000;
+std::atomic<int> running_launches{0};
+struct Running {
+  Running() { ++running_launches; }
+  ~Running() { --running_launches; }
+};
 
 double seconds() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
@@ -123,7 +130,7 @@ void Machine::start_cluster() {
 void Thread::reset() {
   now = 1, proxy_fence = 0, result = 0;
   std::fill(std::begin(async_now), std::end(async_now), 0);
-  std::fill(std::begin(groups), std::end(groups), 0);
+  for (auto& epochs : group_epochs) epochs.clear();
   wait = Wait{};
   finished = polling = wgmma_fenced = cluster_arrived = false;
   pending.clear(), accumulators.clear();
@@ -174,17 +181,19 @@ Thread* Machine::pick() {
 }
 
 void Machine::schedule() {
+  const Running running;
   double progress = seconds();  // when something other than a poll last ran
+  int rounds = 0;               // of polling since
   while (live_clusters_ > 0) {
     if (moment_ == Moment::kRandom && !async_.empty() && random_below(8) == 0) force(*async_[random_below(int(async_.size()))]);
     if (runnable_.empty()) {
       if (!async_.empty()) {
         force(*async_[moment_ == Moment::kRandom ? random_below(int(async_.size())) : 0]);
-        progress = seconds();
+        progress = seconds(), rounds = 0;
         if (polling_.empty()) continue;
       } else if (polling_.empty()) {
         report_deadlock("every thread waits");
-      } else if (seconds() - progress > kPollSeconds) {
+      } else if (++rounds > kPollRounds && (running_launches == 1 || seconds() - progress > kPollSeconds)) {
         report_deadlock("the threads that still run only poll");
       } else {
         sched_yield();  // another rank may be what they wait for
@@ -193,9 +202,8 @@ void Machine::schedule() {
       polling_.clear();
     }
     Thread* thread = pick();
-    if (!thread->polling) progress = seconds();
+    if (!thread->polling) progress = seconds(), rounds = 0;
     thread->polling = false;
-    thread->wait = Wait{};
     current = thread;
     watched = thread->accumulators.empty() ? nullptr : thread;
     thread->fiber.resume();
@@ -219,8 +227,8 @@ void Machine::preempt_current() {
   current->fiber.suspend();
 }
 
-void Machine::poll_current(const char* what, const void* pc) {
-  current->wait = {what, pc, {}};
+void Machine::poll_current(const char* what, const void* pc, std::string detail) {
+  current->wait = {what, pc, std::move(detail)};
   current->polling = true;
   polling_.push_back(current);
   current->fiber.suspend();

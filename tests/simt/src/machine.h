@@ -4,6 +4,7 @@
 #include <cstdlib>
 #include <deque>
 #include <functional>
+#include <map>
 #include <memory>
 #include <random>
 #include <string>
@@ -34,11 +35,9 @@ struct Wait {
 // An asynchronous operation between its issue and its effect.
 struct AsyncOp {
   struct Thread* issuer;
-  uint32_t epoch;                // of the issuer's asynchronous agent
   int group;                     // its commit group, by kind
   enum Kind { kCpAsync, kBulk, kWgmma } kind;
   std::function<void()> effect;
-  bool done = false;
 };
 
 struct Thread : Position {
@@ -51,8 +50,8 @@ struct Thread : Position {
   Wait wait;
   bool finished = false, polling = false;
   int result = 0;                // of the barrier's reduction
-  // groups committed so far, by AsyncOp::Kind, and the operations not yet done
-  int groups[3] = {0, 0, 0};
+  // by AsyncOp::Kind: the agent's moment at each group's commit; and the operations not yet done
+  std::vector<uint32_t> group_epochs[Shadow::kNumAgents];
   std::vector<std::shared_ptr<AsyncOp>> pending;
   // accumulators that wgmma is still writing: (address, bytes, where it was issued)
   struct Accumulator { const char* begin; size_t bytes; const void* pc; int group; };
@@ -85,6 +84,16 @@ struct Rendezvous {
   std::vector<Thread*> waiting;
 };
 
+struct Mbarrier {
+  int count = 0, pending = 0;    // arrivals of a phase; those still to come
+  int64_t tx_bytes = 0;          // expected and not yet copied
+  int init_tid = 0;              // who initialised it, and when: everyone else must be ordered after that
+  uint32_t init_now = 0;
+  unsigned phase = 0;
+  Clock clock;                   // of the arrivals of this phase
+  ClockPtr last;                 // of the phase that completed last
+};
+
 struct Block {
   Cluster* cluster = nullptr;
   unsigned rank = 0;
@@ -101,6 +110,7 @@ struct Cluster {
   size_t stride = 0, shared_bytes = 0;
   std::unique_ptr<Shadow> shadow;
   std::vector<std::unique_ptr<Thread>> threads;
+  std::map<const void*, Mbarrier> mbarriers;  // by address
   Barrier barrier;               // barrier.cluster
   ClockPtr phase_clock;          // of the last phase that completed
   int phase = 0, live = 0;
@@ -117,12 +127,13 @@ class Machine {
   void block_current(const char* what, const void* pc, std::string detail = {});
   void wake(Thread* thread);
   void preempt_current();
-  void poll_current(const char* what, const void* pc);
+  void poll_current(const char* what, const void* pc, std::string detail = {});
   [[noreturn]] void fail_current(const std::string& text, const void* pc);
 
   // Asynchronous operations: run at once, at a random later moment, or when forced, by the seed.
   void issue(std::shared_ptr<AsyncOp> op);
   void force(AsyncOp& op);
+  void wait_group(AsyncOp::Kind kind, int pending);
   int random_below(int n) { return int(random_() % uint64_t(n)); }
   const LaunchConfig& config() const { return config_; }
   Cluster* cluster_of(const void* shared_pointer);

@@ -29,6 +29,8 @@ std::string look_up(const void* pc) {
     if (at.find("??") != std::string::npos || at.find("/tests/simt/include/") != std::string::npos ||
         at.find("/tests/simt/src/") != std::string::npos)
       continue;
+    const std::string anonymous = "(anonymous namespace)::";
+    for (size_t i; (i = name.find(anonymous)) != std::string::npos;) name.erase(i, anonymous.size());
     const std::string file = at.substr(at.rfind('/') + 1);
     found = file + " in " + name.substr(0, name.find('('));
   }

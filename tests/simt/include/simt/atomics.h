@@ -11,9 +11,8 @@ namespace simt {
 template <class T>
 using Word = std::conditional_t<sizeof(T) == 8, unsigned long long, std::conditional_t<sizeof(T) == 4, unsigned, unsigned short>>;
 
-// Not instrumented: the shadow hears of it as one atomic access.
 template <class T, class F>
-__attribute__((no_sanitize("thread"))) T exchange_word(T* address, F next) {
+T exchange_word(T* address, F next) {
   auto* word = reinterpret_cast<Word<T>*>(address);
   Word<T> before = __atomic_load_n(word, __ATOMIC_RELAXED);
   while (!__atomic_compare_exchange_n(word, &before, bits<Word<T>>(next(bits<T>(before))), true, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED)) {

@@ -1,0 +1,35 @@
+// Twin of csrc/cuda/ptx/memory.cuh. Acquiring loads let other threads run: loops around them end when the others wrote.
+#pragma once
+
+#include "cuda/runtime.cuh"
+
+namespace simt {
+
+SIMT_TWIN unsigned load_acquire(const char* what, const unsigned* p) {
+  poll(what);
+  return __atomic_load_n(p, __ATOMIC_ACQUIRE);
+}
+SIMT_TWIN void store_release(unsigned* p, unsigned v) {
+  preempt();
+  __atomic_store_n(p, v, __ATOMIC_RELEASE);
+}
+SIMT_TWIN unsigned add(unsigned* p, unsigned v) {
+  preempt();
+  return __atomic_fetch_add(p, v, __ATOMIC_ACQ_REL);
+}
+
+}  // namespace simt
+
+namespace tilestream::ptx {
+
+SIMT_TWIN unsigned ld_acquire_gpu(const unsigned* p) { return simt::load_acquire("ld.acquire.gpu", p); }
+SIMT_TWIN unsigned ld_acquire_sys(const unsigned* p) { return simt::load_acquire("ld.acquire.sys", p); }
+SIMT_TWIN void st_release_gpu(unsigned* p, unsigned v) { simt::store_release(p, v); }
+SIMT_TWIN void st_release_sys(unsigned* p, unsigned v) { simt::store_release(p, v); }
+SIMT_TWIN unsigned atom_add_acq_rel_gpu(unsigned* p, unsigned v) { return simt::add(p, v); }
+SIMT_TWIN void red_add_release_gpu(unsigned* p, unsigned v) { simt::add(p, v); }
+SIMT_TWIN void red_add_release_sys(unsigned* p, unsigned v) { simt::add(p, v); }
+SIMT_TWIN uint4 ld_nc_no_allocate(const uint4* p) { return *p; }
+SIMT_TWIN void prefetch_l2(const void*) {}
+
+}  // namespace tilestream::ptx

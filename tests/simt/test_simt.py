@@ -1,0 +1,71 @@
+"""The emulator itself: wrong kernels are caught and named, right ones pass under every seed."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+
+import pytest
+import torch
+
+from tests.simt import build
+
+SEEDS = range(6)
+
+# kernel -> what its report says, under every seed
+WRONG = {
+    "missing_barrier": "race in shared memory: .* with no barrier between",
+    "missing_syncwarp": "race in shared memory: .* with no barrier between",
+    "overwritten_tile": "race in shared memory: .* with no barrier between",
+    "missing_cp_async_wait": "an asynchronous operation that .* issued at wrong.cu:.* nobody has waited for",
+    "wrong_cp_async_group": "an asynchronous operation that .* issued at wrong.cu:.* nobody has waited for",
+    "overwritten_stage": "race in shared memory: .*",
+    "divergent_shuffle": "divergent __shfl_(xor|down)_sync",
+    "shuffle_with_returned_lane": "__shfl_xor_sync with mask ffffffff waits for lane 5, which has returned",
+    "shuffle_mask_without_caller": "__shfl_xor_sync with mask 0000ffff by lane [0-9]+, which the mask does not name",
+    "divergent_syncthreads": "divergent __syncthreads: .* waits at wrong.cu:[0-9]+ .*, but .* at wrong.cu:[0-9]+",
+    "named_barrier_count": "bar.sync of barrier 1 for (64|32) threads, while others use it for (32|64)|deadlock",
+    "named_barrier_deadlock": r"deadlock, every thread waits(.|\n)*32 threads wait in bar.sync at wrong.cu:.*\(barrier [12]\)",
+    "shared_out_of_bounds": "out of bounds: a store of 4 bytes at byte 0x[0-9a-f]+ of shared memory, which has",
+    "unmatched_cluster_arrive": "barrier.cluster.arrive twice without barrier.cluster.wait between",
+    "cluster_wait_for_a_block_that_never_arrives": "deadlock, the threads that still run only poll",
+    "missing_cluster_barrier": "race in shared memory: .*|shared memory of block [01] of the cluster, which has ended",
+    # the copy may also have come before the wait, which is then for the phase after
+    "wrong_mbarrier_phase": r"operation that .* issued at wrong.cu:.* nobody has waited for|deadlock(.|\n)*parity 1 of the mbarrier",
+    "wrong_expected_bytes": r"deadlock.*(.|\n)*mbarrier.try_wait at wrong.cu:.*lacks 0 arrivals and 1024 bytes",
+    "mbarrier_used_before_its_init_is_ordered": "mbarrier whose init by .* is not ordered before it|mbarrier that was never initialised",
+    "missing_proxy_fence": "missing fence.proxy.async: cp.async.bulk",
+    "missing_grid_barrier": r"deadlock(.|\n)*ld.acquire.gpu at wrong.cu",
+}
+RIGHT = ["barrier", "several_blocks", "cp_async_pipeline", "named_barriers", "bulk_pipeline", "cluster", "last_block"]
+
+
+@functools.cache
+def kernels() -> ctypes.CDLL:
+    library = ctypes.CDLL(str(build.build("simt_kernels")))
+    library.simt_run.restype = ctypes.c_char_p
+    library.simt_run.argtypes = [ctypes.c_char_p, ctypes.c_ulonglong, ctypes.c_void_p]
+    return library
+
+
+def run(name: str, seed: int) -> tuple[str, torch.Tensor]:
+    data = torch.arange(4096, dtype=torch.float32)
+    data[4000:] = 0
+    return kernels().simt_run(name.encode(), seed, data.data_ptr()).decode(), data
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_kernels_are_caught_and_named(name: str, seed: int) -> None:
+    with pytest.raises(RuntimeError, match=WRONG[name]):
+        report, _ = run(name, seed)
+        raise RuntimeError(report)
+    assert "wrong.cu" in report
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("name", RIGHT)
+def test_right_kernels_pass(name: str, seed: int) -> None:
+    report, data = run(name, seed)
+    assert report == ""
+    assert torch.equal(data[2048 : 2048 + 256], torch.arange(256, dtype=torch.float32).flip(0))
