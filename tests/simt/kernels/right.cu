@@ -17,7 +17,7 @@ struct Storage {
   float out[256];
 };
 
-Storage& storage() { return cuda::dynamic_smem<Storage>(); }
+__device__ __forceinline__ Storage& storage() { return cuda::dynamic_smem<Storage>(); }
 
 CASE(barrier, .grid = 1, .block = 256, .smem_bytes = sizeof(Storage)) {
   storage().out[threadIdx.x] = data[threadIdx.x];

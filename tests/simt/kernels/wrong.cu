@@ -16,7 +16,7 @@ struct Storage {
   uint64_t full[2];
 };
 
-Storage& storage() { return cuda::dynamic_smem<Storage>(); }
+__device__ __forceinline__ Storage& storage() { return cuda::dynamic_smem<Storage>(); }
 
 CASE(missing_barrier, .grid = 1, .block = 64, .smem_bytes = sizeof(Storage)) {
   Storage& s = storage();
