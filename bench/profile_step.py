@@ -24,6 +24,7 @@ OPS = {
     "linear": r"run_linear|quantised_vectors|float_vectors|write_tile|prepare<",
     "norm + quantise": r"norm_rows|quantise_scaled_row|rms_norm|sum_squares",
     "gated activation + quantise": r"act_rows|act_and_mul",
+    "quantise, a pass of its own": r"quantise_row",
     "attention": r"scores_|values_|softmax|attention|run_launch|merge|AttentionParams",
     "append_kv": r"append|write_row|BlockOrder|rotate",
     "sample": r"sample|Sample|mass",

@@ -28,7 +28,7 @@ inline F32x16 activate(F32x16 x) {
     exponent = mul(mul(x, factor), set1(-2.0f * kSqrt2OverPi * kLog2E));
   }
   // -inf becomes the smallest float: it then gives -0, not inf/inf. NaN passes: it is max's second operand.
-  return div(max(set1(-kFloatMax), x), add(set1(1.0f), exp2(exponent)));
+  return div(max(set1(-kFloatMax), x), add(set1(1.0f), exp2_weight(exponent)));
 }
 
 template <class E, Activation A>

@@ -2,7 +2,7 @@
 //
 // Rows are cut into tiles of at most kTileRows, tiles into blocks whose activations stay in L2, and the
 // (block, panel) pairs are dealt to the workers in contiguous shares, panels innermost: at small M every
-// worker streams its own part of the weights once, at large M a panel is used for a whole block.
+// worker streams its own part of the weights once, at large M it takes rows of its own and uses a panel for a block.
 // Every (row, column) is computed by the same operations in the same order whatever M, tile and worker.
 #include <algorithm>
 
@@ -15,6 +15,9 @@ namespace {
 
 constexpr int64_t kBlockBytes = 512 << 10;      // activations of a block: half of Zen 4's L2
 constexpr int64_t kOwnCopyElements = 16 << 10;  // up to here every worker prepares all activations itself
+// From so many rows a worker, each takes blocks of its own rows: what the ops before and after do with the same rows then
+// stays in its caches. (Below, the weights are what costs, and each worker reads its own part of them.)
+constexpr int64_t kRowsForOwnBlock = 32;
 constexpr int64_t kNsPerWorker = 4000;          // a launch costs 1 to 2 us
 
 struct Tiling {
@@ -174,9 +177,9 @@ void run_linear(const LinearParams& p) {
   const int max_workers = std::min(useful_workers(p), num_threads());
   Tiling tiling{p.m, ceil_div(p.m, kTileRows), 1, ceil_div(p.n, kPanelColumns)};
   const int64_t enough_units = ceil_div(4 * max_workers, tiling.num_panels);  // for even shares
-  tiling.num_blocks =
-      std::clamp(std::max(ceil_div(p.m * row_bytes<F>(p.k), kBlockBytes), max_workers > 1 ? enough_units : 1),
-                 int64_t(1), tiling.num_tiles);
+  const int64_t num_blocks = std::max(ceil_div(p.m * row_bytes<F>(p.k), kBlockBytes), max_workers > 1 ? enough_units : 1);
+  const bool by_rows = p.m >= kRowsForOwnBlock * max_workers;
+  tiling.num_blocks = std::clamp<int64_t>(by_rows ? round_up(num_blocks, max_workers) : num_blocks, 1, tiling.num_tiles);
   const bool ready = is_prepared<F>(p), own_copy = p.m * p.k <= kOwnCopyElements;
   const int64_t bytes = ready ? 0 : prepared_bytes<F>(p.m, p.k), own_bytes = own_copy ? bytes : 0;
   uint8_t* shared = static_cast<uint8_t*>(scratch(Scratch::kLaunch, size_t(bytes - own_bytes)));
