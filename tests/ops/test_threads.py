@@ -76,3 +76,32 @@ def test_one_cpu() -> None:
         for num in ("1", "64")
     ]  # fmt: skip
     assert answers[0] == answers[1] != ""
+
+
+MOVED = """
+import os, sys, torch
+from tilestream import ops
+from tilestream._native import _C
+
+def workers():
+    '''Where the pinned threads of this process may run.'''
+    cpus = [os.sched_getaffinity(int(task)) for task in os.listdir("/proc/self/task") if int(task) != os.getpid()]
+    return sorted(min(c) for c in cpus if len(c) == 1)
+
+x, weight = torch.randn(64, 576), ops.pack_weight(torch.randn(1536, 576), format=ops.PackedFormat.BFLOAT16)
+ops.linear(x, weight)
+cpus = sorted(os.sched_getaffinity(0))
+assert len(workers()) == len(cpus) - 1 == _C.num_threads() - 1, (workers(), cpus)
+for cpu in cpus + cpus:
+    os.sched_setaffinity(0, {cpu})
+    ops.linear(x, weight)
+    assert workers() == [other for other in cpus if other != cpu], (cpu, workers())
+print("moved")
+"""
+
+
+@pytest.mark.skipif(not 2 <= _C.num_threads() == len(os.sched_getaffinity(0)), reason="one thread, or two a core")
+def test_workers_make_room_for_the_launching_thread() -> None:
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("TILESTREAM_")}
+    result = subprocess.run([sys.executable, "-c", MOVED], capture_output=True, text=True, check=False, env=environment)
+    assert result.stdout.split() == ["moved"], result.stderr

@@ -14,6 +14,7 @@
 #include <stdexcept>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "cpu/common/cpus.h"
@@ -63,7 +64,8 @@ const Settings& settings() {
 
 // Workers get a CPU each when the team fills the process's share of the machine: left to itself the system may wake a
 // worker on the launching thread's CPU, and then the two take turns. The launching thread is the user's and stays
-// free; it ends up on the CPU that is left. Smaller teams stay free too, for several of them may share the CPUs.
+// free; where it has moved onto a worker's CPU, that worker makes room. Smaller teams stay free too, for several of them
+// may share the CPUs.
 // TILESTREAM_PIN_THREADS=0 leaves all threads free.
 bool pins_workers(int num_threads) { return settings().pins && num_threads >= usable_cpus().num_cores; }
 
@@ -80,10 +82,10 @@ void pin_to_cpu(std::thread& thread, int cpu) {
 class Team {
  public:
   explicit Team(int size) : size_(size), num_threads_(std::min(size, int(usable_cpus().cpus.size()))), claimed_(size) {
-    const bool pins = pins_workers(num_threads_);
+    if (pins_workers(num_threads_)) cpu_of_.assign(usable_cpus().cpus.begin(), usable_cpus().cpus.begin() + num_threads_);
     for (int t = 1; t < num_threads_; ++t) {
       threads_.emplace_back([this, t] { work(t); });
-      if (pins) pin_to_cpu(threads_.back(), usable_cpus().cpus[t]);
+      if (!cpu_of_.empty()) pin_to_cpu(threads_.back(), cpu_of_[t]);
     }
   }
   ~Team() {
@@ -95,6 +97,7 @@ class Team {
   int size() const { return size_; }
 
   void run(TaskFn fn, void* context, int num_tasks) {
+    make_room();
     const uint32_t epoch = epoch_.load(std::memory_order_relaxed) + 1;
     fn_ = fn;
     context_ = context;
@@ -113,6 +116,16 @@ class Team {
   struct alignas(64) Claim {
     std::atomic<uint32_t> epoch{0};
   };
+
+  // A pinned worker whose CPU the launching thread runs on goes to the one that this leaves.
+  void make_room() {
+    const int here = cpu_of_.empty() ? -1 : sched_getcpu();
+    for (int t = 1; t < int(cpu_of_.size()) && here != cpu_of_[0]; ++t) {
+      if (cpu_of_[t] != here) continue;
+      std::swap(cpu_of_[0], cpu_of_[t]);
+      pin_to_cpu(threads_[t - 1], cpu_of_[t]);
+    }
+  }
 
   static void relax(int spins) {
     if (spins < kSpinsBeforeYield) {
@@ -161,6 +174,7 @@ class Team {
   alignas(64) std::atomic<int> sleepers_{0};
   std::atomic<bool> stop_{false};
   std::vector<Claim> claimed_;
+  std::vector<int> cpu_of_;  // of pinned teams: [0] is left to the launching thread
   std::vector<std::thread> threads_;
 };
 
