@@ -121,6 +121,8 @@ void load_simt(const std::string& library) {
 #define LOAD(op, Params) \
   if (void* const kernel = find(#op)) simt_level.op = reinterpret_cast<void (*)(const Params&)>(kernel);
   TILESTREAM_CPU_OPS(LOAD)
+  simt_level.pack_gguf = portable::pack_gguf;  // a GPU's weights are packed on the host too
+  simt_level.pack_weight = portable::pack_weight;
   simt_is_loaded = true;
 }
 

@@ -5,6 +5,7 @@
 //
 // A thread takes vectors of 16 bytes, a block of 256 threads a stretch of one row. Memory-bound: the roof is a copy of
 // the same bytes (two read, one written). No shared memory.
+#include "cuda/common/quantise.cuh"
 #include "cuda/common/vec.cuh"
 #include "cuda/runtime.cuh"
 #include "tilestream/norm.h"
@@ -31,13 +32,16 @@ __global__ void __launch_bounds__(kBlockThreads) act_and_mul_kernel(const __grid
   const int64_t token = blockIdx.x / blocks_per_row;
   const int64_t i = (blockIdx.x % blocks_per_row * kBlockThreads + threadIdx.x) * Vec<T>::kSize;
   const int64_t num = p.hidden - i;
-  if (num <= 0) return;
 
   const T* x = static_cast<const T*>(p.x) + token * p.x_row_stride + i;
   const Vec<T> gate = load_vec<kAligned>(x, num), up = load_vec<kAligned>(x + p.hidden, num);
+  float product[Vec<T>::kSize];
+#pragma unroll
+  for (int k = 0; k < Vec<T>::kSize; ++k) product[k] = activate<kActivation>(to_float(gate.at[k])) * to_float(up.at[k]);
+  if (p.quantised.q != nullptr) return store_quantised(p.quantised, token, p.hidden, i, product);
   Vec<T> out;
 #pragma unroll
-  for (int k = 0; k < Vec<T>::kSize; ++k) out.at[k] = from_float<T>(activate<kActivation>(to_float(gate.at[k])) * to_float(up.at[k]));
+  for (int k = 0; k < Vec<T>::kSize; ++k) out.at[k] = from_float<T>(product[k]);
   store_vec<kAligned>(static_cast<T*>(p.out) + token * p.out_row_stride + i, out, num);
 }
 

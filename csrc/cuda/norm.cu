@@ -8,6 +8,7 @@
 // a row's bits depend on nothing but the row. 32 bytes of shared memory.
 #include "tilestream/norm.h"
 
+#include "cuda/common/quantise.cuh"
 #include "cuda/common/reduce.cuh"
 #include "cuda/common/vec.cuh"
 #include "cuda/runtime.cuh"
@@ -58,12 +59,18 @@ __device__ __forceinline__ float add_squares(float sum, const Vec<T>& v) {
   return sum;
 }
 
+// Scaled elements from i on, as floats or as integers. The whole warp takes part.
 template <bool kAligned, class T>
-__device__ __forceinline__ void store_scaled(T* out, const Vec<T>& v, const float* weight, float inverse, int64_t num) {
-  Vec<T> scaled;
+__device__ __forceinline__ void store_scaled(const RmsNormParams& p, int64_t row_idx, T* out, int64_t i, const Vec<T>& v, float inverse) {
+  const int64_t num = p.hidden - i;
+  float scaled[Vec<T>::kSize];
 #pragma unroll
-  for (int k = 0; k < Vec<T>::kSize; ++k) scaled.at[k] = from_float<T>(to_float(v.at[k]) * inverse * (k < num ? weight[k] : 0.0f));
-  store_vec<kAligned>(out, scaled, num);
+  for (int k = 0; k < Vec<T>::kSize; ++k) scaled[k] = k < num ? to_float(v.at[k]) * inverse * p.weight[i + k] : 0.0f;
+  if (p.quantised.q != nullptr) return store_quantised(p.quantised, row_idx, p.hidden, i, scaled);
+  Vec<T> rounded;
+#pragma unroll
+  for (int k = 0; k < Vec<T>::kSize; ++k) rounded.at[k] = from_float<T>(scaled[k]);
+  store_vec<kAligned>(out + i, rounded, num);
 }
 
 template <class T, bool kAligned, bool kResidual, int kRowThreads>
@@ -74,15 +81,17 @@ __global__ void __launch_bounds__(kBlockThreads) rms_norm_kernel(const __grid_co
   if (row_idx >= p.outer * p.inner) return;  // a whole warp of the last block, and only where no barrier follows
   const Row<T> row = row_at<T>(p, row_idx);
   const int64_t first = int64_t(threadIdx.x % kRowThreads) * Vec<T>::kSize;
+  // Lanes past the row's end stay with their warp, and hold zeros.
+  const int64_t end = p.hidden + int64_t(threadIdx.x % kWarpSize) * Vec<T>::kSize;
 
   Vec<T> held[kHeldVecs];
   float sum = 0.0f;
 #pragma unroll
   for (int j = 0; j < kHeldVecs; ++j) {
     const int64_t i = first + j * kStep;
-    if (i < p.hidden) sum = add_squares(sum, held[j] = load_sum<T, kAligned, kResidual>(row, i, p.hidden - i));
+    if (i < end) sum = add_squares(sum, held[j] = load_sum<T, kAligned, kResidual>(row, i, p.hidden - i));
   }
-  for (int64_t i = first + kHeldVecs * kStep; i < p.hidden; i += kStep)
+  for (int64_t i = first + kHeldVecs * kStep; i < end; i += kStep)
     sum = add_squares(sum, load_sum<T, kAligned, kResidual>(row, i, p.hidden - i));
 
   float total;
@@ -93,11 +102,11 @@ __global__ void __launch_bounds__(kBlockThreads) rms_norm_kernel(const __grid_co
 #pragma unroll
   for (int j = 0; j < kHeldVecs; ++j) {
     const int64_t i = first + j * kStep;
-    if (i < p.hidden) store_scaled<kAligned>(row.out + i, held[j], p.weight + i, inverse, p.hidden - i);
+    if (i < end) store_scaled<kAligned>(p, row_idx, row.out, i, held[j], inverse);
   }
-  for (int64_t i = first + kHeldVecs * kStep; i < p.hidden; i += kStep) {
+  for (int64_t i = first + kHeldVecs * kStep; i < end; i += kStep) {
     const Vec<T> v = load_vec<kAligned>(kResidual ? row.residual + i : row.x + i, p.hidden - i);
-    store_scaled<kAligned>(row.out + i, v, p.weight + i, inverse, p.hidden - i);
+    store_scaled<kAligned>(p, row_idx, row.out, i, v, inverse);
   }
 }
 

@@ -1,8 +1,13 @@
 // Every op that has a CUDA kernel: (name, parameter struct). csrc/api and the emulator both read this list.
 #pragma once
 
+#include "tilestream/linear.h"
 #include "tilestream/norm.h"
+#include "tilestream/quantise.h"
 
-#define TILESTREAM_CUDA_OPS(X) \
-  X(rms_norm, RmsNormParams)   \
+#define TILESTREAM_CUDA_OPS(X)    \
+  X(quantise, QuantiseParams)     \
+  X(linear, LinearParams)         \
+  X(embedding, EmbeddingParams)   \
+  X(rms_norm, RmsNormParams)      \
   X(act_and_mul, ActAndMulParams)

@@ -9,6 +9,7 @@ from tilestream import ops, testing
 from tilestream.ops import PackedFormat
 from tilestream.reference import linear as reference
 
+pytestmark = pytest.mark.simt
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 QUANTISED = {PackedFormat.U4G32S: 15, PackedFormat.U4G32: 15, PackedFormat.U8G32S: 255, PackedFormat.U8G32: 255}
 SYMMETRIC_ZERO = {PackedFormat.U4G32S: -8.0, PackedFormat.U8G32S: -128.0}
@@ -160,7 +161,7 @@ def test_rows_do_not_depend_on_others_or_threads(backend: testing.Backend, set_n
     for dtype in DTYPES:
         x = torch.randn(70, 192).to(dtype)
         alone = torch.cat([ops.linear(row, weight) for row in x.split(1)])
-        for num in (1, 2, 3, 7):
+        for num in (1, 2, 3, 7) if backend.name == "cpu" else (1,):
             set_num_threads(num)
             for m in (2, 3, 4, 6, 8, 15, 16, 33, 70):
                 assert torch.equal(ops.linear(x[:m], weight), alone[:m]), f"{m} rows, {num} threads, {dtype}"

@@ -40,6 +40,7 @@ MMA = {
     "mma_bf16": (16, FLOATS, FLOATS),
     "mma_e4m3": (32, FLOATS, FLOATS),
     "mma_s8": (32, torch.arange(-128.0, 128), torch.arange(-128.0, 128)),
+    "mma_u8s8": (32, torch.arange(0.0, 256), torch.arange(-128.0, 128)),
     "mma_s4": (64, torch.arange(-8.0, 8), torch.arange(-8.0, 8)),
     "mma_u4s4": (64, torch.arange(0.0, 16), torch.arange(-8.0, 8)),
 }

@@ -18,6 +18,13 @@ __device__ __forceinline__ __half from_float<__half>(float v) { return __float2h
 template <>
 __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float v) { return __float2bfloat16_rn(v); }
 
+// Rounds v to `dtype` and stores it as element i of p.
+__device__ __forceinline__ void store_as(DType dtype, void* p, int64_t i, float v) {
+  if (dtype == DType::kFloat32) static_cast<float*>(p)[i] = v;
+  else if (dtype == DType::kFloat16) static_cast<__half*>(p)[i] = from_float<__half>(v);
+  else static_cast<__nv_bfloat16*>(p)[i] = from_float<__nv_bfloat16>(v);
+}
+
 template <class T>
 struct alignas(16) Vec {
   static constexpr int kSize = 16 / int(sizeof(T));

@@ -22,6 +22,7 @@ namespace tilestream::ptx {
 TILESTREAM_MMA(mma_m16n8k16_f16, "m16n8k16.row.col.f32.f16.f16.f32", float, "f")              // sm_80
 TILESTREAM_MMA(mma_m16n8k16_bf16, "m16n8k16.row.col.f32.bf16.bf16.f32", float, "f")           // sm_80
 TILESTREAM_MMA(mma_m16n8k32_s8, "m16n8k32.row.col.s32.s8.s8.s32", int, "r")                   // sm_80
+TILESTREAM_MMA(mma_m16n8k32_u8s8, "m16n8k32.row.col.s32.u8.s8.s32", int, "r")                 // sm_80
 TILESTREAM_MMA(mma_m16n8k64_s4, "m16n8k64.row.col.s32.s4.s4.s32", int, "r")                   // sm_80; emulated from sm_90 on
 TILESTREAM_MMA(mma_m16n8k64_u4s4, "m16n8k64.row.col.s32.u4.s4.s32", int, "r")                 // as above, a unsigned
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 890

@@ -20,10 +20,10 @@ enum class PackedFormat : int32_t { kFloat32 = 0, kBFloat16 = 1, kU4G32S = 2, kU
 
 constexpr int kPanelColumns = 32;
 
-constexpr bool is_quantised(PackedFormat f) { return f != PackedFormat::kFloat32 && f != PackedFormat::kBFloat16; }
+TILESTREAM_HOST_DEVICE constexpr bool is_quantised(PackedFormat f) { return f != PackedFormat::kFloat32 && f != PackedFormat::kBFloat16; }
 
 // Bytes of one panel for a K (a multiple of 32 for the group-quantised formats).
-constexpr int64_t panel_bytes(PackedFormat f, int64_t k) {
+TILESTREAM_HOST_DEVICE constexpr int64_t panel_bytes(PackedFormat f, int64_t k) {
   const int64_t groups = ceil_div(k, kGroupK);
   return f == PackedFormat::kFloat32    ? k * kPanelColumns * 4
          : f == PackedFormat::kBFloat16 ? round_up(k, 2) * kPanelColumns * 2
@@ -95,5 +95,10 @@ void pack_gguf(const PackGgufParams& params);
 void pack_weight(const PackParams& params);
 void embedding(const EmbeddingParams& params);
 }  // namespace cpu
+
+namespace cuda {
+void linear(const LinearParams& params, Stream stream);
+void embedding(const EmbeddingParams& params, Stream stream);
+}  // namespace cuda
 
 }  // namespace tilestream

@@ -30,4 +30,8 @@ namespace cpu {
 void quantise(const QuantiseParams& params);
 }  // namespace cpu
 
+namespace cuda {
+void quantise(const QuantiseParams& params, Stream stream);
+}  // namespace cuda
+
 }  // namespace tilestream

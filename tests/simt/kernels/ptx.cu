@@ -97,6 +97,9 @@ __device__ __forceinline__ unsigned pack_integers(const float* p) {
 CASE(mma_s8, .grid = 1, .block = 32) {
   multiply<4, int>(data, pack_integers<8>, [](auto& d, auto& a, auto& b) { ptx::mma_m16n8k32_s8(d, a, b); });
 }
+CASE(mma_u8s8, .grid = 1, .block = 32) {
+  multiply<4, int>(data, pack_integers<8>, [](auto& d, auto& a, auto& b) { ptx::mma_m16n8k32_u8s8(d, a, b); });
+}
 CASE(mma_s4, .grid = 1, .block = 32) {
   multiply<8, int>(data, pack_integers<4>, [](auto& d, auto& a, auto& b) { ptx::mma_m16n8k64_s4(d, a, b); });
 }

@@ -11,6 +11,7 @@ struct F16 { static constexpr int kBits = 16; using Sum = double; static double 
 struct BF16 { static constexpr int kBits = 16; using Sum = double; static double value(unsigned b) { return widen<8, 7>(b); } };
 struct E4M3 { static constexpr int kBits = 8; using Sum = double; static double value(unsigned b) { return widen_e4m3(b); } };
 struct S8 { static constexpr int kBits = 8; using Sum = int; static int value(unsigned b) { return (signed char)b; } };
+struct U8 { static constexpr int kBits = 8; using Sum = int; static int value(unsigned b) { return int(b & 255); } };
 struct S4 { static constexpr int kBits = 4; using Sum = int; static int value(unsigned b) { return int(b << 28) >> 28; } };
 struct U4 { static constexpr int kBits = 4; using Sum = int; static int value(unsigned b) { return int(b & 15); } };
 
@@ -57,6 +58,7 @@ namespace tilestream::ptx {
 SIMT_MMA(mma_m16n8k16_f16, F16, F16, float)
 SIMT_MMA(mma_m16n8k16_bf16, BF16, BF16, float)
 SIMT_MMA(mma_m16n8k32_s8, S8, S8, int)
+SIMT_MMA(mma_m16n8k32_u8s8, U8, S8, int)
 SIMT_MMA(mma_m16n8k64_s4, S4, S4, int)
 SIMT_MMA(mma_m16n8k64_u4s4, U4, S4, int)
 SIMT_MMA(mma_m16n8k32_e4m3, E4M3, E4M3, float)

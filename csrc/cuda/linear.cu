@@ -1,0 +1,46 @@
+// y = x . W^T + bias on packed weights: which kernel for which format.
+//
+//   kU4G32S, kU4G32, kU8G32S, kU8G32   common/linear_int8.cuh; rows of floats are quantised first
+//   kBFloat16, kFloat32                common/linear_float.cuh
+#include "cuda/common/linear_float.cuh"
+#include "cuda/common/linear_int8.cuh"
+#include "cuda/runtime.cuh"
+#include "tilestream/linear.h"
+#include "tilestream/quantise.h"
+
+namespace tilestream::cuda {
+namespace {
+
+size_t quantised_bytes(const LinearParams& p) {
+  return size_t(4 * p.m * (p.k / kGroupK) + 4 * p.m * ceil_div(p.k, kScaleK) + p.m * p.k);
+}
+
+// m rows in one piece of memory.
+QuantisedRows rows_in(void* memory, const LinearParams& p) {
+  auto* q = static_cast<int8_t*>(memory);
+  auto* sum = reinterpret_cast<int32_t*>(q + p.m * p.k);
+  return {q, reinterpret_cast<float*>(sum + p.m * (p.k / kGroupK)), sum};
+}
+
+}  // namespace
+
+void linear(const LinearParams& p, Stream stream) {
+  if (p.m == 0 || p.n == 0) return;
+  with_format(p.format, [&](auto format) {
+    constexpr PackedFormat kFormat = decltype(format)::value;
+    if constexpr (!is_quantised(kFormat)) {
+      launch_float<kFormat>(p, stream);
+    } else {
+      const bool given = p.x_q.q != nullptr;
+      const StreamMemory memory(given ? 0 : quantised_bytes(p), stream);
+      LinearParams with_rows = p;
+      if (!given) {
+        with_rows.x_q = rows_in(memory.data(), p);
+        quantise({p.x, with_rows.x_q, p.m, p.k, p.x_row_stride, p.dtype}, stream);
+      }
+      launch_int8<kFormat>(with_rows, stream);
+    }
+  });
+}
+
+}  // namespace tilestream::cuda
