@@ -4,10 +4,12 @@
 #include "tilestream/linear.h"
 #include "tilestream/norm.h"
 #include "tilestream/quantise.h"
+#include "tilestream/sample.h"
 
 #define TILESTREAM_CUDA_OPS(X)    \
   X(quantise, QuantiseParams)     \
   X(linear, LinearParams)         \
   X(embedding, EmbeddingParams)   \
   X(rms_norm, RmsNormParams)      \
-  X(act_and_mul, ActAndMulParams)
+  X(act_and_mul, ActAndMulParams) \
+  X(sample, SampleParams)

@@ -37,4 +37,8 @@ namespace cpu {
 void sample(const SampleParams& params);
 }  // namespace cpu
 
+namespace cuda {
+void sample(const SampleParams& params, Stream stream);
+}  // namespace cuda
+
 }  // namespace tilestream
