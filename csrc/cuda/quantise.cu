@@ -1,6 +1,7 @@
 // Rows of activations to int8, for linears whose input no other op has quantised (an attention's output).
 //
-// A thread takes vectors of 16 bytes, a block of 256 threads a stretch of one row. Memory-bound. No shared memory.
+// A thread takes vectors of 16 bytes, a block of 256 threads a stretch of one row. Memory-bound. No shared
+// memory.
 #include "cuda/common/quantise.cuh"
 #include "cuda/common/vec.cuh"
 #include "cuda/runtime.cuh"
@@ -26,7 +27,8 @@ __global__ void __launch_bounds__(kBlockThreads) quantise_kernel(const __grid_co
 template <class T, bool kAligned>
 void launch_rows(const QuantiseParams& p, Stream stream) {
   const int64_t num_blocks = p.rows * ceil_div(p.k, int64_t(kBlockThreads) * Vec<T>::kSize);
-  launch(quantise_kernel<T, kAligned>, {.grid = unsigned(num_blocks), .block = kBlockThreads, .stream = stream}, p);
+  const LaunchConfig config{.grid = unsigned(num_blocks), .block = kBlockThreads, .stream = stream};
+  launch(quantise_kernel<T, kAligned>, config, p);
 }
 
 }  // namespace
@@ -34,7 +36,8 @@ void launch_rows(const QuantiseParams& p, Stream stream) {
 void quantise(const QuantiseParams& p, Stream stream) {
   with_element(p.x_dtype, [&](auto element) {
     using T = decltype(element);
-    rows_aligned(p.x, sizeof(T), p.x_row_stride) ? launch_rows<T, true>(p, stream) : launch_rows<T, false>(p, stream);
+    const bool aligned = rows_aligned(p.x, sizeof(T), p.x_row_stride);
+    aligned ? launch_rows<T, true>(p, stream) : launch_rows<T, false>(p, stream);
   });
 }
 

@@ -1,10 +1,10 @@
 // Sampling: filters without sorting, a seeded draw, log-probabilities. Contract: sample.h.
 //
-// One block takes one row, and reads it once for each of: the maximum, the log-sum-exp, every 11 bits of a threshold (top-k,
-// top-p, top logprobs; two or three each), the draw. After the first pass a row stands in L2. Masses are fixed point and
-// sums of them integers, so that answers do not depend on the order of threads.
-// Sources: Philox4x32-10, Salmon et al. 2011; top-p, Holtzman et al. 2019; min-p, Nguyen et al. 2024.
-// Bound by one SM's share of L2 bandwidth; a row by a cluster of blocks would be the next step.
+// One block takes one row, and reads it once for each of: the maximum, the log-sum-exp, every 11 bits of a
+// threshold (top-k, top-p, top logprobs; two or three each), the draw. After the first pass a row stands in
+// L2. Masses are fixed point and sums of them integers, so that answers do not depend on the order of
+// threads. Sources: Philox4x32-10, Salmon et al. 2011; top-p, Holtzman et al. 2019; min-p, Nguyen et al.
+// 2024. Bound by one SM's share of L2 bandwidth; a row by a cluster of blocks would be the next step.
 #include "tilestream/sample.h"
 
 #include "cuda/common/reduce.cuh"
@@ -63,7 +63,8 @@ __device__ __forceinline__ double log_sum_exp(SharedStorage& s, const float* x, 
 }
 
 // The num_top_logprobs most likely tokens of the raw logits; -1 and -inf where there are fewer.
-__device__ __forceinline__ void write_top_logprobs(SharedStorage& s, const SampleParams& p, int64_t b, const float* x, double lse) {
+__device__ __forceinline__ void write_top_logprobs(SharedStorage& s, const SampleParams& p, int64_t b,
+                                                   const float* x, double lse) {
   const int k = p.num_top_logprobs, t = threadIdx.x;
   if (k == 0) return;
   const auto key = [&](int64_t i) { return key_of(x[i], i); };
@@ -86,7 +87,8 @@ __device__ __forceinline__ void write_top_logprobs(SharedStorage& s, const Sampl
 
 __device__ __forceinline__ void write_token(const SampleParams& p, int64_t b, int64_t token, double lse) {
   p.tokens[b] = token;
-  if (p.logprobs != nullptr) p.logprobs[b] = token < 0 ? NAN : float(double(p.logits[b * p.logits_row_stride + token]) - lse);
+  if (p.logprobs == nullptr) return;
+  p.logprobs[b] = token < 0 ? NAN : float(double(p.logits[b * p.logits_row_stride + token]) - lse);
 }
 
 __device__ __forceinline__ void write_invalid(const SampleParams& p, int64_t b) {
@@ -104,8 +106,8 @@ __device__ __forceinline__ bool has_penalties(const SampleParams& p, int64_t b) 
          (p.repetition_penalty[b] != 1.0f || p.presence_penalty[b] != 0.0f || p.frequency_penalty[b] != 0.0f);
 }
 
-// The row's penalised logits into `out`, which first counts each token: -1 where the history lacks it, else how often the
-// output has it.
+// The row's penalised logits into `out`, which first counts each token: -1 where the history lacks it, else
+// how often the output has it.
 __device__ __forceinline__ void penalise(const SampleParams& p, int64_t b, const float* x, float* out) {
   const int32_t* tokens = p.history + p.history_indptr[b];
   const int num = p.history_indptr[b + 1] - p.history_indptr[b];
@@ -113,7 +115,9 @@ __device__ __forceinline__ void penalise(const SampleParams& p, int64_t b, const
   __syncthreads();
   for (int i = threadIdx.x; i < num; i += kRowThreads) out[tokens[i]] = 0.0f;
   __syncthreads();
-  for (int i = p.history_prompt_len[b] + threadIdx.x; i < num; i += kRowThreads) atomicAdd(&out[tokens[i]], 1.0f);
+  for (int i = p.history_prompt_len[b] + threadIdx.x; i < num; i += kRowThreads) {
+    atomicAdd(&out[tokens[i]], 1.0f);
+  }
   __syncthreads();
   for (int64_t i = threadIdx.x; i < p.vocab_size; i += kRowThreads) {
     const float count = out[i];
@@ -149,7 +153,8 @@ __device__ __forceinline__ void keep_top_k(SharedStorage& s, Row& row, int k) {
   row.least_key = select_key(s.select, row.num, k, [&](int64_t i) { return key_of(row.x[i], i); }, finite);
 }
 
-// Of what is kept, the smallest set with a mass of at least the fraction top_p; ties at its end are all in it.
+// Of what is kept, the smallest set with a mass of at least the fraction top_p; ties at its end are all in
+// it.
 __device__ __forceinline__ void keep_top_p(SharedStorage& s, Row& row, float top_p) {
   const auto mass = [&](int64_t i) { return row.kept_mass(i); };
   Mass own = 0;
@@ -162,7 +167,8 @@ __device__ __forceinline__ void keep_top_p(SharedStorage& s, Row& row, float top
 }
 
 // The inverse CDF in id order. Each warp sums a stretch of the row; the one in which the draw falls walks it.
-__device__ __forceinline__ void draw(SharedStorage& s, const SampleParams& p, int64_t b, const Row& row, double lse) {
+__device__ __forceinline__ void draw(SharedStorage& s, const SampleParams& p, int64_t b, const Row& row,
+                                     double lse) {
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
   const int64_t stretch = round_up(ceil_div(row.num, kRowWarps), kWarpSize);
   const int64_t begin = warp * stretch, end = min(begin + stretch, row.num);
@@ -185,7 +191,8 @@ __device__ __forceinline__ void draw(SharedStorage& s, const SampleParams& p, in
 }
 
 // `workspace`: [batch_size, vocab_size], or null where no row has penalties.
-__global__ void __launch_bounds__(kRowThreads) sample_kernel(const __grid_constant__ SampleParams p, float* workspace) {
+__global__ void __launch_bounds__(kRowThreads)
+sample_kernel(const __grid_constant__ SampleParams p, float* workspace) {
   auto& s = dynamic_smem<SharedStorage>();
   const int64_t b = blockIdx.x;
   const float* x = p.logits + b * p.logits_row_stride;
@@ -219,8 +226,9 @@ __global__ void __launch_bounds__(kRowThreads) sample_kernel(const __grid_consta
 void sample(const SampleParams& p, Stream stream) {
   const bool penalties = p.repetition_penalty != nullptr;
   const StreamMemory workspace(penalties ? size_t(p.batch_size * p.vocab_size) * sizeof(float) : 0, stream);
-  launch(sample_kernel, {.grid = unsigned(p.batch_size), .block = kRowThreads, .smem_bytes = sizeof(SharedStorage), .stream = stream}, p,
-         static_cast<float*>(workspace.data()));
+  const unsigned grid = unsigned(p.batch_size);
+  const LaunchConfig config{.grid = grid, .block = kRowThreads, .smem_bytes = sizeof(SharedStorage), .stream = stream};
+  launch(sample_kernel, config, p, static_cast<float*>(workspace.data()));
 }
 
 }  // namespace tilestream::cuda

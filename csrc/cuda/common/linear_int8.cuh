@@ -1,16 +1,19 @@
 // Int8 activations times group-quantised weights, for any M.
 //
-// The flat GEMM of FlashDecoding++ (Hong et al. 2023): the weight's columns are the rows of mma.m16n8k32 and the
-// activations' rows its 8 columns, so that M is padded to 8 only. It serves M = 1 too: a warp unpacks 16 bytes of weights
-// in a dozen instructions and multiplies them by two mma, while dot products (dp4a) would take 8 instructions a row.
+// The flat GEMM of FlashDecoding++ (Hong et al. 2023): the weight's columns are the rows of mma.m16n8k32 and
+// the activations' rows its 8 columns, so that M is padded to 8 only. It serves M = 1 too: a warp unpacks 16
+// bytes of weights in a dozen instructions and multiplies them by two mma, while dot products (dp4a) would
+// take 8 instructions a row.
 //
-// Each warp streams its own spans of 128 k through its own ring of shared memory by cp.async, 16 bytes a lane: weights are
-// read once, past L1. No block barrier until the end. Inner products of a group of 32 are exact in int32; then, in order,
-//     acc = acc + float(int32) * weight_scale  (+ weight_zero * float(x_sum));  at a span's end total = total + acc * x_scale
+// Each warp streams its own spans of 128 k through its own ring of shared memory by cp.async, 16 bytes a
+// lane: weights are read once, past L1. No block barrier until the end. Inner products of a group of 32 are
+// exact in int32; then, in order,
+//     acc = acc + float(int32) * weight_scale  (+ weight_zero * float(x_sum))
+// and at a span's end total = total + acc * x_scale.
 // Bound by reading the weights up to 32 rows; above, each 32 rows read them again (from L2).
 //
-// The order of k inside a group is free as long as both operands have it: lane (g, t) = (lane / 4, lane % 4) takes k
-// 8t .. 8t + 7 of columns 4g .. 4g + 3, which are 16 bytes of 4-bit codes, or twice 16 of 8-bit ones.
+// The order of k inside a group is free as long as both operands have it: lane (g, t) = (lane / 4, lane % 4)
+// takes k 8t .. 8t + 7 of columns 4g .. 4g + 3, which are 16 bytes of 4-bit codes, or twice 16 of 8-bit ones.
 #pragma once
 
 #include "cuda/common/linear_tile.cuh"
@@ -35,7 +38,8 @@ struct SpanStage {
   SpanRow rows[8 * kTiles];
 };
 
-// Stages of a warp's ring: 20 to 30 KB of weights under way in a block of 8 rows, and no block beyond the 99 KB of sm_86.
+// Stages of a warp's ring: 20 to 30 KB of weights under way in a block of 8 rows, and no block beyond the 99
+// KB of sm_86.
 template <PackedFormat F, int kTiles>
 constexpr int kStages = kTiles > 1 ? 2 : GroupLayout<F>::kFourBit ? 4 : 3;
 
@@ -45,7 +49,8 @@ union Int8Storage {
   SliceSums<8 * kTiles> sums;
 };
 
-// Where 16 bytes of a group's codes stand in shared memory, so that the 8 lanes that one cycle serves meet all banks.
+// Where 16 bytes of a group's codes stand in shared memory, so that the 8 lanes that one cycle serves meet
+// all banks.
 __device__ __forceinline__ int swizzled(int chunk) { return chunk ^ (chunk >> 2 & 6); }
 
 // Starts the copies of one span; of rows past the last, zeros.
@@ -97,7 +102,8 @@ __device__ __forceinline__ void load_codes(const uint4* group, int g, int t, uns
     codes[2][0] = v.z & kLow, codes[2][1] = v.z >> 4 & kLow;
     codes[3][0] = v.w & kLow, codes[3][1] = v.w >> 4 & kLow;
   } else {
-    const uint4 low = group[swizzled(g / 4 * 32 + t * 8 + g % 4)], high = group[swizzled(g / 4 * 32 + t * 8 + 4 + g % 4)];
+    const int chunk = g / 4 * 32 + t * 8 + g % 4;
+    const uint4 low = group[swizzled(chunk)], high = group[swizzled(chunk + 4)];
     codes[0][0] = low.x, codes[0][1] = high.x;
     codes[1][0] = low.y, codes[1][1] = high.y;
     codes[2][0] = low.z, codes[2][1] = high.z;
@@ -107,35 +113,37 @@ __device__ __forceinline__ void load_codes(const uint4* group, int g, int t, uns
 
 struct alignas(8) FourHalfs { __half at[4]; };
 
-// total[tile][c][r]: column 4g + c, row 8 tile + 2t + r.
 template <PackedFormat F, int kTiles>
-__device__ __forceinline__ void multiply_span(const SpanStage<F, kTiles>& stage, int groups, float (&total)[kTiles][4][2]) {
+__device__ __forceinline__ void multiply_span(const SpanStage<F, kTiles>& stage, int groups,
+                                              Fragments<kTiles>& total) {
   using Layout = GroupLayout<F>;
   const int lane = threadIdx.x % kWarpSize, g = lane / 4, t = lane % 4;
-  float acc[kTiles][4][2] = {};
+  constexpr int kStart = Layout::kHasZero ? 0 : -Layout::kOffset;  // what codes without a zero are off by
+  Fragments<kTiles> acc = {};
 #pragma unroll
   for (int j = 0; j < kSpanGroups; ++j) {
     if (j >= groups) break;
     const uint4* group = stage.weight + j * (Layout::kBytes / 16);
     unsigned codes[4][2];
     load_codes<F>(group, g, t, codes);
-    const FourHalfs scale = reinterpret_cast<const FourHalfs*>(group + Layout::kScaleAt / 16)[g];
-    FourHalfs zero{};
-    if constexpr (Layout::kHasZero) zero = reinterpret_cast<const FourHalfs*>(group + Layout::kZeroAt / 16)[g];
+    const auto* scales = reinterpret_cast<const FourHalfs*>(group + Layout::kScaleAt / 16);  // then the zeros
+    const FourHalfs scale = scales[g], zero = Layout::kHasZero ? scales[kPanelColumns / 4 + g] : FourHalfs{};
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
       const uint2 x = *reinterpret_cast<const uint2*>(stage.rows[8 * tile + g].q + kGroupK * j + 8 * t);
       const int sum[2] = {stage.rows[8 * tile + 2 * t].sum[j], stage.rows[8 * tile + 2 * t + 1].sum[j]};
 #pragma unroll
-      for (int pair = 0; pair < 4; pair += 2) {
-        const int start[2] = {Layout::kHasZero ? 0 : -Layout::kOffset * sum[0], Layout::kHasZero ? 0 : -Layout::kOffset * sum[1]};
-        int dot[4] = {start[0], start[1], start[0], start[1]};
-        ptx::mma_m16n8k32_u8s8(dot, {codes[pair][0], codes[pair + 1][0], codes[pair][1], codes[pair + 1][1]}, {x.x, x.y});
+      for (int h = 0; h < 2; ++h) {
+        const auto& one = codes[2 * h];
+        const auto& two = codes[2 * h + 1];
+        int dot[4] = {kStart * sum[0], kStart * sum[1], kStart * sum[0], kStart * sum[1]};
+        ptx::mma_m16n8k32_u8s8(dot, {one[0], two[0], one[1], two[1]}, {x.x, x.y});
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const int c = pair + i / 2, r = i % 2;
-          acc[tile][c][r] = fmaf(float(dot[i]), to_float(scale.at[c]), acc[tile][c][r]);
-          if constexpr (Layout::kHasZero) acc[tile][c][r] = fmaf(to_float(zero.at[c]), float(sum[r]), acc[tile][c][r]);
+          const int c = 2 * h + i / 2;
+          float& to = acc[tile][h][i];
+          to = fmaf(float(dot[i]), to_float(scale.at[c]), to);
+          if constexpr (Layout::kHasZero) to = fmaf(to_float(zero.at[c]), float(sum[i % 2]), to);
         }
       }
     }
@@ -143,10 +151,10 @@ __device__ __forceinline__ void multiply_span(const SpanStage<F, kTiles>& stage,
 #pragma unroll
   for (int tile = 0; tile < kTiles; ++tile) {
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const float scale = stage.rows[8 * tile + 2 * t + r].scale;
+    for (int i = 0; i < 4; ++i) {
+      const float scale = stage.rows[8 * tile + 2 * t + i % 2].scale;
 #pragma unroll
-      for (int c = 0; c < 4; ++c) total[tile][c][r] = fmaf(acc[tile][c][r], scale, total[tile][c][r]);
+      for (int h = 0; h < 2; ++h) total[tile][h][i] = fmaf(acc[tile][h][i], scale, total[tile][h][i]);
     }
   }
 }
@@ -155,10 +163,10 @@ template <PackedFormat F, int kTiles>
 __global__ void __launch_bounds__(kBlockThreads) int8_kernel(const __grid_constant__ LinearParams p) {
   constexpr int kDepth = kStages<F, kTiles>;
   auto& smem = dynamic_smem<Int8Storage<F, kTiles>>();
-  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize, g = lane / 4, t = lane % 4;
+  const int warp = threadIdx.x / kWarpSize;
   auto& ring = smem.stages[warp];
   const int64_t num_spans = ceil_div(p.k, kScaleK);
-  float total[kTiles][4][2] = {};
+  Fragments<kTiles> total = {};
 #pragma unroll
   for (int i = 0; i < kDepth - 1; ++i) {
     if (warp + i * kSlices < num_spans) fetch_span<F, kTiles>(p, ring[i], warp + i * kSlices);
@@ -171,20 +179,14 @@ __global__ void __launch_bounds__(kBlockThreads) int8_kernel(const __grid_consta
     ptx::cp_async_commit_group();
     ptx::cp_async_wait_group<kDepth - 1>();
     __syncwarp();
-    multiply_span<F, kTiles>(ring[at], int(min(int64_t(kSpanGroups), p.k / kGroupK - span * kSpanGroups)), total);
+    const int groups = int(min(int64_t(kSpanGroups), p.k / kGroupK - span * kSpanGroups));
+    multiply_span<F, kTiles>(ring[at], groups, total);
     __syncwarp();  // before the stage is overwritten
     at = (at + 1) % kDepth;
   }
   ptx::cp_async_wait_all();
   __syncthreads();  // the sums take the rings' place
-#pragma unroll
-  for (int tile = 0; tile < kTiles; ++tile) {
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const auto& v = total[tile];
-      *reinterpret_cast<float4*>(&smem.sums[warp][8 * tile + 2 * t + r][4 * g]) = make_float4(v[0][r], v[1][r], v[2][r], v[3][r]);
-    }
-  }
+  put_fragments<kTiles>(smem.sums[warp], total);
   store_tile<8 * kTiles>(p, smem.sums);
 }
 
@@ -193,12 +195,11 @@ template <PackedFormat F>
 void launch_int8(const LinearParams& p, Stream stream) {
   const auto launch_tiles = [&](auto tiles) {
     constexpr int kTiles = decltype(tiles)::value;
-    launch(int8_kernel<F, kTiles>,
-           {.grid = tile_grid<8 * kTiles>(p), .block = kBlockThreads, .smem_bytes = sizeof(Int8Storage<F, kTiles>), .stream = stream}, p);
+    launch(int8_kernel<F, kTiles>, tile_config<8 * kTiles>(p, sizeof(Int8Storage<F, kTiles>), stream), p);
   };
-  if (p.m <= 8) launch_tiles(std::integral_constant<int, 1>{});
-  else if (p.m <= 16) launch_tiles(std::integral_constant<int, 2>{});
-  else launch_tiles(std::integral_constant<int, 4>{});
+  if (p.m <= 8) launch_tiles(Constant<1>{});
+  else if (p.m <= 16) launch_tiles(Constant<2>{});
+  else launch_tiles(Constant<4>{});
 }
 
 }  // namespace tilestream::cuda

@@ -6,13 +6,15 @@
 
 namespace tilestream::cuda {
 
-constexpr float kSmallestAmax = 1e-36f;      // below it 127 / amax would overflow: such a span is taken as zero
+constexpr float kSmallestAmax = 1e-36f;        // below it 127 / amax would overflow: taken as zero
 constexpr float kRoundingMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to the nearest even integer
 
-// Quantises elements i .. i + kSize - 1 of row `row` of k elements. Every lane of the warp takes part; lanes hold
-// consecutive elements, the first lane's at a multiple of kScaleK, and those past the row's end hold zeros.
+// Quantises elements i .. i + kSize - 1 of row `row` of k elements. Every lane of the warp takes part; lanes
+// hold consecutive elements, the first lane's at a multiple of kScaleK, and those past the row's end hold
+// zeros.
 template <int kSize>
-__device__ __forceinline__ void store_quantised(const QuantisedRows& out, int64_t row, int64_t k, int64_t i, const float (&values)[kSize]) {
+__device__ __forceinline__ void store_quantised(const QuantisedRows& out, int64_t row, int64_t k, int64_t i,
+                                                const float (&values)[kSize]) {
   static_assert(kSize == 4 || kSize == 8, "a lane stores its integers in one instruction");
   unsigned amax_bits = 0;  // as integers NaN is larger than infinity, and that than all numbers
 #pragma unroll
@@ -33,7 +35,8 @@ __device__ __forceinline__ void store_quantised(const QuantisedRows& out, int64_
     sum += q;
   }
 #pragma unroll
-  for (int distance = kGroupK / kSize / 2; distance > 0; distance /= 2) sum += __shfl_xor_sync(kFullMask, sum, distance);
+  for (int distance = kGroupK / kSize / 2; distance > 0; distance /= 2)
+    sum += __shfl_xor_sync(kFullMask, sum, distance);
 
   if (i >= k) return;
   if constexpr (kSize == 4) *reinterpret_cast<unsigned*>(out.q + row * k + i) = words[0];

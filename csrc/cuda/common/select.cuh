@@ -59,7 +59,8 @@ __device__ __forceinline__ Scan block_scan(SelectStorage& s, Mass v) {
 
 __device__ __forceinline__ Key block_max(SelectStorage& s, Key v) {
 #pragma unroll
-  for (int distance = kWarpSize / 2; distance > 0; distance /= 2) v = max(v, __shfl_xor_sync(kFullMask, v, distance));
+  for (int distance = kWarpSize / 2; distance > 0; distance /= 2)
+    v = max(v, __shfl_xor_sync(kFullMask, v, distance));
   if (threadIdx.x % kWarpSize == 0) s.partials[threadIdx.x / kWarpSize] = v;
   __syncthreads();
   for (int w = 0; w < kRowWarps; ++w) v = max(v, s.partials[w]);
@@ -67,8 +68,8 @@ __device__ __forceinline__ Key block_max(SelectStorage& s, Key v) {
   return v;
 }
 
-// The bin in which the masses, summed from the last bin down, reach `need`. Returns the sum of all; found_* stay as they
-// are where that is less.
+// The bin in which the masses, summed from the last bin down, reach `need`. Returns the sum of all; found_*
+// stay as they are where that is less.
 __device__ __forceinline__ Mass find_bin(SelectStorage& s, Mass need) {
   constexpr int kOwn = kBins / kRowThreads;
   const int last = kBins - 1 - int(threadIdx.x) * kOwn;
@@ -88,10 +89,12 @@ __device__ __forceinline__ Mass find_bin(SelectStorage& s, Mass need) {
   return scan.total;
 }
 
-// The largest key such that the masses of all keys from it on sum to `need` or more (0 when they do not): key(i) and mass(i)
-// for i < num. A pass finds the next 11 bits of it, and the passes end when all that share those found are taken.
+// The largest key such that the masses of all keys from it on sum to `need` or more (0 when they do not):
+// key(i) and mass(i) for i < num. A pass finds the next 11 bits of it, and the passes end when all that share
+// those found are taken.
 template <class KeyAt, class MassAt>
-__device__ __forceinline__ Key select_key(SelectStorage& s, int64_t num, Mass need, KeyAt key_at, MassAt mass_at) {
+__device__ __forceinline__ Key select_key(SelectStorage& s, int64_t num, Mass need, KeyAt key_at,
+                                          MassAt mass_at) {
   Key prefix = 0;
   for (int known = 0;;) {  // bits of the prefix
     const int width = min(kDigitBits, 64 - known), shift = 64 - known - width;
