@@ -44,15 +44,16 @@ __device__ __forceinline__ Mass warp_scan(Mass v) {
 struct Scan { Mass below, total; };  // of the threads before this one, and of all
 
 __device__ __forceinline__ Scan block_scan(SelectStorage& s, Mass v) {
-  const int warp = threadIdx.x / kWarpSize;
+  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
   const Mass scanned = warp_scan(v);
-  if (threadIdx.x % kWarpSize == kWarpSize - 1) s.partials[warp] = scanned;
+  if (lane == kWarpSize - 1) s.partials[warp] = scanned;
   __syncthreads();
-  Scan result{scanned - v, 0};
-  for (int w = 0; w < kRowWarps; ++w) {
-    if (w < warp) result.below += s.partials[w];
-    result.total += s.partials[w];
+  if (warp == 0) {
+    const Mass up_to = warp_scan(lane < kRowWarps ? s.partials[lane] : 0);
+    if (lane < kRowWarps) s.partials[lane] = up_to;
   }
+  __syncthreads();
+  const Scan result{scanned - v + (warp > 0 ? s.partials[warp - 1] : 0), s.partials[kRowWarps - 1]};
   __syncthreads();
   return result;
 }
