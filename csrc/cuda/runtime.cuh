@@ -87,4 +87,15 @@ class StreamMemory {
   Stream stream_;
 };
 
+// How many blocks of this launch the device holds at once: the grid of a kernel whose blocks stay and walk their share.
+template <class Kernel>
+unsigned resident_blocks(Kernel kernel, unsigned threads, size_t smem_bytes) {
+  int device, num_sms, blocks_per_sm;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  check(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(smem_bytes)), "cudaFuncSetAttribute");
+  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks_per_sm, kernel, int(threads), smem_bytes), "occupancy");
+  return unsigned(num_sms * blocks_per_sm);
+}
+
 }  // namespace tilestream::cuda

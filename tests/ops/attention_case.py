@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import torch
 
+from tests.ops.layouts import layout_or_own
 from tilestream import ops, testing
 from tilestream.reference import attention as reference
 from tilestream.testing.paged import FLOAT_DTYPES
@@ -26,7 +27,7 @@ class Case:
     page_size: int = 16
     dtype: str = "float32"
     kv_dtype: str = "float32"
-    layout: str = "blocked"
+    layout: str | None = None  # None: the backend's own
     causal: bool = True
     window_left: int = -1
     soft_cap: float = 0.0
@@ -68,7 +69,7 @@ def make_tensors(case: Case) -> Tensors:
     prefix = case.prefix_groups[0] if case.prefix_groups else None
     kv = testing.paged_kv(
         lists, num_kv_heads=num_kv_heads, head_dim=case.head_dim, head_dim_vo=case.head_dim_vo, page_size=case.page_size,
-        kv_dtype=case.kv_dtype, layout=case.layout, shared_prefix=(prefix[0], list(prefix[1])) if prefix else None,
+        kv_dtype=case.kv_dtype, layout=layout_or_own(case.layout), shared_prefix=(prefix[0], list(prefix[1])) if prefix else None,
     )
     # The heads of a fused QKV projection: neither dimension but the last is contiguous.
     q = testing.Guarded((num_tokens, num_qo_heads, case.head_dim), case.torch_dtype,

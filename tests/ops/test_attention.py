@@ -11,6 +11,7 @@ import torch
 from tests.ops.attention_case import Case, check, exact, make_plan, make_tensors, run
 from tilestream import ops, testing
 
+pytestmark = pytest.mark.simt
 DTYPES = [  # (q and out, cache)
     ("float32", "float32"),
     ("float16", "float16"),

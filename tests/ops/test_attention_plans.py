@@ -16,12 +16,14 @@ STEP = Case(q_lens=(1, 40, 1, 3, 1), kv_lens=(300, 40, 1, 150, 65), dtype="bfloa
 KV_DTYPES = ["float32", "bfloat16", "int8", "int4"]
 
 
+@pytest.mark.simt
 @pytest.mark.parametrize("kv_dtype", KV_DTYPES)
 @pytest.mark.parametrize("num_workers", [1, 2, 3, 7, 64])
 def test_any_number_of_workers(backend: testing.Backend, num_workers: int, kv_dtype: str) -> None:
     check(dataclasses.replace(STEP, num_workers=num_workers, kv_dtype=kv_dtype))
 
 
+@pytest.mark.simt
 @pytest.mark.parametrize("tile_keys", [16, 32, 64, 128])
 @pytest.mark.parametrize("tile_rows", [2, 5, 16, 96])
 def test_any_tile_size(backend: testing.Backend, tile_rows: int, tile_keys: int) -> None:
@@ -53,6 +55,7 @@ def test_layouts_agree_bit_for_bit(backend: testing.Backend, kv_dtype: str) -> N
         assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
 
 
+@pytest.mark.simt
 @pytest.mark.parametrize("kv_dtype", KV_DTYPES)
 @pytest.mark.parametrize("variant", [{}, {"sinks": True, "soft_cap": 8.0}], ids=str)
 @pytest.mark.parametrize("num_workers", [1, 3, 8])
@@ -66,6 +69,7 @@ def test_prefix_groups(backend: testing.Backend, num_workers: int, variant: dict
     check(dataclasses.replace(case, batch_invariant=True), t)
 
 
+@pytest.mark.simt
 @pytest.mark.parametrize("kv_dtype", KV_DTYPES)
 @pytest.mark.parametrize("num_workers", [1, 4])
 def test_per_head_lists(backend: testing.Backend, num_workers: int, kv_dtype: str) -> None:
@@ -103,6 +107,7 @@ def request_of(t: Tensors, index: int, tokens: slice, kv_len: int) -> Tensors:
         cu_seqlens_q=torch.tensor([0, len(q)], dtype=torch.int32), kv_lens=torch.tensor([kv_len], dtype=torch.int32))
 
 
+@pytest.mark.simt
 @pytest.mark.parametrize("kv_dtype", KV_DTYPES)
 @pytest.mark.parametrize("variant", [{}, {"window_left": 70}, {"sinks": True}, {"alibi": True}], ids=str)
 def test_batch_invariance(backend: testing.Backend, variant: dict, kv_dtype: str) -> None:

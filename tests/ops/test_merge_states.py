@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from tilestream import ops, testing
 from tilestream.reference.merge_states import merge_states as reference
 
+pytestmark = pytest.mark.simt
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 

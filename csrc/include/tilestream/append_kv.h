@@ -49,4 +49,9 @@ void append_kv(const AppendKvParams& params);
 void gather_kv(const GatherKvParams& params);
 }  // namespace cpu
 
+namespace cuda {
+void append_kv(const AppendKvParams& params, Stream stream);
+void gather_kv(const GatherKvParams& params, Stream stream);
+}  // namespace cuda
+
 }  // namespace tilestream

@@ -53,4 +53,9 @@ void attention(const AttentionParams& params);
 void merge_states(const MergeStatesParams& params);
 }  // namespace cpu
 
+namespace cuda {
+void attention(const AttentionParams& params, Stream stream);
+void merge_states(const MergeStatesParams& params, Stream stream);
+}  // namespace cuda
+
 }  // namespace tilestream

@@ -1,0 +1,130 @@
+// Paged attention from a plan (contract: tilestream/attention.h): the table of kernels, and the merge of partial results.
+//
+// Two launches: the workers' jobs (attention_mma.cuh, attention_float.cuh), then the merges, a warp for each (token,
+// q head). Grids are what the device holds at once; blocks read how much there is to do from the plan, which lies in
+// device memory: the host does not read it, and a captured graph replays with another plan.
+#include "tilestream/attention.h"
+
+#include "cuda/attention_float.cuh"
+#include "cuda/attention_mma.cuh"
+#include "cuda/runtime.cuh"
+
+namespace tilestream::cuda {
+namespace {
+
+constexpr int kMergeThreads = 128, kColumnsPerLane = 256 / kWarpSize;
+
+// out and lse of the parts of one (token, kv head), in the order of merge_parts. No parts: 0 and -inf, or the sink's.
+__global__ void __launch_bounds__(kMergeThreads) merge_kernel(const __grid_constant__ AttentionParams p) {
+  const PlanHeader& h = p.plan.header();
+  const int group_size = h.num_qo_heads / h.num_kv_heads, lane = threadIdx.x % kWarpSize;
+  const Partials partials(p);
+  const int64_t first = (int64_t(blockIdx.x) * kMergeThreads + threadIdx.x) / kWarpSize, step = int64_t(gridDim.x) * kMergeThreads / kWarpSize;
+  for (int64_t i = first; i < int64_t(h.num_merges) * group_size; i += step) {
+    const PlanMerge merge = p.plan.merges()[i / group_size];
+    const int in_group = int(i % group_size), head = merge.kv_head * group_size + in_group;
+    const int32_t* parts = p.plan.merge_parts() + merge.parts_begin;
+    const float sink = sink_log2(p, head);
+    float most = sink;
+    for (int k = 0; k < merge.num_parts; ++k) most = larger_or_nan(most, partials.lse_log2[int64_t(parts[k]) * group_size + in_group]);
+
+    float denominator = part_weight(sink, most), sum[kColumnsPerLane] = {};
+    for (int k = 0; k < merge.num_parts; ++k) {
+      const int64_t row = int64_t(parts[k]) * group_size + in_group;
+      if (partials.lse_log2[row] == -INFINITY) continue;
+      const float weight = part_weight(partials.lse_log2[row], most);
+      denominator += weight;
+#pragma unroll
+      for (int c = 0; c < kColumnsPerLane; ++c) {
+        const int d = c * kWarpSize + lane;
+        if (d < p.head_dim_vo) sum[c] = fmaf(partials.out[row * p.head_dim_vo + d], weight, sum[c]);
+      }
+    }
+    const float divisor = denominator == 0.0f ? 1.0f : denominator;
+    const int64_t begin = merge.token * p.out_token_stride + head * p.out_head_stride;
+#pragma unroll
+    for (int c = 0; c < kColumnsPerLane; ++c) {
+      const int d = c * kWarpSize + lane;
+      if (d < p.head_dim_vo) store_element(p.q_dtype, p.out, begin + d, sum[c] / divisor);
+    }
+    if (lane == 0) store_lse(p, merge.token, head, most, denominator);
+  }
+}
+
+using Launcher = void (*)(const AttentionParams&, Stream);
+
+template <class T, class KV, int kMaxDim>
+void launch_mma(const AttentionParams& p, Stream stream) {
+  using C = MmaConfig<T, KV, kMaxDim>;
+  const auto kernel = attention_mma_kernel<C>;
+  const unsigned grid = resident_blocks(kernel, C::kThreads, sizeof(SharedStorage<C>));
+  launch(kernel, {.grid = grid, .block = C::kThreads, .smem_bytes = sizeof(SharedStorage<C>), .stream = stream}, p, make_logit_rule(p));
+}
+
+template <class KV>
+void launch_float(const AttentionParams& p, Stream stream) {
+  constexpr unsigned kThreads = kFloatWarps * kWarpSize;
+  const auto kernel = attention_float_kernel<KV>;
+  const unsigned grid = resident_blocks(kernel, kThreads, sizeof(FloatSharedStorage));
+  launch(kernel, {.grid = grid, .block = kThreads, .smem_bytes = sizeof(FloatSharedStorage), .stream = stream}, p, make_logit_rule(p));
+}
+
+// Every kernel that exists. The first row that fits is taken.
+struct Row {
+  DType kv_dtype, q_dtype;
+  int max_dim;  // of q, K and V
+  Launcher launcher;
+};
+#define MMA_ROWS(kv, q, T, KV) \
+  {DType::kv, DType::q, 64, launch_mma<T, KV, 64>}, {DType::kv, DType::q, 128, launch_mma<T, KV, 128>}, {DType::kv, DType::q, 256, launch_mma<T, KV, 256>}
+constexpr Row kTable[] = {
+    // A bfloat16 cache rounds q to bfloat16, whatever its dtype.
+    MMA_ROWS(kBFloat16, kBFloat16, __nv_bfloat16, __nv_bfloat16),
+    MMA_ROWS(kBFloat16, kFloat16, __nv_bfloat16, __nv_bfloat16),
+    MMA_ROWS(kBFloat16, kFloat32, __nv_bfloat16, __nv_bfloat16),
+    MMA_ROWS(kFloat16, kFloat16, __half, __half),
+    MMA_ROWS(kUInt8, kBFloat16, __nv_bfloat16, Int8),
+    MMA_ROWS(kUInt8, kFloat16, __half, Int8),
+    MMA_ROWS(kUInt4, kBFloat16, __nv_bfloat16, Int4),
+    MMA_ROWS(kUInt4, kFloat16, __half, Int4),
+    // float16 holds neither bfloat16's range nor float32's precision.
+    {DType::kFloat16, DType::kBFloat16, 256, launch_float<__half>},
+    {DType::kFloat16, DType::kFloat32, 256, launch_float<__half>},
+    {DType::kFloat32, DType::kFloat32, 256, launch_float<float>},
+    {DType::kFloat32, DType::kFloat16, 256, launch_float<float>},
+    {DType::kFloat32, DType::kBFloat16, 256, launch_float<float>},
+    {DType::kUInt8, DType::kFloat32, 256, launch_float<Int8>},
+    {DType::kUInt4, DType::kFloat32, 256, launch_float<Int4>},
+};
+#undef MMA_ROWS
+
+// cp.async copies 16 bytes, of int4 rows 8.
+void require_aligned(const char* name, const void* cache, DType dtype, int64_t page_stride, int64_t head_stride, int64_t token_stride) {
+  const int64_t stride_bytes = dtype == DType::kUInt4 ? 1 : dtype_bytes(dtype, 1), unit = dtype == DType::kUInt4 ? 8 : 16;
+  if (reinterpret_cast<uintptr_t>(cache) % unit == 0 && page_stride * stride_bytes % unit == 0 && head_stride * stride_bytes % unit == 0 &&
+      token_stride * stride_bytes % unit == 0)
+    return;
+  throw std::invalid_argument(std::string("attention: ") + name + " has rows that do not begin at a multiple of " + std::to_string(unit) +
+                              " bytes: strides of page, head, token are " + std::to_string(page_stride * stride_bytes) + ", " +
+                              std::to_string(head_stride * stride_bytes) + ", " + std::to_string(token_stride * stride_bytes) + " bytes");
+}
+
+}  // namespace
+
+void attention(const AttentionParams& p, Stream stream) {
+  require_strided("attention", p);
+  require_aligned("k_cache", p.k_cache, p.kv_dtype, p.k_page_stride, p.k_head_stride, p.k_token_stride);
+  require_aligned("v_cache", p.v_cache, p.kv_dtype, p.v_page_stride, p.v_head_stride, p.v_token_stride);
+  for (const Row& row : kTable) {
+    if (row.kv_dtype != p.kv_dtype || row.q_dtype != p.q_dtype || row.max_dim < p.head_dim_qk || row.max_dim < p.head_dim_vo) continue;
+    row.launcher(p, stream);
+    const unsigned grid = resident_blocks(merge_kernel, kMergeThreads, 0);
+    launch(merge_kernel, {.grid = grid, .block = kMergeThreads, .stream = stream}, p);
+    return;
+  }
+  throw std::invalid_argument("attention: no CUDA kernel for q dtype " + std::to_string(int(p.q_dtype)) + ", cache dtype " +
+                              std::to_string(int(p.kv_dtype)) + ", head dims " + std::to_string(p.head_dim_qk) + " and " +
+                              std::to_string(p.head_dim_vo) + "; allowed: head dims up to 256");
+}
+
+}  // namespace tilestream::cuda
