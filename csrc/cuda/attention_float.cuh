@@ -80,9 +80,10 @@ __device__ __forceinline__ void run_float_row(const AttentionParams& p, const Lo
   }
 }
 
+// 4 blocks of an SM: 128 registers a thread; the compiler's own choice of 64 spills.
 template <class KV>
-__global__ void __launch_bounds__(kFloatWarps* kWarpSize) attention_float_kernel(const __grid_constant__ AttentionParams p,
-                                                                                 const __grid_constant__ LogitRule rule) {
+__global__ void __launch_bounds__(kFloatWarps* kWarpSize, 4)
+    attention_float_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ LogitRule rule) {
   auto& smem = dynamic_smem<FloatSharedStorage>();
   const int warp = threadIdx.x / kWarpSize;
   walk_jobs(p, smem.job, [&] {
