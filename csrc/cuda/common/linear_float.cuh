@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(kBlockThreads) bf16_kernel(const __grid_consta
   for (int64_t begin = int64_t(warp) * kScaleK; begin < p.k; begin += kSlices * kScaleK) {
     const int64_t end = min(begin + kScaleK, p.k);
     Fragments<kTiles> acc = {};
-#pragma unroll 4
+#pragma unroll 2
     for (int64_t at = begin; at < end; at += kStep) {
       const int64_t k = at + 4 * t;
       const uint4 low = weight(k / 2), high = weight(k / 2 + 1);
