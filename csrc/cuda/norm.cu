@@ -74,7 +74,7 @@ __device__ __forceinline__ void store_scaled(const RmsNormParams& p, int64_t row
 }
 
 template <class T, bool kAligned, bool kResidual, int kRowThreads>
-__global__ void __launch_bounds__(kBlockThreads) rms_norm_kernel(const __grid_constant__ RmsNormParams p) {
+__global__ void __launch_bounds__(kBlockThreads, 3) rms_norm_kernel(const __grid_constant__ RmsNormParams p) {
   constexpr int kRowsPerBlock = kBlockThreads / kRowThreads;
   constexpr int64_t kStep = int64_t(kRowThreads) * Vec<T>::kSize;
   const int64_t row_idx = int64_t(blockIdx.x) * kRowsPerBlock + threadIdx.x / kRowThreads;
