@@ -3,7 +3,6 @@
 
 #include "cpu/common/thread_pool.h"
 #include "cpu/elements.h"
-#include "cpu/packed_group.h"
 #include "tilestream/linear.h"
 
 namespace tilestream::cpu::TILESTREAM_LEVEL {

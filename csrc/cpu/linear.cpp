@@ -144,7 +144,7 @@ void run_share(const LinearParams& p, const Tiling& tiling, const PreparedRows& 
     const int64_t begin = tiling.first_tile(block), end = tiling.first_tile(block + 1);
     const auto* weight = static_cast<const uint8_t*>(p.weight);
     // A lone tile that reads forwards leaves fetching to the hardware: 35 against 25 GB/s.
-    const bool fetches = end - begin > 1 || (is_eight_bit(F) && tiling.m > kStreamedRows);
+    const bool fetches = end - begin > 1 || (is_quantised(F) && !GroupLayout<F>::kFourBit && tiling.m > kStreamedRows);
     const uint8_t* next =
         fetches && unit + 1 < units.end ? weight + (unit + 1) % tiling.num_panels * stride : nullptr;
     TileArgs args{};

@@ -12,7 +12,7 @@
 #pragma once
 
 #include "cpu/elements.h"
-#include "cpu/packed_group.h"
+#include "tilestream/linear.h"
 
 namespace tilestream::cpu::TILESTREAM_LEVEL {
 

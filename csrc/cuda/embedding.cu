@@ -2,7 +2,7 @@
 //
 // A warp takes 32 k of one token, a lane one of them; a block of 256 threads 256 k. Bound by the latency of a
 // few reads.
-#include "cuda/common/packed_group.cuh"
+#include "cuda/common/packed_format.cuh"
 #include "cuda/common/vec.cuh"
 #include "cuda/runtime.cuh"
 #include "tilestream/linear.h"

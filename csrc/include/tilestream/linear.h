@@ -36,6 +36,18 @@ constexpr int64_t packed_bytes(PackedFormat f, int64_t n, int64_t k) {
   return ceil_div(n, kPanelColumns) * panel_bytes(f, k);
 }
 
+// Where the parts of one group of 32 k of one panel lie, in bytes.
+template <PackedFormat F>
+struct GroupLayout {
+  static constexpr bool kFourBit = F == PackedFormat::kU4G32S || F == PackedFormat::kU4G32;
+  static constexpr bool kHasZero = F == PackedFormat::kU4G32 || F == PackedFormat::kU8G32;
+  static constexpr int kOffset = kFourBit ? 8 : 128;       // code of the value 0 where no zeros are stored
+  static constexpr int kHalfBytes = kFourBit ? 256 : 512;  // codes of 16 columns
+  static constexpr int kScaleAt = 2 * kHalfBytes;
+  static constexpr int kZeroAt = kScaleAt + 2 * kPanelColumns;
+  static constexpr int kBytes = kHasZero ? kZeroAt + 2 * kPanelColumns : kZeroAt;
+};
+
 struct LinearParams {
   const void* x;       // [m, k], dtype; last dim contiguous; null where x_q is given
   QuantisedRows x_q;   // m rows, for the group-quantised formats; q null where x is given
