@@ -11,10 +11,6 @@
 namespace tilestream::cuda {
 namespace {
 
-size_t quantised_bytes(const LinearParams& p) {
-  return size_t(4 * p.m * (p.k / kGroupK) + 4 * p.m * ceil_div(p.k, kScaleK) + p.m * p.k);
-}
-
 // m rows in one piece of memory.
 QuantisedRows rows_in(void* memory, const LinearParams& p) {
   auto* q = static_cast<int8_t*>(memory);
@@ -31,11 +27,9 @@ void linear(const LinearParams& p, Stream stream) {
     if constexpr (!is_quantised(kFormat)) {
       launch_float<kFormat>(p, stream);
     } else {
-      const bool given = p.x_q.q != nullptr;
-      const StreamMemory memory(given ? 0 : quantised_bytes(p), stream);
       LinearParams with_rows = p;
-      if (!given) {
-        with_rows.x_q = rows_in(memory.data(), p);
+      if (p.x_q.q == nullptr) {
+        with_rows.x_q = rows_in(p.workspace, p);
         quantise({p.x, with_rows.x_q, p.m, p.k, p.x_row_stride, p.dtype}, stream);
       }
       launch_int8<kFormat>(with_rows, stream);

@@ -58,6 +58,7 @@ struct LinearParams {
   int64_t x_row_stride, y_row_stride;
   DType dtype;         // of x and y: float32, float16, bfloat16
   PackedFormat format;
+  void* workspace;     // cuda::workspace_bytes() bytes, 16-byte aligned; unused by the CPU backend
 };
 
 // GGUF block types this library reads (ggml's numbers).
@@ -109,6 +110,10 @@ void embedding(const EmbeddingParams& params);
 }  // namespace cpu
 
 namespace cuda {
+// Rows that the kernel has to quantise itself.
+inline int64_t workspace_bytes(const LinearParams& p) {
+  return is_quantised(p.format) && p.x_q.q == nullptr ? quantised_bytes(p.m, p.k) : 0;
+}
 void linear(const LinearParams& params, Stream stream);
 void embedding(const EmbeddingParams& params, Stream stream);
 }  // namespace cuda
