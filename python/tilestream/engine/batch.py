@@ -173,15 +173,15 @@ def build_sampling_inputs(requests: Sequence[Request]) -> SamplingInputs:
 
 
 def _penalties(requests: Sequence[Request]) -> Penalties | None:
+    if not any(r.params.has_penalties for r in requests):
+        return None
     values = [
         (r.params.repetition_penalty, r.params.presence_penalty, r.params.frequency_penalty) for r in requests
     ]
-    if all(v == (1.0, 0.0, 0.0) for v in values):
-        return None
     history: list[int] = []
     indptr = [0]
-    for request, v in zip(requests, values, strict=True):
-        if v != (1.0, 0.0, 0.0):  # others need no history
+    for request in requests:
+        if request.params.has_penalties:  # others need no history
             history += request.token_ids
         indptr.append(len(history))
     repetition, presence, frequency = torch.tensor(values, dtype=torch.float32).T.contiguous()

@@ -51,8 +51,10 @@ class ModelRunner:
         )
         self.sampling = SamplingBuilder()
 
+    overlaps = False
+
     @torch.inference_mode()
-    def run(self, step: StepPlan) -> SampledTokens:
+    def launch(self, step: StepPlan) -> SampledTokens:
         """Run one step: compute its tokens' KV, and draw a token for each request that is up to date."""
         logits = self.model.forward(self.batch.build(step), self.kv_caches)
         requests = [item.request for item in step.scheduled if item.samples]
@@ -75,3 +77,6 @@ class ModelRunner:
         return SampledTokens(
             drawn.tokens.tolist(), drawn.logprobs.tolist(), drawn.top_ids.tolist(), drawn.top_logprobs.tolist()
         )
+
+    def collect(self, launched: SampledTokens) -> SampledTokens:
+        return launched
