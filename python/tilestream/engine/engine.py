@@ -8,39 +8,19 @@ import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 from tilestream.engine.config import EngineConfig
-from tilestream.engine.detokenizer import Detokenizer, TokenBytes
+from tilestream.engine.detokenizer import Detokenizer
 from tilestream.engine.errors import PromptTooLongError, QueueFullError
 from tilestream.engine.metrics import EngineMetrics
+from tilestream.engine.output import delta_of, read_token, row_logprobs
+from tilestream.engine.protocols import EngineTokenizer, Runner
 from tilestream.engine.request import FinishReason, Request, RequestDelta, RequestState, TokenLogprobs
 from tilestream.engine.scheduler import SampledTokens, Scheduler, StepPlan
 from tilestream.sampling_params import SamplingParams
 
 logger = logging.getLogger("tilestream.engine")
-
-
-class Runner(Protocol):
-    """Runs steps of the model and samples.
-
-    vocab_size: token ids that the model can embed.
-    overlaps: launch() returns while the step runs on a device, and takes the next plan before collect() was called: a
-        token id -1 - i in it is the token that row i of the step launched before draws.
-    """
-
-    vocab_size: int
-    overlaps: bool
-
-    def launch(self, plan: StepPlan) -> Any: ...
-
-    def collect(self, launched: Any) -> SampledTokens: ...
-
-
-class EngineTokenizer(TokenBytes, Protocol):
-    """What the engine asks of a tokenizer."""
-
-    eos_token_ids: frozenset[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,45 +233,15 @@ class Engine:
         request.token_ids[position] = token_id
         request.num_pending_tokens -= 1
         try:
-            logprobs = _row_logprobs(request, sampled, row)
-            text, reason, stop_reason, note = self._read(request, token_id)
+            logprobs = row_logprobs(request, sampled, row)
+            text, reason, stop_reason, note = read_token(request, token_id, self.tokenizer.eos_token_ids, self.config)
         except Exception as error:
             logger.exception("reading token %d of request %s failed", token_id, request.request_id)
             message = f"token {token_id} could not be read: {error!r}"
             return self._finish(request, "error", [token_id], error=message)
         if reason is None:
-            return _delta(request, text, [token_id], logprobs)
+            return delta_of(request, text, [token_id], logprobs)
         return self._finish(request, reason, [token_id], text, logprobs, stop_reason=stop_reason, error=note)
-
-    def _read(
-        self, request: Request, token_id: int
-    ) -> tuple[str, FinishReason | None, str | int | None, str | None]:
-        """New text, and if the request ends here: why, by which stop string or token, and a note for people."""
-        params = request.params
-        is_stop_token = token_id in params.stop_token_ids
-        is_eos = token_id in self.tokenizer.eos_token_ids and not params.ignore_eos
-        text, stop_string = "", None
-        if not (is_eos or is_stop_token) or params.include_stop_str_in_output:
-            text, stop_string = request.detokenizer.append(token_id)
-        if is_stop_token:
-            return text, "stop", token_id, None
-        if is_eos:
-            return text, "stop", None, None
-        if stop_string is not None:
-            return text, "stop", stop_string, None
-        if request.num_known_tokens < request.max_num_tokens:
-            return text, None, None, None
-        return text, "length", None, self._capacity_note(request)
-
-    def _capacity_note(self, request: Request) -> str | None:
-        """Says so when the size of the cache, and nothing that the request asked for, has ended it."""
-        config, num_tokens = self.config, request.num_known_tokens
-        if request.num_output_tokens == request.params.max_tokens or num_tokens >= config.max_model_len:
-            return None
-        return (
-            f"the request ended at {num_tokens} tokens because the whole KV cache holds {config.capacity_tokens}; a larger "
-            f"kv_cache_tokens lets it go on to max_model_len = {config.max_model_len}"
-        )
 
     def _fail_step(self, plan: StepPlan, error: Exception) -> list[RequestDelta]:
         """The runner raised: end the requests of this step; what waits is untouched, and the engine goes on."""
@@ -321,7 +271,7 @@ class Engine:
         del self._requests[request.request_id]
         self._totals.finished_requests[reason] += 1
         text += request.detokenizer.flush()
-        delta = _delta(request, text, list(token_ids), logprobs)
+        delta = delta_of(request, text, list(token_ids), logprobs)
         return replace(
             delta, finish_reason=reason, stop_reason=stop_reason, error=error, finish_s=time.monotonic()
         )
@@ -339,30 +289,3 @@ class Engine:
 def _check_row_count(sampled: SampledTokens, plan: StepPlan) -> None:
     if len(sampled.token_ids) != plan.num_samples:
         raise RuntimeError(f"the runner gave {len(sampled.token_ids)} tokens for {plan.num_samples} sampling rows")
-
-
-def _row_logprobs(request: Request, sampled: SampledTokens, row: int) -> list[TokenLogprobs] | None:
-    num_top = request.params.logprobs
-    if num_top is None:
-        return None
-    top: tuple[tuple[int, float], ...] = ()
-    if num_top > 0:
-        top = tuple(zip(sampled.top_ids[row][:num_top], sampled.top_logprobs[row][:num_top], strict=True))
-    return [TokenLogprobs(sampled.token_ids[row], sampled.logprobs[row], top)]
-
-
-def _delta(
-    request: Request, text: str, token_ids: list[int], logprobs: list[TokenLogprobs] | None
-) -> RequestDelta:
-    return RequestDelta(
-        request_id=request.request_id,
-        text=text,
-        token_ids=token_ids,
-        logprobs=logprobs,
-        num_prompt_tokens=request.num_prompt_tokens,
-        num_output_tokens=request.num_output_tokens,
-        num_cached_tokens=request.num_cached_tokens or 0,
-        arrival_s=request.arrival_s,
-        first_scheduled_s=request.first_scheduled_s,
-        first_token_s=request.first_token_s,
-    )
