@@ -18,11 +18,14 @@ class Placement:
         device: of weights, activations and the KV cache.
         dtype: of activations.
         blocked_kv: pages are in the CPU kernels' own order (csrc/include/tilestream/types.h).
+        asynchronous: kernels run behind the host. Then a step is launched while the one before runs, and decode steps are
+            padded to few sizes, each of which is captured in a graph.
     """
 
     device: torch.device
     dtype: torch.dtype
     blocked_kv: bool
+    asynchronous: bool
 
     @staticmethod
     def of(device: str) -> Placement:
@@ -46,7 +49,7 @@ class Placement:
                 f"device is {device!r}, but torch {torch.__version__} sees {num_devices} GPUs here; allowed: cpu"
                 + "".join(f", cuda:{i}" for i in range(num_devices))
             )
-        return Placement(torch.device("cuda", index), torch.bfloat16, blocked_kv=False)
+        return Placement(torch.device("cuda", index), torch.bfloat16, blocked_kv=False, asynchronous=True)
 
 
-CPU = Placement(torch.device("cpu"), torch.float32, blocked_kv=True)
+CPU = Placement(torch.device("cpu"), torch.float32, blocked_kv=True, asynchronous=False)

@@ -23,7 +23,7 @@ CONFIG = EngineConfig(kv_cache_tokens=512, max_model_len=64, page_size=16, max_n
 
 
 def placement_on(backend: Backend, dtype: torch.dtype) -> Placement:
-    return CPU if backend.name == "cpu" else Placement(backend.device, dtype, blocked_kv=False)
+    return CPU if backend.name == "cpu" else Placement(backend.device, dtype, blocked_kv=False, asynchronous=True)
 
 
 def answers(

@@ -10,6 +10,8 @@ import torch
 from tilestream.engine.request import Request
 from tilestream.engine.scheduler import StepPlan
 from tilestream.ops import AttentionPlan, AttentionPlanner, Penalties
+from tilestream.ops.memory import Upload
+from tilestream.placement import CPU, Placement
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,7 +19,7 @@ class StepInputs:
     """What a model needs of one step. The tensors are views of buffers that stay where they are from step to step.
 
     Args:
-        token_ids: [num_tokens], int64.
+        token_ids: [num_tokens], int64; -1 - i: the token that row i of the step before drew.
         positions, slot_mapping: [num_tokens], int32.
         block_table: [batch_size, max_pages_per_seq], int32.
         plans: the attention plan by window_left (-1: no window).
@@ -44,6 +46,8 @@ class BatchBuilder:
         max_pages_per_seq: pages of the longest request.
         max_num_seqs: most requests of one step.
         max_num_tokens: most tokens of one step.
+        placement: where the tensors go. An asynchronous one gets decode steps of few sizes: the tokens past the real ones
+            have slot -1, and nothing of theirs is kept.
     """
 
     def __init__(
@@ -54,14 +58,18 @@ class BatchBuilder:
         max_pages_per_seq: int,
         max_num_seqs: int,
         max_num_tokens: int,
+        placement: Placement = CPU,
     ) -> None:
         self.planners = planners
         self.page_size = page_size
-        self.token_ids = torch.zeros(max_num_tokens, dtype=torch.int64)
-        self.positions = torch.zeros(max_num_tokens, dtype=torch.int32)
-        self.slot_mapping = torch.zeros(max_num_tokens, dtype=torch.int32)
-        self.block_table = torch.zeros(max_num_seqs, max_pages_per_seq, dtype=torch.int32)
-        self.table = self.block_table.numpy()
+        self.pads = placement.asynchronous
+        max_num_tokens = max(max_num_tokens, padded_decodes(max_num_seqs))
+        self.token_ids = _StepTensor(max_num_tokens, torch.int64, placement.device)
+        self.positions = _StepTensor(max_num_tokens, torch.int32, placement.device)
+        self.slot_mapping = _StepTensor(max_num_tokens, torch.int32, placement.device)
+        self.block_table = _StepTensor(max_num_seqs * max_pages_per_seq, torch.int32, placement.device)
+        self.table = self.block_table.host.view(max_num_seqs, max_pages_per_seq).numpy()
+        self.device = placement.device
         self.rows = [_Row() for _ in range(max_num_seqs)]
 
     def build(self, step: StepPlan) -> StepInputs:
@@ -87,15 +95,25 @@ class BatchBuilder:
                 logits_rows.append(len(token_ids) - 1)
             if row.pages is not pages or row.num_filled < len(pages):
                 self._fill(row, len(kv_lens) - 1, pages)
+        num_tokens, batch_size = len(token_ids), len(kv_lens)
+        if self.pads and len(logits_rows) == num_tokens:
+            num_padding = padded_decodes(num_tokens) - num_tokens
+            token_ids += [0] * num_padding
+            positions += [0] * num_padding
+            slots += [-1] * num_padding
         cu, kv = torch.tensor(cu_seqlens_q, dtype=torch.int32), torch.tensor(kv_lens, dtype=torch.int32)
         return StepInputs(
-            token_ids=_fill_front(self.token_ids, token_ids),
-            positions=_fill_front(self.positions, positions),
-            slot_mapping=_fill_front(self.slot_mapping, slots),
-            block_table=self.block_table[: len(kv_lens)],
+            token_ids=self.token_ids.fill(token_ids),
+            positions=self.positions.fill(positions),
+            slot_mapping=self.slot_mapping.fill(slots),
+            block_table=self.block_table.front(batch_size * self.table.shape[1]).view(batch_size, -1),
             # Shared-prefix jobs hold for layers that see the whole prefix; a window is planned request by request.
             plans={w: p.plan(cu, kv, step.prefix_groups if w < 0 else ()) for w, p in self.planners.items()},
-            logits_rows=torch.tensor(logits_rows, dtype=torch.int64) if len(logits_rows) < len(token_ids) else None,
+            logits_rows=(
+                torch.tensor(logits_rows, dtype=torch.int64).to(self.device, non_blocking=True)
+                if len(logits_rows) < num_tokens
+                else None
+            ),
             max_position=max(kv_lens) - 1,
         )
 
@@ -115,10 +133,30 @@ class _Row:
     num_filled: int = 0
 
 
-def _fill_front(buffer: torch.Tensor, values: list[int]) -> torch.Tensor:
-    front = buffer[: len(values)]
-    front.numpy()[:] = values
-    return front
+class _StepTensor:
+    """A buffer in host memory that is filled anew every step, and its place on the device."""
+
+    def __init__(self, size: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.host = torch.zeros(size, dtype=dtype)
+        self._upload = Upload(dtype, device)
+        self._upload.reserve(size)
+
+    def fill(self, values: list[int]) -> torch.Tensor:
+        """These values on the device."""
+        self.host[: len(values)].numpy()[:] = values
+        return self.front(len(values))
+
+    def front(self, num: int) -> torch.Tensor:
+        """The first `num` values on the device."""
+        return self._upload(self.host[:num])
+
+
+def padded_decodes(num_tokens: int) -> int:
+    """The number of tokens that a decode step is padded to: a graph is captured for each, so there are few."""
+    if num_tokens <= 8:
+        return 1 << (num_tokens - 1).bit_length() if num_tokens > 0 else 0
+    step = 8 if num_tokens <= 64 else 16
+    return -(-num_tokens // step) * step
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,43 +174,47 @@ class SamplingInputs:
 
 
 class SamplingBuilder:
-    """Builds SamplingInputs, each valid until the next. While the same requests are sampled, only what changes is new."""
+    """Builds SamplingInputs, each valid until the next. While the same requests are sampled, only what changes is new.
 
-    def __init__(self) -> None:
+    Args:
+        device: where the tensors go.
+    """
+
+    def __init__(self, device: torch.device = CPU.device) -> None:
+        self._device = device
+        self._upload = Upload(torch.int64, device)
         self._requests: list[Request] = []
         self._inputs: SamplingInputs | None = None
 
     def build(self, requests: list[Request]) -> SamplingInputs:
         """Tensors for the rows that are sampled in this step, one per request."""
         if self._inputs is None or requests != self._requests:
-            self._requests, self._inputs = requests, build_sampling_inputs(requests)
+            self._requests, self._inputs = requests, build_sampling_inputs(requests, self._device)
             return self._inputs
-        self._inputs.positions.numpy()[:] = [request.num_tokens for request in requests]
-        if self._inputs.penalties is None:
-            return self._inputs
-        return replace(self._inputs, penalties=_penalties(requests))
+        positions = self._upload(torch.tensor([request.num_tokens for request in requests]))
+        return replace(self._inputs, positions=positions, penalties=_penalties(requests, self._device))
 
 
-def build_sampling_inputs(requests: Sequence[Request]) -> SamplingInputs:
+def build_sampling_inputs(requests: Sequence[Request], device: torch.device) -> SamplingInputs:
     """The tensors of these requests, from nothing."""
     params = [request.params for request in requests]
     floats = [[p.temperature for p in params], [p.top_p for p in params], [p.min_p for p in params]]
-    temperature, top_p, min_p = torch.tensor(floats, dtype=torch.float32).unbind()
+    temperature, top_p, min_p = torch.tensor(floats, dtype=torch.float32).to(device).unbind()
     integers = [[request.seed for request in requests], [request.num_tokens for request in requests]]
-    seeds, positions = torch.tensor(integers, dtype=torch.int64).unbind()
+    seeds, positions = torch.tensor(integers, dtype=torch.int64).to(device).unbind()
     return SamplingInputs(
         temperature=temperature,
         top_p=top_p,
         min_p=min_p,
-        top_k=torch.tensor([max(p.top_k, 0) for p in params], dtype=torch.int32),
+        top_k=torch.tensor([max(p.top_k, 0) for p in params], dtype=torch.int32).to(device),
         seeds=seeds,
         positions=positions,
-        penalties=_penalties(requests),
+        penalties=_penalties(requests, device),
         num_top_logprobs=max((p.logprobs for p in params if p.logprobs is not None), default=None),
     )
 
 
-def _penalties(requests: Sequence[Request]) -> Penalties | None:
+def _penalties(requests: Sequence[Request], device: torch.device) -> Penalties | None:
     if not any(r.params.has_penalties for r in requests):
         return None
     values = [
@@ -184,12 +226,12 @@ def _penalties(requests: Sequence[Request]) -> Penalties | None:
         if request.params.has_penalties:  # others need no history
             history += request.token_ids
         indptr.append(len(history))
-    repetition, presence, frequency = torch.tensor(values, dtype=torch.float32).T.contiguous()
+    repetition, presence, frequency = torch.tensor(values, dtype=torch.float32).T.contiguous().to(device)
     return Penalties(
         repetition=repetition,
         presence=presence,
         frequency=frequency,
-        history=torch.tensor(history, dtype=torch.int32),
-        history_indptr=torch.tensor(indptr, dtype=torch.int32),
-        history_prompt_len=torch.tensor([request.num_prompt_tokens for request in requests], dtype=torch.int32),
+        history=torch.tensor(history, dtype=torch.int32).to(device),
+        history_indptr=torch.tensor(indptr, dtype=torch.int32).to(device),
+        history_prompt_len=torch.tensor([r.num_prompt_tokens for r in requests], dtype=torch.int32).to(device),
     )

@@ -44,7 +44,7 @@ class LayerPrograms:
     ) -> None:
         """run_layers(buf, step, kv_caches, logits), replayed where this step's buffers are those of a recorded one."""
         kind = (step.token_ids.size(0), step.logits_rows is None)
-        key = _key(buf, step, kv_caches, logits)
+        key = buffers_of(buf, step, kv_caches, logits)
         known = self._programs.get(kind)
         if known is not None and known[0] == key:
             known[2].run()
@@ -60,7 +60,7 @@ class LayerPrograms:
         self._programs[kind] = (key, (buf, step, kv_caches, logits), program)  # keeps the buffers alive
 
 
-def _key(buf: Scratch, step: StepInputs, kv_caches: Sequence[KvCache], logits: torch.Tensor) -> tuple:
+def buffers_of(buf: Scratch, step: StepInputs, kv_caches: Sequence[KvCache], logits: torch.Tensor) -> tuple:
     """Where everything is that a recorded launch points into."""
     plans = tuple((w, p.plan.data_ptr(), p.workspace.data_ptr()) for w, p in step.plans.items())
     table = step.block_table

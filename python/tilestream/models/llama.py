@@ -15,6 +15,7 @@ import torch
 
 from tilestream.layers.attention import Attention
 from tilestream.layers.embedding import Embedding
+from tilestream.layers.graph import LayerGraphs
 from tilestream.layers.linear import Linear
 from tilestream.layers.mlp import GatedMlp
 from tilestream.layers.norm import RmsNorm
@@ -30,8 +31,8 @@ from tilestream.placement import Placement
 if TYPE_CHECKING:
     from tilestream.engine.batch import StepInputs
 
-# Steps of up to this many tokens are replayed from a program: in larger ones the kernels take so long that the Python
-# between them does not show.
+# On a CPU steps of up to this many tokens are replayed from a program: in larger ones the kernels take so long that the
+# Python between them does not show.
 _MAX_PROGRAM_TOKENS = 64
 _FIRST_ROPE_ROWS = 1024  # tokens; doubled whenever a longer sequence comes
 
@@ -89,8 +90,19 @@ class LlamaModel:
         self._ropes, self._rope_rows = list(ropes), 0
         self.embedding, self.layers, self.norm, self.lm_head = embedding, list(layers), norm, lm_head
         self._scratch = ScratchPool(config, placement)
-        self._programs = LayerPrograms()
+        on_cpu = placement.device.type == "cpu"
+        self._programs = LayerPrograms() if on_cpu else LayerGraphs()
         self._logits: torch.Tensor | None = None
+
+    def reserve(self, num_tokens: int, *, num_rows: int, num_positions: int) -> None:
+        """Make room at once for the largest step to come: buffers do not move then.
+
+        Args:
+            num_tokens: of a step.   num_rows: of logits.   num_positions: of a request.
+        """
+        self._scratch.get(num_tokens)
+        self._head_rows(num_rows)
+        self._reach(num_positions - 1)
 
     @torch.inference_mode()
     def forward(self, step: StepInputs, kv_caches: Sequence[KvCache]) -> torch.Tensor:
@@ -107,7 +119,8 @@ class LlamaModel:
         buf, logits = self._scratch.get(num_tokens), self._head_rows(num_tokens if rows is None else rows.size(0))
         self.embedding(step.token_ids, buf.x)
         buf.residual.zero_()
-        if num_tokens <= _MAX_PROGRAM_TOKENS:
+        # On a GPU decode steps, which are padded to few sizes.
+        if rows is None if self.placement.asynchronous else num_tokens <= _MAX_PROGRAM_TOKENS:
             self._programs.run(self._run_layers, buf, step, kv_caches, logits)
         else:
             self._run_layers(buf, step, kv_caches, logits)

@@ -27,7 +27,7 @@ def attention(
 
     Args:
         q: [num_tokens, num_qo_heads, head_dim], float32, float16 or bfloat16, last dim contiguous; requests packed
-            one after another as in the plan's cu_seqlens_q.
+            one after another as in the plan's cu_seqlens_q. Rows past the plan's tokens are left alone.
         kv_cache: pages of one layer; this step's own tokens already appended.
         block_table: [batch_size, max_pages_per_seq] (or [batch_size * num_kv_heads, ...] for a plan with per-head
             lists), int32; entries past a request's length are never read.
