@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
+from tests.on_device import OnDevice
 from tests.simt import build as simt
 from tilestream import testing
 from tilestream._native import _C
@@ -30,17 +31,24 @@ SIMT_SEEDS = (0, 1, 2)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A test with a `backend` runs on all that this machine has; the mark `simt` says that its op has a CUDA kernel."""
+    """A test with a `backend` runs on all that this machine has; the mark `simt` says that its op has a CUDA kernel, and so
+    runs on the emulator and on a GPU too."""
     if "backend" not in metafunc.fixturenames:
         return
     choices = testing.backends()
-    if metafunc.definition.get_closest_marker("simt"):
+    if metafunc.definition.get_closest_marker("simt") is None:
+        choices = [choice for choice in choices if choice.name == "cpu"]
+    else:
         choices += [testing.Backend("simt", torch.device("cpu"), seed) for seed in SIMT_SEEDS]
     metafunc.parametrize("backend", choices, ids=str, indirect=True)
 
 
 @pytest.fixture
 def backend(request: pytest.FixtureRequest) -> Iterator[testing.Backend]:
+    if request.param.name == "cuda":
+        with OnDevice(request.param.device):
+            yield request.param
+        return
     if request.param.name != "simt":
         yield request.param
         return

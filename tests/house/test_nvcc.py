@@ -1,40 +1,53 @@
-"""Where nvcc is: every kernel and every PTX wrapper compiles for every target, and no kernel spills registers."""
+"""Where nvcc is: every kernel compiles for every target, none spills, and the table of their registers is up to date."""
 
 from __future__ import annotations
 
-import re
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
+from tests.house import kernel_table
+from tilestream._native import _C
+
 ROOT = Path(__file__).parents[2]
-KERNELS = sorted((ROOT / "csrc/cuda").glob("*.cu"))
-# The emulator's own test kernels use every wrapper; clusters and bulk copies need sm_90.
-WRAPPERS = [ROOT / "tests/simt/kernels" / name for name in ("ptx.cu", "right.cu", "wrong.cu")]
-REAL = ("80", "86", "89", "90a")
+# The emulator's own test kernels use every PTX wrapper; most need sm_90a.
+WRAPPERS = sorted((ROOT / "tests/simt/kernels").glob("*.cu"))
+ALL_TARGETS = "80-real 86-real 89-real 90a-real 90-virtual"
 
-pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on this machine")
-
-
-def compile_for(source: Path, targets: list[str], output: Path) -> str:
-    """What the compiler reports; fails the test when it does not compile."""
-    command = ["nvcc", "--threads", "0", "-std=c++20", "-O3", "-Xptxas", "-v", f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc/include'}"]
-    command += [flag for target in targets for flag in ("-gencode", target)] + ["-c", str(source), "-o", str(output)]
-    result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    assert result.returncode == 0, result.stdout[-4000:]
-    return result.stdout
+built_here = pytest.mark.skipif(_C.cuda_archs != ALL_TARGETS, reason=f"built for: {_C.cuda_archs or 'no GPU'}")
 
 
-@pytest.mark.parametrize("source", KERNELS, ids=lambda path: path.stem)
-def test_kernels_compile_for_every_target_without_spills(source: Path, tmp_path: Path) -> None:
-    targets = [f"arch=compute_{arch},code=sm_{arch}" for arch in REAL] + ["arch=compute_90,code=compute_90"]
-    report = compile_for(source, targets, tmp_path / "kernel.o")
-    spills = [int(n) for n in re.findall(r"(\d+) bytes spill stores", report)]
-    assert spills and max(spills) == 0, [line for line in report.splitlines() if "spill" in line]
+@pytest.fixture(scope="module")
+def kernels() -> list[kernel_table.Kernel]:
+    return kernel_table.read_reports()
 
 
+@built_here
+def test_every_kernel_file_was_reported_for_every_target(kernels: list[kernel_table.Kernel]) -> None:
+    assert {kernel.file for kernel in kernels} == {path.stem for path in (ROOT / "csrc/cuda").glob("*.cu")}
+    for kernel in kernels:
+        assert set(kernel.registers) == {"sm_80", "sm_86", "sm_89", "sm_90a"}, kernel.name
+
+
+@built_here
+def test_no_kernel_spills(kernels: list[kernel_table.Kernel]) -> None:
+    assert [] == [(kernel.name, kernel.spill_bytes) for kernel in kernels if any(kernel.spill_bytes.values())]
+
+
+@built_here
+def test_the_table_is_up_to_date(kernels: list[kernel_table.Kernel]) -> None:
+    """`python -m tests.house.kernel_table` writes it."""
+    if (version := kernel_table.nvcc_release()) != kernel_table.TABLE_RELEASE:
+        pytest.skip(f"the table is of nvcc {kernel_table.TABLE_RELEASE}; this is {version}")
+    assert kernel_table.TABLE.read_text() == kernel_table.render(kernels)
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on this machine")
 @pytest.mark.parametrize("source", WRAPPERS, ids=lambda path: path.stem)
 def test_wrappers_compile(source: Path, tmp_path: Path) -> None:
-    compile_for(source, ["arch=compute_90a,code=sm_90a"], tmp_path / "kernel.o")
+    include = [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc/include'}"]
+    command = ["nvcc", "-std=c++20", "-O3", *include, "-gencode", "arch=compute_90a,code=sm_90a", "-c", str(source)]
+    result = subprocess.run([*command, "-o", str(tmp_path / "kernel.o")], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-4000:]

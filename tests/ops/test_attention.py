@@ -200,7 +200,7 @@ def _change(t, **changes):
 BAD_INPUT = {
     "q dtype": (lambda t: _change(t, q=t.q.double()), TypeError, "q has dtype Double; supported: Float, Half, BFloat16"),
     "q rank": (lambda t: _change(t, q=t.q[:, 0]), ValueError, r"q has 2 dimensions \[3, 64\]; it needs 3"),
-    "q tokens": (lambda t: _change(t, q=t.q[:2]), ValueError, r"q has shape \[2, 4, 64\]; dimension 0 must be 3"),
+    "q tokens": (lambda t: _change(t, q=t.q[:2]), ValueError, r"q has shape \[2, 4, 64\]; the plan was made for 3 tokens"),
     "q heads": (lambda t: _change(t, q=t.q[:, :3]), ValueError, r"q has shape .*dimension 1 must be 4"),
     "q head_dim": (lambda t: _change(t, q=t.q[..., :32]), ValueError, r"q has shape .*dimension 2 must be 64"),
     "q stride": (lambda t: _change(t, q=t.q.transpose(0, 2).contiguous().transpose(0, 2)), ValueError,

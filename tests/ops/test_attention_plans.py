@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -166,3 +167,13 @@ def test_reserved_buffers_stay_and_refuse_what_does_not_fit() -> None:
     with pytest.raises(ValueError, match=r"takes \d+ int32 and \d+ floats of workspace; reserve\(\) made room for"):
         planner.plan(*lens[8])
     planner.plan(*lens[2])  # the refusal has changed nothing
+
+
+@pytest.mark.simt
+def test_rows_past_the_plans_tokens_are_left_alone(backend: testing.Backend) -> None:
+    """As a captured graph has them, which runs with fewer requests than it was captured for."""
+    case = Case(q_lens=(1, 1), kv_lens=(40, 9), dtype="bfloat16", kv_dtype="bfloat16")
+    t = make_tensors(case)
+    q, out = torch.cat([t.q, torch.full((2, *t.q.shape[1:]), math.nan)]), torch.full((4, 4, 64), 7.0, dtype=torch.bfloat16)
+    ops.attention(q.bfloat16(), t.kv.cache, t.kv.block_table, make_plan(case, t), out=out)
+    assert torch.equal(out[:2], run(case, t)[0]) and bool((out[2:] == 7).all())

@@ -23,7 +23,10 @@ class Backend:
 
 def backends() -> list[Backend]:
     """What this build and this machine can run."""
-    return [Backend("cpu", torch.device("cpu"))]
+    found = [Backend("cpu", torch.device("cpu"))]
+    if torch.cuda.is_available() and _C.cuda_archs:
+        found.append(Backend("cuda", torch.device("cuda", 0)))
+    return found
 
 
 def simd_levels() -> list[str]:

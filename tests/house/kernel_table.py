@@ -1,0 +1,99 @@
+"""What ptxas reported of each CUDA kernel, as the table of docs/kernel_registers.md.
+
+`python -m tests.house.kernel_table` writes the table after a build for all targets.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sysconfig
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parents[2]
+TABLE = ROOT / "docs" / "kernel_registers.md"
+TABLE_RELEASE = "13.0"  # of nvcc, to whose choices the table belongs
+
+_HEADER = """# Registers of the CUDA kernels
+
+What the compiler (nvcc {release}) reports for each kernel and target. No kernel spills, and none of those for tensor cores
+keeps anything in local memory (stack); `tests/house/test_nvcc.py` holds the build to that and to this table. Shared memory is
+given at launch: each kernel's header comment has its budget. Written by `python -m tests.house.kernel_table`.
+
+| file | kernel | registers: sm_80 | sm_86 | sm_89 | sm_90a | stack bytes |
+|---|---|---|---|---|---|---|
+"""
+
+
+@dataclass
+class Kernel:
+    """One instantiation: its file's stem, its name with template arguments, and by target what it takes."""
+
+    file: str
+    name: str
+    registers: dict[str, int] = field(default_factory=dict)
+    stack_bytes: dict[str, int] = field(default_factory=dict)
+    spill_bytes: dict[str, int] = field(default_factory=dict)
+
+
+def read_reports() -> list[Kernel]:
+    """Every kernel of the last build in this checkout (csrc/cuda/report_ptxas.py)."""
+    build = ROOT / "build" / f"{sysconfig.get_config_var('SOABI')}-torch-{torch.__version__}"
+    kernels: dict[tuple[str, str], Kernel] = {}
+    for report in sorted(build.glob("CMakeFiles/cuda_kernels.dir/csrc/cuda/*.ptxas")):
+        file = report.name.partition(".")[0]
+        entry = None
+        for line in report.read_text().splitlines():
+            if match := re.search(r"Compiling entry function '(\w+)' for '(\w+)'", line):
+                entry = kernels.setdefault((file, match[1]), Kernel(file, match[1]))
+                target = match[2]
+            elif match := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line):
+                entry.stack_bytes[target], entry.spill_bytes[target] = int(match[1]), int(match[2]) + int(match[3])
+            elif match := re.search(r"Used (\d+) registers", line):
+                entry.registers[target] = int(match[1])
+    demangle(list(kernels.values()))
+    return sorted(kernels.values(), key=lambda kernel: (kernel.file, kernel.name))
+
+
+def demangle(kernels: list[Kernel]) -> None:
+    """Names as people write them, without namespaces and parameters."""
+    names = subprocess.run(["c++filt"], input="\n".join(k.name for k in kernels), capture_output=True, text=True, check=True)
+    for kernel, name in zip(kernels, names.stdout.splitlines(), strict=True):
+        name = name.removeprefix("void ").replace("(anonymous namespace)::", "").replace("tilestream::", "")
+        kernel.name = name[: _end_of_name(name)].replace("cuda::", "")
+
+
+def _end_of_name(text: str) -> int:
+    """Where the parameter list begins: the first parenthesis outside template arguments."""
+    depth = 0
+    for i, letter in enumerate(text):
+        depth += (letter == "<") - (letter == ">")
+        if letter == "(" and depth == 0:
+            return i
+    return len(text)
+
+
+def render(kernels: list[Kernel]) -> str:
+    """The whole document."""
+    rows = []
+    for k in kernels:
+        registers = " | ".join(str(k.registers[target]) for target in ("sm_80", "sm_86", "sm_89", "sm_90a"))
+        rows.append(f"| {k.file} | `{k.name}` | {registers} | {max(k.stack_bytes.values())} |\n")
+    return _HEADER.format(release=TABLE_RELEASE) + "".join(rows)
+
+
+def nvcc_release() -> str | None:
+    """"13.0", or None where there is no nvcc."""
+    try:
+        told = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+    except OSError:
+        return None
+    return re.search(r"release (\d+\.\d+)", told)[1]
+
+
+if __name__ == "__main__":
+    TABLE.write_text(render(read_reports()))
+    print(f"wrote {TABLE.relative_to(ROOT)}")
