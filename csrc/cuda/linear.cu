@@ -1,9 +1,9 @@
 // y = x . W^T + bias on packed weights: which kernel for which format.
 //
-//   kU4G32S, kU4G32, kU8G32S, kU8G32   common/linear_int8.cuh; rows of floats are quantised first
+//   kU4G32S, kU4G32, kU8G32S, kU8G32   common/linear_int8_kernels.cuh; rows of floats are quantised first
 //   kBFloat16, kFloat32                common/linear_float.cuh
 #include "cuda/common/linear_float.cuh"
-#include "cuda/common/linear_int8.cuh"
+#include "cuda/common/linear_int8_kernels.cuh"
 #include "cuda/runtime.cuh"
 #include "tilestream/linear.h"
 #include "tilestream/quantise.h"
