@@ -1,5 +1,6 @@
 // Rows of a packed weight, dequantised: the embedding table and the output head share one copy.
 #include <algorithm>
+#include <stdexcept>
 
 #include "cpu/common/thread_pool.h"
 #include "cpu/elements.h"
@@ -65,13 +66,17 @@ void read_values(PackedFormat format, const uint8_t* panel, int column, int64_t 
     case PackedFormat::kFloat32: {
       const float* floats = reinterpret_cast<const float*>(panel);
       for (int64_t i = 0; i < num; ++i) values[i] = floats[(begin + i) * kPanelColumns + column];
+      return;
     }
+    default: return;  // row-major: refused by embedding()
   }
 }
 
 }  // namespace
 
 void embedding(const EmbeddingParams& p) {
+  if (is_row_major(p.format))
+    throw std::invalid_argument("row-major weights (formats 6 and 7) are for GPUs; pack for the CPU as 0 or 1");
   const int64_t stride = panel_bytes(p.format, p.k);
   auto body = [&](int worker, int num_workers) {
     const Share share = share_of(p.num_tokens, worker, num_workers);

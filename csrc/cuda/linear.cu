@@ -2,8 +2,11 @@
 //
 //   kU4G32S, kU4G32, kU8G32S, kU8G32   common/linear_int8_kernels.cuh; rows of floats are quantised first
 //   kBFloat16, kFloat32                common/linear_float.cuh
+//   kRowsBFloat16, kRowsFloat16        common/linear_rows.cuh, common/linear_gemv.cuh, as the caller chooses
 #include "cuda/common/linear_float.cuh"
+#include "cuda/common/linear_gemv.cuh"
 #include "cuda/common/linear_int8_kernels.cuh"
+#include "cuda/common/linear_rows.cuh"
 #include "cuda/runtime.cuh"
 #include "tilestream/linear.h"
 #include "tilestream/quantise.h"
@@ -28,7 +31,10 @@ void linear(const LinearParams& p, Stream stream) {
   if (p.m == 0 || p.n == 0) return;
   with_format(p.format, [&](auto format) {
     constexpr PackedFormat kFormat = decltype(format)::value;
-    if constexpr (!is_quantised(kFormat)) {
+    if constexpr (is_row_major(kFormat)) {
+      using T = std::conditional_t<kFormat == PackedFormat::kRowsFloat16, __half, __nv_bfloat16>;
+      p.gemv ? launch_gemv<T>(p, stream) : launch_rows<T>(p, stream);
+    } else if constexpr (!is_quantised(kFormat)) {
       launch_float<kFormat>(p, stream);
     } else {
       const bool given = p.x_q.q != nullptr;

@@ -14,7 +14,8 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 QUANTISED = {PackedFormat.U4G32S: 15, PackedFormat.U4G32: 15, PackedFormat.U8G32S: 255, PackedFormat.U8G32: 255}
 SYMMETRIC_ZERO = {PackedFormat.U4G32S: -8.0, PackedFormat.U8G32S: -128.0}
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-each_format = pytest.mark.parametrize("format", list(PackedFormat), ids=lambda f: f.name)
+PANELS = [f for f in PackedFormat if not f.is_row_major]  # test_linear_rows.py has the others
+each_format = pytest.mark.parametrize("format", PANELS, ids=lambda f: f.name)
 each_quantised = pytest.mark.parametrize("format", list(QUANTISED), ids=lambda f: f.name)
 
 
@@ -208,13 +209,13 @@ def test_embedding_gives_back_what_was_packed(backend: testing.Backend, format: 
 
 
 def test_embedding_on_every_simd_level(simd_level: str) -> None:
-    for format in PackedFormat:
+    for format in PANELS:
         test_embedding_gives_back_what_was_packed(testing.backends()[0], format)
 
 
 def test_opcheck() -> None:
     op = torch.ops.tilestream
-    for format in PackedFormat:
+    for format in PANELS:
         weight = Weight(33, 64, format).packed
         sizes = {"n": 33, "format": int(format)}
         torch.library.opcheck(op.linear.default, (torch.randn(3, 64), weight.data, torch.randn(33), torch.empty(3, 33)), sizes)
@@ -248,7 +249,7 @@ def test_bad_input(name: str) -> None:
 
 def test_bad_weight_and_ids() -> None:
     weight = Weight(40, 64, PackedFormat.U4G32).packed
-    with pytest.raises(ValueError, match="format is 9; allowed: 0 to 5"):
+    with pytest.raises(ValueError, match="format is 9; allowed: 0 to 7"):
         torch.ops.tilestream.linear(torch.zeros(2, 64), weight.data, None, torch.zeros(2, 40), n=40, format=9)
     with pytest.raises(ValueError, match="weight must start at a 64-byte boundary"):
         moved = torch.empty(weight.data.numel() + 64, dtype=torch.uint8)[1 : weight.data.numel() + 1]

@@ -53,7 +53,8 @@ __device__ __forceinline__ void fetch_span(const LinearParams& p, SpanStage<F, k
   const int num_groups = int(p.k / kGroupK), first_group = span * kSpanGroups;
   const int last_panel = int(ceil_div(p.n, kPanelColumns)) - 1;
   const int groups = min(kSpanGroups, num_groups - first_group);
-  constexpr int kUnroll = kPanels == 1 ? 8 : 1;  // not the larger kernels': they need the registers
+  // Not the larger kernels' loops: they need the registers.
+  [[maybe_unused]] constexpr int kUnroll = kPanels == 1 ? 8 : 1;
   const auto* const weight = static_cast<const uint4*>(p.weight);
 #pragma unroll kUnroll
   for (int j = 0; j < int(ceil_div(kPanels * kSpanChunks<F>, kThreads)); ++j) {
