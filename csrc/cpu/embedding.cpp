@@ -1,8 +1,8 @@
 // Rows of a packed weight, dequantised: the embedding table and the output head share one copy.
 #include <algorithm>
-#include <stdexcept>
 
 #include "cpu/common/thread_pool.h"
+#include "cpu/dispatch.h"
 #include "cpu/elements.h"
 #include "tilestream/linear.h"
 
@@ -75,8 +75,7 @@ void read_values(PackedFormat format, const uint8_t* panel, int column, int64_t 
 }  // namespace
 
 void embedding(const EmbeddingParams& p) {
-  if (is_row_major(p.format))
-    throw std::invalid_argument("row-major weights (formats 6 and 7) are for GPUs; pack for the CPU as 0 or 1");
+  if (is_row_major(p.format)) refuse_row_major();
   const int64_t stride = panel_bytes(p.format, p.k);
   auto body = [&](int worker, int num_workers) {
     const Share share = share_of(p.num_tokens, worker, num_workers);

@@ -5,9 +5,9 @@
 // worker streams its own part of the weights once, at large M it takes rows of its own and uses a panel for a block.
 // Every (row, column) is computed by the same operations in the same order whatever M, tile and worker.
 #include <algorithm>
-#include <stdexcept>
 
 #include "cpu/common/thread_pool.h"
+#include "cpu/dispatch.h"
 #include "cpu/linear_tile.h"
 #include "cpu/quantise_row.h"
 
@@ -217,7 +217,7 @@ void linear(const LinearParams& p) {
     case PackedFormat::kU4G32: return run_linear<PackedFormat::kU4G32>(p);
     case PackedFormat::kU8G32S: return run_linear<PackedFormat::kU8G32S>(p);
     case PackedFormat::kU8G32: return run_linear<PackedFormat::kU8G32>(p);
-    default: throw std::invalid_argument("row-major weights (formats 6 and 7) are for GPUs; pack for the CPU as 0 or 1");
+    default: refuse_row_major();
   }
 }
 
