@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench.tune_linear import best_thresholds
 from tilestream import ops, testing
 from tilestream.ops import LinearKernel, PackedFormat, PackedWeight, linear_choice
 from tilestream.ops.linear_choice import Thresholds
@@ -148,6 +149,17 @@ def test_refusals() -> None:
 def test_thresholds() -> None:
     chosen = [Thresholds(gemv_rows=2, flat_rows=16).kernel(m) for m in (1, 2, 3, 16, 17)]
     assert chosen == [LinearKernel.GEMV] * 2 + [LinearKernel.FLAT] * 2 + [LinearKernel.CUBLAS]
+
+
+def test_thresholds_from_times() -> None:
+    def times(gemv: float, flat: float, cublas: float) -> dict[LinearKernel, float]:
+        return {LinearKernel.GEMV: gemv, LinearKernel.FLAT: flat, LinearKernel.CUBLAS: cublas}
+
+    fastest = {1: times(1, 2, 3), 2: times(1.5, 2, 3), 4: times(3, 2, 3), 8: times(6, 2, 3), 16: times(12, 4, 3)}
+    assert best_thresholds(fastest) == Thresholds(2, 8)
+    # Where one kernel wins twice, with another between: what loses less in all.
+    assert best_thresholds(fastest | {2: times(2.2, 2, 3), 3: times(1, 2, 3)}) == Thresholds(3, 8)
+    assert best_thresholds({1: times(3, 2, 1), 8: times(9, 5, 1)}) == Thresholds(0, 0)
 
 
 def test_the_measured_row_of_the_device_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
