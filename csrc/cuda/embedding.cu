@@ -11,7 +11,7 @@
 namespace tilestream::cuda {
 namespace {
 
-constexpr int kBlockThreads = 256;
+constexpr int kBlockThreads = 128;
 constexpr int kRun = 8;  // consecutive k of a thread
 
 // Weights (column of the panel, k .. k + 7), those past p.k undefined.
@@ -57,11 +57,11 @@ __device__ __forceinline__ void load_run(const EmbeddingParams& p, const unsigne
   }
 }
 
+// Blocks: (tokens, stretches of 1,024 k).
 template <PackedFormat F, class T, bool kAligned>
 __global__ void __launch_bounds__(kBlockThreads) embedding_kernel(const __grid_constant__ EmbeddingParams p) {
-  const int64_t runs = ceil_div(p.k, kRun), i = int64_t(blockIdx.x) * kBlockThreads + threadIdx.x;
-  const int64_t token = i / runs, k = i % runs * kRun;
-  if (token >= p.num_tokens) return;
+  const int64_t token = blockIdx.x, k = (int64_t(blockIdx.y) * kBlockThreads + threadIdx.x) * kRun;
+  if (k >= p.k) return;
   const int64_t id = p.ids[token];
   const auto* panel = static_cast<const unsigned char*>(p.weight) + id / kPanelColumns * panel_bytes(F, p.k);
   float values[kRun];
@@ -84,8 +84,7 @@ void embedding(const EmbeddingParams& p, Stream stream) {
     with_element(p.y_dtype, [&](auto element) {
       constexpr PackedFormat kFormat = decltype(format)::value;
       using T = decltype(element);
-      const int64_t num_threads = p.num_tokens * ceil_div(p.k, kRun);
-      const unsigned grid = unsigned(ceil_div(num_threads, kBlockThreads));
+      const dim3 grid(unsigned(p.num_tokens), unsigned(ceil_div(p.k, kBlockThreads * kRun)));
       const LaunchConfig config{.grid = grid, .block = kBlockThreads, .stream = stream};
       if (rows_aligned(p.y, sizeof(T), p.k)) launch(embedding_kernel<kFormat, T, true>, config, p);
       else launch(embedding_kernel<kFormat, T, false>, config, p);
