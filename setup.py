@@ -1,7 +1,8 @@
 """Builds tilestream._C with CMake against the torch installed in this environment.
 
 torch is found in the environment's site-packages without importing it, so that pip's isolated build works
-too. Variables: MAX_JOBS (parallel compile jobs, default the CPU count).
+too. Where nvcc is found, the CUDA kernels are built too, whichever torch this is. Variables: MAX_JOBS (parallel
+compile jobs, default the CPU count), TORCH_CUDA_ARCH_LIST (as other extensions of torch; default: 80 to 90a, and PTX).
 """
 
 import os
@@ -59,7 +60,8 @@ class CMakeBuild(build_ext):
         target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         build = ROOT / "build" / f"{sysconfig.get_config_var('SOABI')}-torch-{torch_version}"
         jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 1))
-        say(f"tilestream: building for CPU only (this version has no CUDA kernels) against torch {torch_version}, {jobs} jobs")
+        what = "CPU and CUDA" if shutil.which("nvcc") else "CPU only (no nvcc on PATH: install the CUDA toolkit for the CUDA kernels)"
+        say(f"tilestream: building for {what} against torch {torch_version}, {jobs} jobs")
         configure = [
             "cmake", "-S", str(ROOT), "-B", str(build),
             f"-DTILESTREAM_TORCH_DIR={torch_dir}", f"-DPython_EXECUTABLE={sys.executable}",

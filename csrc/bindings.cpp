@@ -25,6 +25,7 @@ PYBIND11_MODULE(_C, m) {
       pybind11::arg("allowed"), pybind11::arg("sysfs"),
       "The order in which workers are placed on the CPUs `allowed`, and how many cores these are.");
   m.def("load_simt", &tilestream::cpu::load_simt, pybind11::arg("library"), "Adds the emulator of tests/simt as the SIMD level simt.");
+  m.attr("cuda_archs") = TILESTREAM_CUDA_ARCHS;  // "80-real ... 90-virtual"; empty: built without CUDA kernels
   m.def("num_threads", &tilestream::cpu::num_threads, "Worker threads of the CPU backend.");
   m.def(
       "set_num_threads",

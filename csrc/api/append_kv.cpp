@@ -4,7 +4,8 @@
 #include <torch/library.h>
 
 #include "api/kv_cache.h"
-#include "api/program.h"
+#include "api/launch.h"
+#include "api/one_device.h"
 
 namespace tilestream::api {
 namespace {
@@ -19,7 +20,7 @@ const int32_t* check_slots(const at::Tensor& slot_mapping, int64_t num_tokens, c
   check_tensor(slot_mapping, "slot_mapping", {at::kInt}, 1);
   check_size(slot_mapping, "slot_mapping", 0, num_tokens, "num_tokens");
   const int32_t* slots = slot_mapping.const_data_ptr<int32_t>();
-  check_range(slots, num_tokens, "slot_mapping", least, cache.num_pages * cache.page_size);
+  check_range(slot_mapping, slots, num_tokens, "slot_mapping", least, cache.num_pages * cache.page_size);
   return slots;
 }
 
@@ -55,7 +56,7 @@ void append_kv(const std::optional<at::Tensor>& q, const at::Tensor& k, const at
     check_contiguous(*cos_sin, "cos_sin");
     TORCH_CHECK_VALUE(cos_sin->size(1) % 2 == 0 && cos_sin->size(1) <= cache.head_dim_qk, "cos_sin has rotary_dim ", cos_sin->size(1),
                       "; allowed: even, at most head_dim ", cache.head_dim_qk);
-    check_range(p.positions, num_tokens, "positions", 0, cos_sin->size(0));
+    check_range(positions, p.positions, num_tokens, "positions", 0, cos_sin->size(0));
     p.cos_sin = cos_sin->const_data_ptr<float>();
     p.rotary_dim = int32_t(cos_sin->size(1));
   }
@@ -75,7 +76,7 @@ void append_kv(const std::optional<at::Tensor>& q, const at::Tensor& k, const at
   p.x_dtype = dtype_of(k);
   p.k_in_token_stride = k.stride(0), p.k_in_head_stride = k.stride(1);
   p.v_in_token_stride = v.stride(0), p.v_in_head_stride = v.stride(1);
-  Program::launch(cpu::append_kv, p);
+  launch(k, cpu::append_kv, cuda::append_kv, p);
 }
 
 void gather_kv(const at::Tensor& k_cache, const at::Tensor& v_cache, const std::optional<at::Tensor>& kv_scales, const at::Tensor& slot_mapping,
@@ -96,7 +97,12 @@ void gather_kv(const at::Tensor& k_cache, const at::Tensor& v_cache, const std::
   p.num_tokens = num_tokens;
   p.num_kv_heads = int32_t(cache.num_kv_heads);
   p.page_size = int32_t(cache.page_size);
-  Program::launch(cpu::gather_kv, p);
+  launch(k, cpu::gather_kv, cuda::gather_kv, p);
+}
+
+void implement(torch::Library& m) {
+  impl<"append_kv", append_kv>(m);
+  impl<"gather_kv", gather_kv>(m);
 }
 
 }  // namespace
@@ -109,9 +115,7 @@ TORCH_LIBRARY_FRAGMENT(tilestream, m) {
       "gather_kv(Tensor k_cache, Tensor v_cache, Tensor? kv_scales, Tensor slot_mapping, Tensor(a!) k, Tensor(b!) v, *, "
       "bool blocked, bool int4) -> ()");
 }
-TORCH_LIBRARY_IMPL(tilestream, CPU, m) {
-  m.impl("append_kv", append_kv);
-  m.impl("gather_kv", gather_kv);
-}
+TORCH_LIBRARY_IMPL(tilestream, CPU, m) { implement(m); }
+TORCH_LIBRARY_IMPL(tilestream, CUDA, m) { implement(m); }
 
 }  // namespace tilestream::api

@@ -4,17 +4,23 @@
 #include <torch/library.h>
 
 #include "api/kv_cache.h"
-#include "api/program.h"
+#include "api/launch.h"
+#include "api/one_device.h"
 
 namespace tilestream::api {
 namespace {
 
-void check_plan(const at::Tensor& plan, const at::Tensor& q, const at::Tensor& block_table, const KvCacheArgs& cache) {
+// Everything is read from host_plan: plan, the kernel's, may be on a GPU.
+void check_plan(const at::Tensor& plan, const at::Tensor& host_plan, const at::Tensor& q, const at::Tensor& block_table,
+                const KvCacheArgs& cache) {
   check_tensor(plan, "plan", {at::kInt}, 1);
-  TORCH_CHECK_VALUE(plan.numel() >= int64_t(sizeof(PlanHeader) / 4), "plan has ", plan.numel(), " elements; a plan of tilestream starts with a header of ",
-                    sizeof(PlanHeader) / 4);
-  const PlanHeader& h = PlanView{plan.const_data_ptr<int32_t>()}.header();
-  TORCH_CHECK_VALUE(h.magic == kPlanMagic && h.total_int32 <= plan.numel(), "plan does not hold a plan of this version of tilestream");
+  check_tensor(host_plan, "host_plan", {at::kInt}, 1);
+  TORCH_CHECK_VALUE(host_plan.is_cpu(), "host_plan is on ", host_plan.device(), "; it must be on the CPU");
+  TORCH_CHECK_VALUE(host_plan.numel() >= int64_t(sizeof(PlanHeader) / 4), "host_plan has ", host_plan.numel(),
+                    " elements; a plan of tilestream starts with a header of ", sizeof(PlanHeader) / 4);
+  const PlanHeader& h = PlanView{host_plan.const_data_ptr<int32_t>()}.header();
+  TORCH_CHECK_VALUE(h.magic == kPlanMagic && h.total_int32 <= host_plan.numel(), "host_plan does not hold a plan of this version of tilestream");
+  TORCH_CHECK_VALUE(h.total_int32 <= plan.numel(), "plan has ", plan.numel(), " elements; this plan has ", h.total_int32);
   check_size(q, "q", 0, h.num_tokens, "num_tokens of the plan");
   check_size(q, "q", 1, h.num_qo_heads, "num_qo_heads of the plan");
   TORCH_CHECK_VALUE(cache.num_kv_heads == h.num_kv_heads, "k_cache has ", cache.num_kv_heads, " kv heads; the plan was made for ", h.num_kv_heads);
@@ -33,7 +39,7 @@ void check_page_ids(const PlanView& plan, const at::Tensor& block_table, int64_t
     const PlanJob& job = plan.jobs()[j];
     if (job.kv_head != 0 && !h.lists_per_head) continue;
     const int64_t begin = job.kv_begin / h.page_size, end = ceil_div(job.kv_end, h.page_size);
-    check_range(block_table.const_data_ptr<int32_t>() + job.page_list * block_table.stride(0) + begin, end - begin,
+    check_range(block_table, block_table.const_data_ptr<int32_t>() + job.page_list * block_table.stride(0) + begin, end - begin,
                 "block_table (the part that is read)", 0, num_pages);
   }
 }
@@ -45,14 +51,14 @@ void check_per_head(const std::optional<at::Tensor>& t, const char* name, int64_
 }
 
 void attention(const at::Tensor& q, const at::Tensor& k_cache, const at::Tensor& v_cache, const std::optional<at::Tensor>& kv_scales,
-               const at::Tensor& block_table, const at::Tensor& plan, const at::Tensor& workspace, const at::Tensor& out,
-               const std::optional<at::Tensor>& lse, const std::optional<at::Tensor>& alibi_slopes, const std::optional<at::Tensor>& sinks,
+               const at::Tensor& block_table, const at::Tensor& plan, const at::Tensor& host_plan, const at::Tensor& workspace,
+               const at::Tensor& out, const std::optional<at::Tensor>& lse, const std::optional<at::Tensor>& alibi_slopes, const std::optional<at::Tensor>& sinks,
                double sm_scale, double logits_soft_cap, bool blocked, bool int4) {
   check_tensor(q, "q", kFloatTypes, 3);
   check_tensor(block_table, "block_table", {at::kInt}, 2);
   const KvCacheArgs cache = check_kv_cache(k_cache, v_cache, kv_scales, blocked, int4);
   check_size(q, "q", 2, cache.head_dim_qk, "head_dim of k_cache");
-  check_plan(plan, q, block_table, cache);
+  check_plan(plan, host_plan, q, block_table, cache);
   check_tensor(out, "out", kFloatTypes, 3);
   check_same_dtype(out, "out", q, "q");
   check_size(out, "out", 0, q.size(0), "num_tokens");
@@ -67,13 +73,13 @@ void attention(const at::Tensor& q, const at::Tensor& k_cache, const at::Tensor&
     check_size(*lse, "lse", 1, q.size(1), "num_qo_heads");
   }
   TORCH_CHECK_VALUE(logits_soft_cap >= 0, "logits_soft_cap is ", logits_soft_cap, "; allowed: 0 (off) or positive");
-  const PlanView view{plan.const_data_ptr<int32_t>()};
-  TORCH_CHECK_VALUE(!alibi_slopes.has_value() || (view.header().num_groups == 0 && !view.header().lists_per_head),
+  const PlanView host_view{host_plan.const_data_ptr<int32_t>()};
+  TORCH_CHECK_VALUE(!alibi_slopes.has_value() || (host_view.header().num_groups == 0 && !host_view.header().lists_per_head),
                     "alibi_slopes need query positions: not with prefix groups or per-head page lists in the plan");
   check_tensor(workspace, "workspace", {at::kFloat}, 1);
-  const int64_t need = plan_workspace_floats(view.header(), cache.head_dim_vo);
+  const int64_t need = plan_workspace_floats(host_view.header(), cache.head_dim_vo);
   TORCH_CHECK_VALUE(workspace.numel() >= need, "workspace has ", workspace.numel(), " floats; this plan needs ", need);
-  check_page_ids(view, block_table, cache.num_pages);
+  if (block_table.is_cpu()) check_page_ids(host_view, block_table, cache.num_pages);
 
   AttentionParams p{};
   fill_kv_cache(p, cache);
@@ -84,7 +90,7 @@ void attention(const at::Tensor& q, const at::Tensor& k_cache, const at::Tensor&
   p.alibi_slopes = optional_data<float>(alibi_slopes);
   p.sinks = optional_data<float>(sinks);
   p.workspace = workspace.mutable_data_ptr<float>();
-  p.plan = view;
+  p.plan = PlanView{plan.const_data_ptr<int32_t>()};
   p.num_pages = int32_t(cache.num_pages);
   p.q_dtype = dtype_of(q);
   p.sm_scale = float(sm_scale);
@@ -92,7 +98,7 @@ void attention(const at::Tensor& q, const at::Tensor& k_cache, const at::Tensor&
   p.q_token_stride = q.stride(0), p.q_head_stride = q.stride(1);
   p.out_token_stride = out.stride(0), p.out_head_stride = out.stride(1);
   p.block_table_stride = block_table.stride(0);
-  Program::launch(cpu::attention, p);
+  launch(q, cpu::attention, cuda::attention, p);
 }
 
 void merge_states(const at::Tensor& v, const at::Tensor& lse, const at::Tensor& out, const at::Tensor& out_lse) {
@@ -114,7 +120,12 @@ void merge_states(const at::Tensor& v, const at::Tensor& lse, const at::Tensor& 
   p.num_tokens = v.size(0);
   p.num_states = int32_t(v.size(1)), p.num_heads = int32_t(v.size(2)), p.head_dim = int32_t(v.size(3));
   p.dtype = dtype_of(v);
-  Program::launch(cpu::merge_states, p);
+  launch(v, cpu::merge_states, cuda::merge_states, p);
+}
+
+void implement(torch::Library& m) {
+  impl<"attention", attention>(m);
+  impl<"merge_states", merge_states>(m);
 }
 
 }  // namespace
@@ -122,13 +133,11 @@ void merge_states(const at::Tensor& v, const at::Tensor& lse, const at::Tensor& 
 TORCH_LIBRARY_FRAGMENT(tilestream, m) {
   m.def(
       "attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor? kv_scales, Tensor block_table, Tensor plan, "
-      "Tensor(a!) workspace, Tensor(b!) out, Tensor(c!)? lse, Tensor? alibi_slopes, Tensor? sinks, *, float sm_scale, "
+      "Tensor host_plan, Tensor(a!) workspace, Tensor(b!) out, Tensor(c!)? lse, Tensor? alibi_slopes, Tensor? sinks, *, float sm_scale, "
       "float logits_soft_cap, bool blocked, bool int4) -> ()");
   m.def("merge_states(Tensor v, Tensor lse, Tensor(a!) out, Tensor(b!) out_lse) -> ()");
 }
-TORCH_LIBRARY_IMPL(tilestream, CPU, m) {
-  m.impl("attention", attention);
-  m.impl("merge_states", merge_states);
-}
+TORCH_LIBRARY_IMPL(tilestream, CPU, m) { implement(m); }
+TORCH_LIBRARY_IMPL(tilestream, CUDA, m) { implement(m); }
 
 }  // namespace tilestream::api

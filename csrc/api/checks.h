@@ -18,7 +18,7 @@ inline std::string names_of(std::initializer_list<at::ScalarType> types) {
 }
 
 inline void check_device(const at::Tensor& t, const char* name) {
-  TORCH_CHECK_VALUE(t.device().is_cpu(), name, " is on ", t.device(), "; this build of tilestream runs on: cpu");
+  TORCH_CHECK_VALUE(t.is_cpu() || t.is_cuda(), name, " is on ", t.device(), "; tilestream runs on: cpu, cuda");
 }
 
 // Device, dtype, rank, and a contiguous last dimension (kernels take every other stride as it is).
@@ -45,9 +45,11 @@ inline void check_same_dtype(const at::Tensor& t, const char* name, const at::Te
                    like.scalar_type(), " as ", like_name);
 }
 
-// Every element in [low, high): index tensors are checked before a kernel follows them.
+// Every element in [low, high): index tensors in host memory are checked before a kernel follows them. Those on a GPU are their
+// caller's to get right (in the engine they come from host lists): to read them here would wait for the GPU.
 template <class T>
-inline void check_range(const T* values, int64_t num, const char* name, int64_t low, int64_t high) {
+inline void check_range(const at::Tensor& t, const T* values, int64_t num, const char* name, int64_t low, int64_t high) {
+  if (!t.is_cpu()) return;
   T least = 0, most = 0;
   if (num > 0) least = most = values[0];
   for (int64_t i = 0; i < num; ++i) {

@@ -4,7 +4,8 @@
 #include <torch/library.h>
 
 #include "api/checks.h"
-#include "api/program.h"
+#include "api/launch.h"
+#include "api/one_device.h"
 #include "api/quantised_rows.h"
 
 namespace tilestream::api {
@@ -61,7 +62,7 @@ void linear(const at::Tensor& x, const at::Tensor& weight, const std::optional<a
   } else {
     TORCH_CHECK_VALUE(!gemv, "gemv is for row-major weights (formats 6 and 7); format is ", format);
   }
-  Program::launch(cpu::linear, p);
+  launch(out, cpu::linear, cuda::linear, p);
 }
 
 void linear_quant(const at::Tensor& q, const at::Tensor& scale, const at::Tensor& sum, const at::Tensor& weight,
@@ -70,7 +71,7 @@ void linear_quant(const at::Tensor& q, const at::Tensor& scale, const at::Tensor
   LinearParams p = linear_params(weight, bias, out, q.size(0), n, q.size(1), format);
   TORCH_CHECK_VALUE(is_quantised(p.format), "format is ", format, "; int8 activations need a group-quantised weight, 2 to 5");
   p.x_q = check_quantised(q, scale, sum, q.size(0), q.size(1));
-  Program::launch(cpu::linear, p);
+  launch(out, cpu::linear, cuda::linear, p);
 }
 
 void pack_gguf(const at::Tensor& rows, int64_t gguf_type, const at::Tensor& packed, int64_t n, int64_t k, int64_t panel_begin, int64_t format) {
@@ -139,7 +140,7 @@ void pack_weight(const std::optional<at::Tensor>& values, const std::optional<at
       check_size(**t, name, 1, k / group, "k / group");
     }
     const bool four_bits = p.format == PackedFormat::kU4G32S || p.format == PackedFormat::kU4G32;
-    if (four_bits) check_range(q->const_data_ptr<uint8_t>(), q->numel(), "q", 0, 16);
+    if (four_bits) check_range(*q, q->const_data_ptr<uint8_t>(), q->numel(), "q", 0, 16);
     p.q = q->const_data_ptr<uint8_t>();
     p.scale = scale->const_data_ptr<float>();
     p.zero = optional_data<float>(zero);
@@ -155,12 +156,18 @@ void embedding(const at::Tensor& ids, const at::Tensor& weight, const at::Tensor
   EmbeddingParams p{};
   p.format = check_packed(weight, "weight", n, out.size(1), format);
   p.ids = ids.const_data_ptr<int64_t>();
-  check_range(p.ids, ids.size(0), "ids", 0, n);
+  check_range(ids, p.ids, ids.size(0), "ids", 0, n);
   p.weight = weight.const_data_ptr();
   p.y = out.mutable_data_ptr();
   p.num_tokens = ids.size(0), p.n = n, p.k = out.size(1);
   p.y_dtype = dtype_of(out);
-  Program::launch(cpu::embedding, p);
+  launch(ids, cpu::embedding, cuda::embedding, p);
+}
+
+void implement(torch::Library& m) {
+  impl<"linear", linear>(m);
+  impl<"linear_quant", linear_quant>(m);
+  impl<"embedding", embedding>(m);
 }
 
 }  // namespace
@@ -173,11 +180,10 @@ TORCH_LIBRARY_FRAGMENT(tilestream, m) {
   m.def("embedding(Tensor ids, Tensor weight, Tensor(a!) out, *, int n, int format) -> ()");
 }
 TORCH_LIBRARY_IMPL(tilestream, CPU, m) {
-  m.impl("linear", linear);
-  m.impl("linear_quant", linear_quant);
-  m.impl("pack_gguf", pack_gguf);
-  m.impl("pack_weight", pack_weight);
-  m.impl("embedding", embedding);
+  implement(m);
+  m.impl("pack_gguf", pack_gguf);  // a GPU's weights are packed on the host too
+  m.impl("pack_weight", pack_weight);  // a GPU's weights are packed on the host too
 }
+TORCH_LIBRARY_IMPL(tilestream, CUDA, m) { implement(m); }
 
 }  // namespace tilestream::api

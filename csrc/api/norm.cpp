@@ -4,7 +4,8 @@
 #include <torch/library.h>
 
 #include "api/checks.h"
-#include "api/program.h"
+#include "api/launch.h"
+#include "api/one_device.h"
 #include "api/quantised_rows.h"
 
 namespace tilestream::api {
@@ -54,14 +55,14 @@ void set_residual(RmsNormParams& p, const at::Tensor& residual, const at::Tensor
 void rms_norm(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& out, double eps) {
   RmsNormParams p = norm_params(x, weight, eps);
   set_out(p, out, x);
-  Program::launch(cpu::rms_norm, p);
+  launch(x, cpu::rms_norm, cuda::rms_norm, p);
 }
 
 void fused_add_rms_norm(const at::Tensor& x, const at::Tensor& residual, const at::Tensor& weight, double eps) {
   RmsNormParams p = norm_params(x, weight, eps);
   set_out(p, x, x);
   set_residual(p, residual, x);
-  Program::launch(cpu::rms_norm, p);
+  launch(x, cpu::rms_norm, cuda::rms_norm, p);
 }
 
 void fused_add_rms_norm_quant(const at::Tensor& x, const at::Tensor& residual, const at::Tensor& weight, const at::Tensor& q,
@@ -70,7 +71,7 @@ void fused_add_rms_norm_quant(const at::Tensor& x, const at::Tensor& residual, c
   TORCH_CHECK_VALUE(x.dim() == 2, "x has shape ", x.sizes(), "; it needs [num_tokens, hidden]");
   set_residual(p, residual, x);
   p.quantised = check_quantised(q, scale, sum, x.size(0), x.size(1));
-  Program::launch(cpu::rms_norm, p);
+  launch(x, cpu::rms_norm, cuda::rms_norm, p);
 }
 
 // Everything but the output.
@@ -95,14 +96,14 @@ void act_and_mul(const at::Tensor& x, const at::Tensor& out) {
   check_size(out, "out", 1, p.hidden, "half of x");
   p.out = out.mutable_data_ptr();
   p.out_row_stride = out.stride(0);
-  Program::launch(cpu::act_and_mul, p);
+  launch(x, cpu::act_and_mul, cuda::act_and_mul, p);
 }
 
 template <Activation A>
 void act_and_mul_quant(const at::Tensor& x, const at::Tensor& q, const at::Tensor& scale, const at::Tensor& sum) {
   ActAndMulParams p = act_params(x, A);
   p.quantised = check_quantised(q, scale, sum, p.num_tokens, p.hidden);
-  Program::launch(cpu::act_and_mul, p);
+  launch(x, cpu::act_and_mul, cuda::act_and_mul, p);
 }
 
 void quantise(const at::Tensor& x, const at::Tensor& q, const at::Tensor& scale, const at::Tensor& sum) {
@@ -112,7 +113,18 @@ void quantise(const at::Tensor& x, const at::Tensor& q, const at::Tensor& scale,
   p.rows = x.size(0), p.k = x.size(1), p.x_row_stride = x.stride(0);
   p.x_dtype = dtype_of(x);
   p.out = check_quantised(q, scale, sum, p.rows, p.k);
-  Program::launch(cpu::quantise, p);
+  launch(x, cpu::quantise, cuda::quantise, p);
+}
+
+void implement(torch::Library& m) {
+  impl<"rms_norm", rms_norm>(m);
+  impl<"fused_add_rms_norm", fused_add_rms_norm>(m);
+  impl<"fused_add_rms_norm_quant", fused_add_rms_norm_quant>(m);
+  impl<"silu_and_mul", act_and_mul<Activation::kSilu>>(m);
+  impl<"silu_and_mul_quant", act_and_mul_quant<Activation::kSilu>>(m);
+  impl<"gelu_tanh_and_mul", act_and_mul<Activation::kGeluTanh>>(m);
+  impl<"gelu_tanh_and_mul_quant", act_and_mul_quant<Activation::kGeluTanh>>(m);
+  impl<"quantise", quantise>(m);
 }
 
 }  // namespace
@@ -127,15 +139,7 @@ TORCH_LIBRARY_FRAGMENT(tilestream, m) {
   m.def("gelu_tanh_and_mul_quant(Tensor x, Tensor(a!) q, Tensor(b!) scale, Tensor(c!) sum) -> ()");
   m.def("quantise(Tensor x, Tensor(a!) q, Tensor(b!) scale, Tensor(c!) sum) -> ()");
 }
-TORCH_LIBRARY_IMPL(tilestream, CPU, m) {
-  m.impl("rms_norm", rms_norm);
-  m.impl("fused_add_rms_norm", fused_add_rms_norm);
-  m.impl("fused_add_rms_norm_quant", fused_add_rms_norm_quant);
-  m.impl("silu_and_mul", act_and_mul<Activation::kSilu>);
-  m.impl("silu_and_mul_quant", act_and_mul_quant<Activation::kSilu>);
-  m.impl("gelu_tanh_and_mul", act_and_mul<Activation::kGeluTanh>);
-  m.impl("gelu_tanh_and_mul_quant", act_and_mul_quant<Activation::kGeluTanh>);
-  m.impl("quantise", quantise);
-}
+TORCH_LIBRARY_IMPL(tilestream, CPU, m) { implement(m); }
+TORCH_LIBRARY_IMPL(tilestream, CUDA, m) { implement(m); }
 
 }  // namespace tilestream::api

@@ -6,7 +6,8 @@
 #include <cmath>
 
 #include "api/checks.h"
-#include "api/program.h"
+#include "api/launch.h"
+#include "api/one_device.h"
 
 namespace tilestream::api {
 namespace {
@@ -23,7 +24,10 @@ const T* per_row(const at::Tensor& t, const char* name, at::ScalarType type, int
 }
 
 // Every value must satisfy low <= value <= high (NaN fails); open_low excludes low itself.
-void check_values(const float* values, int64_t num, const char* name, float low, float high, bool open_low) {
+void check_values(const at::Tensor& t, const char* name, float low, float high, bool open_low) {
+  if (!t.is_cpu()) return;  // as check_range
+  const float* values = t.const_data_ptr<float>();
+  const int64_t num = t.numel();
   for (int64_t i = 0; i < num; ++i) {
     const bool ok = (open_low ? values[i] > low : values[i] >= low) && values[i] <= high;
     TORCH_CHECK_VALUE(ok, name, "[", i, "] is ", values[i], "; allowed: ", open_low ? "above " : "from ", low, " to ", high);
@@ -39,15 +43,15 @@ void fill_penalties(SampleParams& p, const OptionalTensor& repetition, const Opt
   if (given == 0) return;
   const int64_t b = p.batch_size;
   p.repetition_penalty = per_row<float>(*repetition, "repetition_penalty", at::kFloat, b);
-  check_values(p.repetition_penalty, b, "repetition_penalty", 0, HUGE_VALF, true);
+  check_values(*repetition, "repetition_penalty", 0, HUGE_VALF, true);
   p.presence_penalty = per_row<float>(*presence, "presence_penalty", at::kFloat, b);
   p.frequency_penalty = per_row<float>(*frequency, "frequency_penalty", at::kFloat, b);
   p.history_prompt_len = per_row<int32_t>(*prompt_len, "history_prompt_len", at::kInt, b);
   p.history_indptr = per_row<int32_t>(*indptr, "history_indptr", at::kInt, b + 1);
   check_tensor(*history, "history", {at::kInt}, 1);
   p.history = history->const_data_ptr<int32_t>();
-  check_range(p.history, history->size(0), "history", 0, p.vocab_size);
-  for (int64_t i = 0; i <= b; ++i) {
+  check_range(*history, p.history, history->size(0), "history", 0, p.vocab_size);
+  for (int64_t i = 0; indptr->is_cpu() && i <= b; ++i) {
     const int64_t low = i == 0 ? 0 : p.history_indptr[i - 1];
     TORCH_CHECK_VALUE(p.history_indptr[i] >= low && p.history_indptr[i] <= history->size(0) && (i > 0 || p.history_indptr[0] == 0),
                       "history_indptr[", i, "] is ", p.history_indptr[i], "; it must start at 0, not fall, and end within history of ", history->size(0));
@@ -68,13 +72,13 @@ void sample(const at::Tensor& logits, const at::Tensor& temperature, const at::T
   p.logits = logits.const_data_ptr<float>();
   p.logits_row_stride = logits.stride(0);
   p.temperature = per_row<float>(temperature, "temperature", at::kFloat, b);
-  check_values(p.temperature, b, "temperature", 0, HUGE_VALF, false);
+  check_values(temperature, "temperature", 0, HUGE_VALF, false);
   p.top_k = per_row<int32_t>(top_k, "top_k", at::kInt, b);
-  check_range(p.top_k, b, "top_k", 0, int64_t(1) << 31);
+  check_range(top_k, p.top_k, b, "top_k", 0, int64_t(1) << 31);
   p.top_p = per_row<float>(top_p, "top_p", at::kFloat, b);
-  check_values(p.top_p, b, "top_p", 0, 1, true);
+  check_values(top_p, "top_p", 0, 1, true);
   p.min_p = per_row<float>(min_p, "min_p", at::kFloat, b);
-  check_values(p.min_p, b, "min_p", 0, 1, false);
+  check_values(min_p, "min_p", 0, 1, false);
   p.seeds = per_row<int64_t>(seeds, "seeds", at::kLong, b);
   p.positions = per_row<int64_t>(positions, "positions", at::kLong, b);
   fill_penalties(p, repetition_penalty, presence_penalty, frequency_penalty, history, history_indptr, history_prompt_len);
@@ -94,7 +98,11 @@ void sample(const at::Tensor& logits, const at::Tensor& temperature, const at::T
   p.num_top_logprobs = int32_t(top_ids.size(1));
   p.top_ids = top_ids.mutable_data_ptr<int64_t>();
   p.top_logprobs = top_logprobs.mutable_data_ptr<float>();
-  Program::launch(cpu::sample, p);
+  launch(logits, cpu::sample, cuda::sample, p);
+}
+
+void implement(torch::Library& m) {
+  impl<"sample", sample>(m);
 }
 
 }  // namespace
@@ -105,6 +113,7 @@ TORCH_LIBRARY_FRAGMENT(tilestream, m) {
       "Tensor? repetition_penalty, Tensor? presence_penalty, Tensor? frequency_penalty, Tensor? history, Tensor? history_indptr, "
       "Tensor? history_prompt_len, Tensor(a!) tokens, Tensor(b!)? logprobs, Tensor(c!) top_ids, Tensor(d!) top_logprobs) -> ()");
 }
-TORCH_LIBRARY_IMPL(tilestream, CPU, m) { m.impl("sample", sample); }
+TORCH_LIBRARY_IMPL(tilestream, CPU, m) { implement(m); }
+TORCH_LIBRARY_IMPL(tilestream, CUDA, m) { implement(m); }
 
 }  // namespace tilestream::api

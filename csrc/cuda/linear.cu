@@ -14,13 +14,9 @@
 namespace tilestream::cuda {
 namespace {
 
-size_t quantised_bytes(const LinearParams& p) {
-  return size_t(4 * p.m * (p.k / kGroupK) + 4 * p.m * ceil_div(p.k, kScaleK) + p.m * p.k);
-}
-
-// m rows in one piece of memory.
-QuantisedRows rows_in(void* memory, const LinearParams& p) {
-  auto* q = static_cast<int8_t*>(memory);
+// The m rows in the workspace.
+QuantisedRows workspace_rows(const LinearParams& p) {
+  auto* q = static_cast<int8_t*>(p.workspace) + partial_bytes(p);
   auto* sum = reinterpret_cast<int32_t*>(q + p.m * p.k);
   return {q, reinterpret_cast<float*>(sum + p.m * (p.k / kGroupK)), sum};
 }
@@ -37,11 +33,9 @@ void linear(const LinearParams& p, Stream stream) {
     } else if constexpr (!is_quantised(kFormat)) {
       launch_float<kFormat>(p, stream);
     } else {
-      const bool given = p.x_q.q != nullptr;
-      const StreamMemory memory(given ? 0 : quantised_bytes(p), stream);
       LinearParams with_rows = p;
-      if (!given) {
-        with_rows.x_q = rows_in(memory.data(), p);
+      if (p.x_q.q == nullptr) {
+        with_rows.x_q = workspace_rows(p);
         quantise({p.x, with_rows.x_q, p.m, p.k, p.x_row_stride, p.dtype}, stream);
       }
       launch_int8<kFormat>(with_rows, stream);

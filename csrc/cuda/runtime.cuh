@@ -69,24 +69,6 @@ void launch(void (*kernel)(Parameters...), const LaunchConfig& config, const Arg
   check(cudaLaunchKernelEx(&cuda_config, kernel, Parameters(arguments)...), "kernel launch");
 }
 
-// Device memory for the kernels that one op launches on `stream`; what they leave in it dies with this object.
-class StreamMemory {
- public:
-  StreamMemory(size_t num_bytes, Stream stream) : stream_(stream) {
-    if (num_bytes > 0) check(cudaMallocAsync(&data_, num_bytes, stream), "cudaMallocAsync");
-  }
-  ~StreamMemory() {
-    if (data_ != nullptr) cudaFreeAsync(data_, stream_);
-  }
-  StreamMemory(const StreamMemory&) = delete;
-  StreamMemory& operator=(const StreamMemory&) = delete;
-  void* data() const { return data_; }  // aligned to 256 bytes; null for no bytes
-
- private:
-  void* data_ = nullptr;
-  Stream stream_;
-};
-
 // How many blocks of this launch the device holds at once: the grid of a kernel whose blocks stay and walk their share.
 template <class Kernel>
 unsigned resident_blocks(Kernel kernel, unsigned threads, size_t smem_bytes) {

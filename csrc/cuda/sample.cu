@@ -190,9 +190,8 @@ __device__ __forceinline__ void draw(SharedStorage& s, const SampleParams& p, in
   }
 }
 
-// `workspace`: [batch_size, vocab_size], or null where no row has penalties.
 __global__ void __launch_bounds__(kRowThreads)
-sample_kernel(const __grid_constant__ SampleParams p, float* workspace) {
+sample_kernel(const __grid_constant__ SampleParams p) {
   auto& s = dynamic_smem<SharedStorage>();
   const int64_t b = blockIdx.x;
   const float* x = p.logits + b * p.logits_row_stride;
@@ -202,8 +201,9 @@ sample_kernel(const __grid_constant__ SampleParams p, float* workspace) {
   const double lse = want_logprobs ? log_sum_exp(s, x, p.vocab_size, logit_of(best)) : 0.0;
   write_top_logprobs(s, p, b, x, lse);
   if (has_penalties(p, b)) {
-    penalise(p, b, x, workspace + b * p.vocab_size);
-    x = workspace + b * p.vocab_size;
+    float* const penalised = static_cast<float*>(p.workspace) + b * p.vocab_size;
+    penalise(p, b, x, penalised);
+    x = penalised;
     best = largest_key(s, x, p.vocab_size);
     if (best == 0) return write_invalid(p, b);
   }
@@ -224,11 +224,9 @@ sample_kernel(const __grid_constant__ SampleParams p, float* workspace) {
 }  // namespace
 
 void sample(const SampleParams& p, Stream stream) {
-  const bool penalties = p.repetition_penalty != nullptr;
-  const StreamMemory workspace(penalties ? size_t(p.batch_size * p.vocab_size) * sizeof(float) : 0, stream);
   const unsigned grid = unsigned(p.batch_size);
   const LaunchConfig config{.grid = grid, .block = kRowThreads, .smem_bytes = sizeof(SharedStorage), .stream = stream};
-  launch(sample_kernel, config, p, static_cast<float*>(workspace.data()));
+  launch(sample_kernel, config, p);
 }
 
 }  // namespace tilestream::cuda

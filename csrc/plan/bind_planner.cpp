@@ -43,9 +43,18 @@ class PyPlanner {
   explicit PyPlanner(const PlanConfig& config) : planner_(config) {}
 
   py::array_t<int32_t> plan(const py::object& cu_seqlens_q, const py::object& kv_lens, const Groups& groups) {
-    const Int32Array cu_seqlens = int32_array(cu_seqlens_q, "cu_seqlens_q");
-    const Int32Array lens = int32_array(kv_lens, "kv_lens");
-    check_shapes(cu_seqlens, lens);
+    const auto [num_int32, num_rows] = measure(cu_seqlens_q, kv_lens, groups);
+    // A larger plan gets a new buffer; views of the old one keep that alive.
+    if (buffer_.size() < num_int32) buffer_ = py::array_t<int32_t>(num_int32 + num_int32 / 2);
+    const int64_t total_int32 = planner_.write(buffer_.mutable_data());
+    return py::array_t<int32_t>({py::ssize_t(total_int32)}, {py::ssize_t(sizeof(int32_t))}, buffer_.data(), buffer_);
+  }
+
+  // At most how many int32 the plan takes, and how many partial rows it has.
+  std::pair<int64_t, int64_t> measure(const py::object& cu_seqlens_q, const py::object& kv_lens, const Groups& groups) {
+    cu_seqlens_ = int32_array(cu_seqlens_q, "cu_seqlens_q");
+    lens_ = int32_array(kv_lens, "kv_lens");
+    check_shapes(cu_seqlens_, lens_);
     group_indptr_.assign(1, 0);
     group_requests_.clear();
     group_prefix_tokens_.clear();
@@ -55,20 +64,17 @@ class PyPlanner {
       group_indptr_.push_back(int32_t(group_requests_.size()));
     }
     PlanInput input{};
-    input.batch_size = int32_t(cu_seqlens.size()) - 1;
-    input.cu_seqlens_q = cu_seqlens.data();
-    input.kv_lens = lens.data();
-    input.lists_per_head = lens.ndim() == 2;
+    input.batch_size = int32_t(cu_seqlens_.size()) - 1;
+    input.cu_seqlens_q = cu_seqlens_.data();
+    input.kv_lens = lens_.data();
+    input.lists_per_head = lens_.ndim() == 2;
     input.num_groups = int32_t(groups.size());
     input.group_indptr = group_indptr_.data();
     input.group_requests = group_requests_.data();
     input.group_prefix_tokens = group_prefix_tokens_.data();
 
     const int64_t num_int32 = planner_.prepare(input);
-    // A larger plan gets a new buffer; views of the old one keep that alive.
-    if (buffer_.size() < num_int32) buffer_ = py::array_t<int32_t>(num_int32 + num_int32 / 2);
-    const int64_t total_int32 = planner_.write(buffer_.mutable_data());
-    return py::array_t<int32_t>({py::ssize_t(total_int32)}, {py::ssize_t(sizeof(int32_t))}, buffer_.data(), buffer_);
+    return {num_int32, planner_.max_partial_rows()};
   }
 
  private:
@@ -88,6 +94,7 @@ class PyPlanner {
 
   Planner planner_;
   py::array_t<int32_t> buffer_;
+  Int32Array cu_seqlens_, lens_;  // of the step measured last: write() reads them
   std::vector<int32_t> group_indptr_, group_requests_, group_prefix_tokens_;
 };
 
@@ -120,6 +127,8 @@ void bind_planner(py::module_& m) {
            py::arg("num_workers"), py::arg("tile_rows"), py::arg("tile_keys"), py::arg("split_tokens"),
            py::arg("window_left"), py::arg("causal"), py::arg("batch_invariant"), py::arg("cost_tile"),
            py::arg("cost_row"))
+      .def("measure", &PyPlanner::measure, "At most how many int32 the plan of a step takes, and how many partial rows it has.",
+           py::arg("cu_seqlens_q"), py::arg("kv_lens"), py::arg("groups") = Groups{})
       .def("plan", &PyPlanner::plan, kPlanDoc, py::arg("cu_seqlens_q"), py::arg("kv_lens"),
            py::arg("groups") = Groups{});
 }

@@ -8,6 +8,8 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from tilestream._native import _C
 from tilestream.engine.async_engine import AsyncEngine
 from tilestream.engine.config import EngineConfig
@@ -16,11 +18,13 @@ from tilestream.engine.request import FinishReason, RequestDelta, TokenLogprobs
 from tilestream.engine.runner import ModelRunner
 from tilestream.models import load_model
 from tilestream.ops.kv_cache import KV_DTYPES
+from tilestream.placement import Placement
 from tilestream.sampling_params import SamplingParams
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 # Without a --kv-cache-tokens: this share of the memory that is free, and no more than this many full contexts.
 _KV_MEMORY_SHARE = 0.25
+_KV_GPU_MEMORY_SHARE = 0.9  # of what the weights leave; the rest is for activations and captured graphs
 _KV_MAX_CONTEXTS = 16
 
 Prompt = str | Sequence[int]
@@ -59,10 +63,12 @@ class LLM:
 
     Args:
         model: "smollm2-135m-instruct", a GGUF file, a Hugging Face directory, or a hub id.
+        device: "cpu", "cuda" or "cuda:<index>".
         dtype: "auto" (a GGUF's own quantised weights; bfloat16 for others), "float32" or "bfloat16".
         kv_dtype: "auto" (float32 with dtype="float32", else bfloat16), float32, float16, bfloat16, int8 or int4.
         page_size: tokens per KV page: 16, 32 or 64.
-        kv_cache_tokens: tokens the KV cache holds; None: a quarter of the free memory, at most 16 full contexts.
+        kv_cache_tokens: tokens the KV cache holds; None: a quarter of the free memory (of a GPU nine tenths of what its
+            weights leave), at most 16 full contexts.
         max_model_len: most tokens of one request; None: the model's context length, or the cache if smaller.
         max_num_seqs, token_budget, max_queued_requests, enable_prefix_caching, batch_invariant, seed: see EngineConfig.
         num_threads: CPU threads; None: TILESTREAM_NUM_THREADS, or one for every core this process may use.
@@ -76,6 +82,7 @@ class LLM:
         self,
         model: str | os.PathLike = DEFAULT_MODEL,
         *,
+        device: str = "cpu",
         dtype: str = "auto",
         kv_dtype: str = "auto",
         page_size: int = 32,
@@ -96,10 +103,11 @@ class LLM:
             kv_dtype = "float32" if dtype == "float32" else "bfloat16"
         if kv_dtype not in KV_DTYPES:
             raise ValueError(f"kv_dtype is {kv_dtype!r}; supported: auto, {', '.join(KV_DTYPES)}")
-        loaded = load_model(os.fspath(model), dtype=dtype, progress=progress)
+        placement = Placement.of(device)
+        loaded = load_model(os.fspath(model), dtype=dtype, progress=progress, placement=placement)
         m = loaded.model.config
         if kv_cache_tokens is None:
-            kv_cache_tokens = _default_kv_cache_tokens(m, kv_dtype, page_size)
+            kv_cache_tokens = _default_kv_cache_tokens(m, kv_dtype, page_size, placement.device)
         capacity = kv_cache_tokens // max(1, page_size) * page_size
         self.name = loaded.name
         self.tokenizer = loaded.tokenizer
@@ -239,10 +247,13 @@ def _output(prompt: Prompt, token_ids: list[int], deltas: list[RequestDelta]) ->
     )
 
 
-def _default_kv_cache_tokens(config, kv_dtype: str, page_size: int) -> int:
+def _default_kv_cache_tokens(config, kv_dtype: str, page_size: int, device: torch.device) -> int:
     element_bytes = 0.5 if kv_dtype == "int4" else KV_DTYPES[kv_dtype].itemsize
     scale_bytes = 4 if kv_dtype in ("int8", "int4") else 0
     token_bytes = config.num_layers * config.num_kv_heads * 2 * (config.head_dim * element_bytes + scale_bytes)
-    free_bytes = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    tokens = min(int(free_bytes * _KV_MEMORY_SHARE / token_bytes), _KV_MAX_CONTEXTS * config.max_position)
+    if device.type == "cpu":
+        room_bytes = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * _KV_MEMORY_SHARE
+    else:
+        room_bytes = torch.cuda.mem_get_info(device)[0] * _KV_GPU_MEMORY_SHARE
+    tokens = min(int(room_bytes / token_bytes), _KV_MAX_CONTEXTS * config.max_position)
     return max(tokens, page_size)

@@ -95,5 +95,9 @@ class SamplingParams:
         object.__setattr__(self, "top_k", max(self.top_k, 0))
 
     @property
+    def has_penalties(self) -> bool:
+        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1.0, 0.0, 0.0)
+
+    @property
     def is_greedy(self) -> bool:
         return self.temperature == 0

@@ -57,17 +57,22 @@ class FakeRunner:
         script: request id -> the tokens to draw instead, in order of output position; -1 for NaN logits.
     """
 
-    def __init__(self, config: EngineConfig, script: dict[str, list[int]] | None = None) -> None:
+    def __init__(
+        self, config: EngineConfig, script: dict[str, list[int]] | None = None, *, overlaps: bool = False
+    ) -> None:
+        self.overlaps = overlaps
+        self.drawn: list[int] = []  # by the step launched last
         self.vocab_size = ByteTokenizer.vocab_size
         self.config = config
         self.script = script or {}
         self.kv: dict[tuple[int, int], int] = {}
         self.engine: Engine | None = None
-        self.fail_with: Exception | None = None  # raised once
+        self.fail_with: Exception | None = None  # raised once, by launch()
+        self.fail_collect_with: Exception | None = None  # raised once, by collect()
         self.on_run: Callable[[StepPlan], None] = lambda plan: None
         self.plans: list[StepPlan] = []
 
-    def run(self, plan: StepPlan) -> SampledTokens:
+    def launch(self, plan: StepPlan) -> SampledTokens:
         self.plans.append(plan)
         self._check(plan)
         self.on_run(plan)
@@ -80,14 +85,23 @@ class FakeRunner:
         for item, state in zip(plan.scheduled, states, strict=True):
             request = item.request
             for position in range(item.start, item.start + item.num_new_tokens):
-                state = mix(state, request.token_ids[position])
+                token_id = request.token_ids[position]
+                state = mix(state, token_id if token_id >= 0 else self.drawn[-1 - token_id])
                 self._write(request.pages, position, state)
             if item.samples:
                 script = self.script.get(request.request_id)
                 drawn = draw(state, request.params, request.seed, request.num_tokens)
-                token_ids.append(drawn if script is None else script[request.num_output_tokens])
+                num_output_tokens = request.num_output_tokens + request.num_pending_tokens
+                token_ids.append(script[num_output_tokens] if script and num_output_tokens < len(script) else drawn)
+        self.drawn = token_ids
         top = [[token, 0] for token in token_ids]
         return SampledTokens(token_ids, [-0.5] * len(token_ids), top, [[-0.5, -1.5] for _ in token_ids])
+
+    def collect(self, launched: SampledTokens) -> SampledTokens:
+        if self.fail_collect_with is not None:
+            error, self.fail_collect_with = self.fail_collect_with, None
+            raise error
+        return launched
 
     def _read(self, pages: list[int], position: int) -> int:
         page_size = self.config.page_size
@@ -110,7 +124,9 @@ class FakeRunner:
         # Stall-free: whoever runs and is one token behind is in the step.
         scheduled = {item.request.request_id for item in plan.scheduled}
         for request in self.engine.scheduler.running:
-            assert request.num_uncomputed_tokens > 1 or request.request_id in scheduled, "a decode waits"
+            at_its_end = request.num_tokens >= request.max_num_tokens
+            waits = request.num_uncomputed_tokens == 1 and request.request_id not in scheduled
+            assert not waits or at_its_end, "a decode waits"
 
 
 def make_config(**changes: object) -> EngineConfig:
@@ -118,9 +134,11 @@ def make_config(**changes: object) -> EngineConfig:
     return EngineConfig(**{**defaults, **changes})
 
 
-def make_engine(script: dict[str, list[int]] | None = None, **changes: object) -> Engine:
+def make_engine(
+    script: dict[str, list[int]] | None = None, *, overlaps: bool = False, **changes: object
+) -> Engine:
     config = make_config(**changes)
-    runner = FakeRunner(config, script)
+    runner = FakeRunner(config, script, overlaps=overlaps)
     runner.engine = Engine(runner, ByteTokenizer(), config)
     return runner.engine
 

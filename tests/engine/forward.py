@@ -31,6 +31,7 @@ def all_logits(llm: LLM, tokens: list[int], *, chunk: int = 96, kv_dtype: str = 
             block_table=table[None],
             plans={w: planner.plan(cu, kv) for w, planner in planners.items()},
             logits_rows=torch.arange(end - start),
+            max_position=end - 1,
         )
         logits.append(model.forward(step, caches).clone())
     return torch.cat(logits)

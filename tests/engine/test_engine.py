@@ -170,14 +170,14 @@ def test_a_failing_step_ends_its_requests_only() -> None:
 
 def test_a_runner_that_gives_the_wrong_number_of_tokens_fails_its_step() -> None:
     engine = two_running()
-    run = engine.runner.run
+    collect = engine.runner.collect
 
-    def short(plan):
-        sampled = run(plan)
+    def short(launched):
+        sampled = collect(launched)
         sampled.token_ids.pop()
         return sampled
 
-    engine.runner.run = short
+    engine.runner.collect = short
     assert {d.error for d in engine.step()} == {
         "the step failed: RuntimeError: the runner gave 1 tokens for 2 sampling rows"
     }
@@ -237,3 +237,44 @@ def test_metrics() -> None:
     assert (now.prompt_tokens, now.generation_tokens) == (16, 17)
     assert now.step_tokens == 16 + 17 - 3  # the last token of each request is never computed
     assert 0 < now.runner_time_s < now.step_time_s
+
+
+def calls_of(engine: Engine) -> list[str]:
+    """Which of the runner's two calls are made, in order, from now on."""
+    calls: list[str] = []
+    for name in ("launch", "collect"):
+        method = getattr(engine.runner, name)
+        setattr(engine.runner, name, lambda arg, name=name, method=method: (calls.append(name), method(arg))[1])
+    return calls
+
+
+def test_with_a_runner_that_overlaps_a_step_is_launched_before_the_last_is_waited_for() -> None:
+    engine = make_engine(overlaps=True)
+    engine.add_request("a", HELLO, SamplingParams(temperature=0, max_tokens=3))
+    calls = calls_of(engine)
+    steps = [engine.step() for _ in range(4)]
+    assert calls == ["launch", "launch", "collect", "launch", "collect", "collect"]
+    assert [len(deltas) for deltas in steps] == [0, 1, 1, 1] and not engine.has_work()
+    assert [token for deltas in steps for token in tokens_of(deltas)] == expected_output(HELLO, GREEDY, 0, 3)
+
+
+def test_penalties_wait_for_the_tokens_that_they_look_at() -> None:
+    engine = make_engine(overlaps=True)
+    engine.add_request("a", HELLO, SamplingParams(temperature=0, max_tokens=3, presence_penalty=1.0))
+    calls = calls_of(engine)
+    run_all(engine)
+    assert calls == ["launch", "collect"] * 3
+
+
+def test_a_request_that_ends_or_leaves_while_the_next_step_runs() -> None:
+    engine = make_engine({"a": [*b"xyz"]}, overlaps=True)
+    for name in "ab":
+        engine.add_request(name, HELLO, SamplingParams(temperature=0, max_tokens=9, stop="y" if name == "a" else ()))
+    for _ in range(2):
+        engine.step()
+    (stopped, _) = engine.step()  # a's "y" was drawn by a step after which the next has been launched already
+    assert (stopped.request_id, stopped.text, stopped.finish_reason) == ("a", "", "stop")
+    assert engine.abort("b").num_output_tokens == 2
+    assert engine.step() == [] and not engine.has_work()
+    engine.scheduler.check_invariants()
+    assert engine.scheduler.pool.num_owned_pages == 0

@@ -19,7 +19,7 @@ def make_request(name: str, tokens: int | list[int]) -> Request:
     """`tokens`: the prompt, or its length (then it shares nothing with other requests)."""
     prompt = [hash((name, i)) % 256 for i in range(tokens)] if isinstance(tokens, int) else tokens
     tokenizer = ByteTokenizer()
-    return Request(name, list(prompt), len(prompt), GREEDY, 0, Detokenizer(tokenizer), 0.0)
+    return Request(name, list(prompt), len(prompt), GREEDY, 0, Detokenizer(tokenizer), 0.0, 10_000)
 
 
 def make_scheduler(*requests: Request, **config: object) -> Scheduler:
@@ -37,10 +37,12 @@ def step(scheduler: Scheduler) -> dict[str, int]:
 
 
 def finish_step(scheduler: Scheduler, plan: StepPlan) -> None:
+    scheduler.launched(plan)
     scheduler.complete(plan)
     for item in plan.scheduled:
         if item.samples:
-            item.request.token_ids.append(0)
+            item.request.token_ids[-1] = 0
+            item.request.num_pending_tokens = 0
     scheduler.check_invariants()
 
 

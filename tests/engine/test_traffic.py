@@ -23,6 +23,7 @@ CONFIGS = st.fixed_dictionaries(
         "max_model_len": st.sampled_from((40, 200)),
         "enable_prefix_caching": st.booleans(),
         "batch_invariant": st.booleans(),
+        "overlaps": st.booleans(),
     }
 )
 # Prompt family, shared tokens, own tokens, max_tokens, greedy.
@@ -80,7 +81,8 @@ class Traffic:
     def harm(self, how: str, which: int) -> None:
         unfinished = sorted(self.engine._requests)
         if unfinished and how == "fail":
-            self.engine.runner.fail_with = RuntimeError("injected")
+            fails = "fail_with" if which % 2 == 0 else "fail_collect_with"
+            setattr(self.engine.runner, fails, RuntimeError("injected"))
             self.step()
         elif unfinished:
             self.take([self.engine.abort(unfinished[which % len(unfinished)])])
@@ -118,8 +120,9 @@ def test_any_traffic(config: dict, events: list) -> None:
     traffic.finish()
 
 
+@pytest.mark.parametrize("overlaps", [False, True])
 @pytest.mark.parametrize("seed", range(12))
-def test_crowded_traffic(seed: int) -> None:
+def test_crowded_traffic(seed: int, overlaps: bool) -> None:
     """Long outputs in a small cache: requests are preempted all the time, while some leave and some steps fail."""
     rng = random.Random(seed)
     traffic = Traffic({
@@ -128,6 +131,7 @@ def test_crowded_traffic(seed: int) -> None:
         "token_budget": rng.choice((8, 40, 64)),
         "max_num_seqs": 8,
         "enable_prefix_caching": seed % 2 == 0,
+        "overlaps": overlaps,
     })  # fmt: skip
     for _ in range(500):
         if rng.random() < 0.15:
@@ -169,6 +173,8 @@ def test_configurations_change_no_answer() -> None:
         crowded, num_preemptions, _ = answers(kv_cache_tokens=320, token_budget=64, enable_prefix_caching=caching)
         assert crowded == expected and num_preemptions > 0
     assert answers(max_num_seqs=1)[0] == expected
+    for config in ({}, {"kv_cache_tokens": 320, "token_budget": 64}):
+        assert answers(overlaps=True, **config)[0] == expected
 
 
 @pytest.mark.parametrize("prompt_tokens", [300, 500])

@@ -53,5 +53,6 @@ class PagedRunner:
             block_table=self.block_table[list(chunks)],
             plans={window: planner.plan(cu, lens) for window, planner in self.planners.items()},
             logits_rows=torch.arange(len(token_ids)),
+            max_position=max(positions),
         )
         return self.model.forward(step, self.caches).clone()

@@ -176,7 +176,7 @@ def test_opcheck(backend: testing.Backend) -> None:
         c = t.kv.cache
         torch.library.opcheck(
             torch.ops.tilestream.attention.default,
-            (t.q, c.k_cache.nan_to_num(), c.v_cache.nan_to_num(), c.kv_scales, t.kv.block_table, plan.plan,
+            (t.q, c.k_cache.nan_to_num(), c.v_cache.nan_to_num(), c.kv_scales, t.kv.block_table, plan.plan, plan.host_plan,
              torch.zeros_like(plan.workspace), torch.zeros(4, 4, 64), torch.zeros(4, 4), t.alibi_slopes, t.sinks),
             {"sm_scale": 0.125, "logits_soft_cap": 0.0, "blocked": c.blocked, "int4": c.int4},
         )
@@ -225,8 +225,8 @@ BAD_CACHE = {
     "block_table dtype": ({"block_table": torch.zeros(2, 4).long()}, TypeError, "block_table has dtype Long; supported: Int"),
     "block_table rows": ({"block_table": torch.zeros(1, 4).int()}, ValueError, r"block_table has shape \[1, 4\]; the plan needs 2 rows"),
     "block_table columns": ({"block_table": torch.zeros(2, 1).int()}, ValueError, r"longest list has 20 tokens, that is 2 pages"),
-    "plan": ({"plan": torch.zeros(100).int()}, ValueError, "plan does not hold a plan"),
-    "short plan": ({"plan": torch.zeros(3).int()}, ValueError, "plan has 3 elements"),
+    "plan": ({"plan": torch.zeros(100).int()}, ValueError, "host_plan does not hold a plan"),
+    "short plan": ({"plan": torch.zeros(3).int()}, ValueError, "host_plan has 3 elements"),
     "out": ({"out": torch.zeros(3, 4, 32)}, ValueError, r"out has shape \[3, 4, 32\]; dimension 2 must be 64"),
     "lse": ({"lse": torch.zeros(3, 5)}, ValueError, r"lse has shape \[3, 5\]; dimension 1 must be 4"),
     "soft cap": ({"logits_soft_cap": -1.0}, ValueError, "logits_soft_cap is -1; allowed: 0"),
@@ -247,7 +247,7 @@ def test_bad_cache_plan_or_output(name: str) -> None:
     case = Case(q_lens=(1, 2), kv_lens=(20, 5), layout="hnd")
     t = make_tensors(case)
     plan = make_plan(case, t)
-    plan = ops.AttentionPlan(change.get("plan", plan.plan), plan.workspace)
+    plan = ops.AttentionPlan(plan.plan, change.get("plan", plan.plan), plan.workspace)
     options = {key: value for key, value in change.items() if key in ("out", "lse", "logits_soft_cap")}
     with pytest.raises(error, match=message):
         ops.attention(t.q, change.get("cache", t.kv.cache), change.get("block_table", t.kv.block_table), plan, **options)
@@ -256,7 +256,7 @@ def test_bad_cache_plan_or_output(name: str) -> None:
 def test_small_workspace() -> None:
     case = Case(q_lens=(1,), kv_lens=(500,), num_workers=4)
     t = make_tensors(case)
-    plan = ops.AttentionPlan(make_plan(case, t).plan, torch.empty(1))
+    plan = dataclasses.replace(make_plan(case, t), workspace=torch.empty(1))
     with pytest.raises(ValueError, match="workspace has 1 floats; this plan needs"):
         ops.attention(t.q, t.kv.cache, t.kv.block_table, plan)
 

@@ -154,3 +154,15 @@ def test_planner_rejects(backend: testing.Backend) -> None:
     sloped = Case(q_lens=(1, 1), kv_lens=(70, 70), prefix_groups=((64, (0, 1)),), alibi=True)
     with pytest.raises(ValueError, match="alibi_slopes need query positions"):
         run(sloped, make_tensors(sloped))
+
+
+def test_reserved_buffers_stay_and_refuse_what_does_not_fit() -> None:
+    planner = ops.AttentionPlanner(4, 2, 64, num_workers=4)
+    lens = {size: (torch.arange(size + 1, dtype=torch.int32), torch.full((size,), 300, dtype=torch.int32)) for size in (2, 8)}
+    assert not planner.plan(*lens[2]).fixed
+    planner.reserve(*lens[2])
+    first, second = planner.plan(*lens[2]), planner.plan(*lens[2])
+    assert first.fixed and first.workspace.data_ptr() == second.workspace.data_ptr()
+    with pytest.raises(ValueError, match=r"takes \d+ int32 and \d+ floats of workspace; reserve\(\) made room for"):
+        planner.plan(*lens[8])
+    planner.plan(*lens[2])  # the refusal has changed nothing

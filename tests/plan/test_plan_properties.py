@@ -9,7 +9,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from tilestream import _C
-from tilestream.reference.plan import check_coverage
+from tilestream.reference.plan import check_coverage, decode_plan
 
 from .plan_steps import Step, parts_by_row, steps
 
@@ -86,3 +86,12 @@ def test_invariant_parts_do_not_depend_on_the_chunking(step: Step, data: st.Data
     head = parts_by_row(Step(step.config, [cut], kv_len - (q_len - cut)).plan())
     tail = parts_by_row(Step(step.config, [q_len - cut], kv_len).plan())
     assert whole == head | {(token + cut, kv_head): parts for (token, kv_head), parts in tail.items()}
+
+
+@given(steps())
+def test_measured_bounds_hold(step: Step) -> None:
+    planner = _C.Planner(**step.config)
+    num_int32, num_rows = planner.measure(step.cu_seqlens_q, step.kv_lens, step.groups)
+    buffer = planner.plan(step.cu_seqlens_q, step.kv_lens, step.groups)
+    assert len(buffer) <= num_int32
+    assert decode_plan(buffer).num_partial_rows <= num_rows

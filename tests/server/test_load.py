@@ -28,6 +28,6 @@ def test_a_load_is_answered(requests_per_s: float | None) -> None:
 
 def test_an_answer_that_fails_ends_the_load() -> None:
     engine = make_engine()
-    engine.runner.run = lambda plan: 1 / 0
+    engine.runner.launch = lambda plan: 1 / 0
     with pytest.raises(RuntimeError, match="0: the step failed: ZeroDivisionError"):
         run_load(engine, [[1, 2, 3]], 5)

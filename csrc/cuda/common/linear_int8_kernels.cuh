@@ -11,7 +11,7 @@
 // Above: int8_tile_kernel. A block has 4 panels and a tile of 16 to 128 rows; its warps share each span's
 // weights and rows in one ring, so that rows are read from L2 once for 128 columns: with one panel a block,
 // M = 64 would read 3.6 times as many bytes of rows as of 4-bit weights. Where that leaves few blocks (N =
-// 4,096: 32), each slice gets a block of its own and sum_slices adds what they leave in memory. Bound by the
+// 4,096: 32), each slice gets a block of its own and sum_slices_kernel adds what they leave. Bound by the
 // weights up to 32 rows on an H200 (an estimate: 25 instructions for each 8 rows, 32 columns and 32 k, and
 // 4 a cycle), by instructions above: most are the float32 arithmetic that the groups' scales ask for.
 #pragma once
@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(kBlockThreads, 2) int8_flat_kernel(const __gri
   store_tile<8>(p, smem.sums);
 }
 
-constexpr int kTilePanels = 4;
+constexpr int kTilePanels = kTileColumns / kPanelColumns;
 
 // A warp makes 8 kTiles rows of one panel; kRowGroups such rows of warps.
 template <PackedFormat F, int kTiles, int kRowGroups>
@@ -85,11 +85,11 @@ struct TileStorage {
   Stage ring[kStages];
 };
 
-// Blocks: (tiles of rows, tiles of 4 panels, 1 or kSlices). Rows first: blocks that run at the same time then
-// share weights in L2.
+// Blocks: (tiles of rows, tiles of 4 panels, 1 or kSlices slices of K). Rows first: blocks that run at the
+// same time then share weights in L2.
 template <PackedFormat F, int kTiles, int kRowGroups>
 __global__ void __launch_bounds__(TileStorage<F, kTiles, kRowGroups>::kThreads, 1)
-    int8_tile_kernel(const __grid_constant__ LinearParams p, const __grid_constant__ PartialSums partial) {
+    int8_tile_kernel(const __grid_constant__ LinearParams p) {
   using Storage = TileStorage<F, kTiles, kRowGroups>;
   constexpr int kStages = Storage::kStages;
   auto& ring = dynamic_smem<Storage>().ring;
@@ -124,24 +124,14 @@ __global__ void __launch_bounds__(TileStorage<F, kTiles, kRowGroups>::kThreads, 
   ptx::cp_async_wait_all();
   const int64_t panel = first_panel + warp % kTilePanels;
   if (panel * kPanelColumns >= p.n) return;
-  store_fragments<kTiles>(p, partial, blockIdx.z, first_row + row_in_tile, panel, sum);
+  store_fragments<kTiles>(p, first_row + row_in_tile, panel, sum);
 }
-
-// Below this many tiles, an H200 (132 SMs) would leave half of its SMs idle.
-constexpr int64_t kFewTiles = 66;
 
 template <PackedFormat F, int kTiles, int kRowGroups>
 void launch_int8_tiles(const LinearParams& p, Stream stream) {
   using Storage = TileStorage<F, kTiles, kRowGroups>;
-  const int64_t tiles_m = ceil_div(p.m, Storage::kRows), tiles_n = ceil_div(p.n, kTilePanels * kPanelColumns);
-  const int num_slices = tiles_m * tiles_n < kFewTiles ? kSlices : 1;
-  const int64_t padded_n = padded_columns(p.n);
-  const StreamMemory memory(num_slices > 1 ? sizeof(float) * num_slices * p.m * padded_n : 0, stream);
-  const PartialSums partial{static_cast<float*>(memory.data()), padded_n};
-  const LaunchConfig config{.grid = dim3(unsigned(tiles_m), unsigned(tiles_n), unsigned(num_slices)),
-                            .block = Storage::kThreads, .smem_bytes = sizeof(Storage), .stream = stream};
-  launch(int8_tile_kernel<F, kTiles, kRowGroups>, config, p, partial);
-  if (num_slices > 1) sum_slices(p, partial, num_slices, stream);
+  constexpr auto kKernel = int8_tile_kernel<F, kTiles, kRowGroups>;
+  launch_tiles(kKernel, Storage::kRows, Storage::kThreads, sizeof(Storage), p, stream);
 }
 
 // Instantiations: 4 formats x tiles of 8, 16, 32, 64 and, for all but kU8G32, 128 rows.

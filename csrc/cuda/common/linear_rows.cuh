@@ -7,12 +7,11 @@
 // rows the weights are read again for each 64, from L2: other libraries are faster there.
 //
 // K is divided among as many blocks as make two for each of an H200's 132 SMs, at most 8, each with at least
-// 512 k; that depends on N and K alone, so a row's bits do not depend on M. sum_slices adds what they leave.
+// 512 k (num_slices); that depends on N and K alone, so a row's bits do not depend on M. sum_slices_kernel
+// adds what they leave.
 // Bound by reading the weights: two blocks keep 2 x 48 KB under way, where 4.8 TB/s with a latency of 1 us
 // under load (an estimate) ask for 36 KB. At 64 rows they also read half as many bytes of rows, from L2.
 #pragma once
-
-#include <algorithm>
 
 #include "cuda/common/linear_tile.cuh"
 #include "cuda/ptx/cp_async.cuh"
@@ -21,14 +20,13 @@
 
 namespace tilestream::cuda {
 
-constexpr int kRowsWarps = 4, kRowsThreads = kRowsWarps * kWarpSize;
-constexpr int kRowsColumns = kRowsWarps * kPanelColumns;
+constexpr int kRowsWarps = kTileColumns / kPanelColumns, kRowsThreads = kRowsWarps * kWarpSize;
 constexpr int kStepK = 64, kStepChunks = kStepK / 8;  // a chunk is 16 bytes
 
 template <int kTiles>
 struct RowsStorage {
   struct Stage {
-    uint4 weight[kRowsColumns][kStepChunks];
+    uint4 weight[kTileColumns][kStepChunks];
     uint4 x[8 * kTiles][kStepChunks];
   };
   static constexpr int kStages = 4;  // 96 KB with 64 rows: what sm_86 has
@@ -48,7 +46,7 @@ __device__ __forceinline__ void fetch_step(const LinearParams& p, Stage& stage, 
   const int64_t at = k + 8 * chunk;
   constexpr int kAtOnce = kRowsThreads / kStepChunks, kXRows = sizeof(stage.x) / sizeof(stage.x[0]);
 #pragma unroll
-  for (int i = first; i < kRowsColumns; i += kAtOnce) {
+  for (int i = first; i < kTileColumns; i += kAtOnce) {
     const bool inside = i < columns && at < p.k;
     const T* const from = inside ? weight + i * p.k + at : weight;
     ptx::cp_async<16>(&stage.weight[i][weight_chunk(i, chunk)], from, inside ? 16 : 0);
@@ -96,13 +94,12 @@ __device__ __forceinline__ void multiply_step(const typename RowsStorage<kTiles>
 
 // Blocks: (tiles of rows, tiles of 128 columns, slices of K).
 template <class T, int kTiles>
-__global__ void __launch_bounds__(kRowsThreads)
-    rows_kernel(const __grid_constant__ LinearParams p, const __grid_constant__ PartialSums partial) {
+__global__ void __launch_bounds__(kRowsThreads) rows_kernel(const __grid_constant__ LinearParams p) {
   using Storage = RowsStorage<kTiles>;
   constexpr int kStages = Storage::kStages;
   auto& ring = dynamic_smem<Storage>().ring;
   const int64_t first_row = int64_t(blockIdx.x) * 8 * kTiles;
-  const int64_t first_column = int64_t(blockIdx.y) * kRowsColumns;
+  const int64_t first_column = int64_t(blockIdx.y) * kTileColumns;
   const T* const weight = static_cast<const T*>(p.weight) + first_column * p.k;
   const T* const x = static_cast<const T*>(p.x) + first_row * p.x_row_stride;
   const int num_steps = int(ceil_div(p.k, kStepK)), num_slices = gridDim.z, slice = blockIdx.z;
@@ -125,26 +122,12 @@ __global__ void __launch_bounds__(kRowsThreads)
   }
   ptx::cp_async_wait_all();
   const int64_t panel = blockIdx.y * kRowsWarps + threadIdx.x / kWarpSize;
-  if (panel * kPanelColumns < p.n) store_fragments<kTiles>(p, partial, slice, first_row, panel, total);
-}
-
-inline int rows_slices(int64_t n, int64_t k) {
-  constexpr int64_t kBlocks = 2 * 132, kMostSlices = 8, kLeastK = 512;
-  const int64_t by_blocks = kBlocks / ceil_div(n, kRowsColumns), by_k = ceil_div(k, kLeastK);
-  return int(std::max<int64_t>(1, std::min({by_blocks, by_k, kMostSlices})));
+  if (panel * kPanelColumns < p.n) store_fragments<kTiles>(p, first_row, panel, total);
 }
 
 template <class T, int kTiles>
 void launch_row_tiles(const LinearParams& p, Stream stream) {
-  const int num_slices = rows_slices(p.n, p.k);
-  const int64_t padded_n = padded_columns(p.n);
-  const StreamMemory memory(num_slices > 1 ? sizeof(float) * num_slices * p.m * padded_n : 0, stream);
-  const PartialSums partial{static_cast<float*>(memory.data()), padded_n};
-  const unsigned tiles_m = unsigned(ceil_div(p.m, 8 * kTiles)), tiles_n = unsigned(ceil_div(p.n, kRowsColumns));
-  const LaunchConfig config{.grid = dim3(tiles_m, tiles_n, unsigned(num_slices)), .block = kRowsThreads,
-                            .smem_bytes = sizeof(RowsStorage<kTiles>), .stream = stream};
-  launch(rows_kernel<T, kTiles>, config, p, partial);
-  if (num_slices > 1) sum_slices(p, partial, num_slices, stream);
+  launch_tiles(rows_kernel<T, kTiles>, 8 * kTiles, kRowsThreads, sizeof(RowsStorage<kTiles>), p, stream);
 }
 
 // Instantiations: 2 element types x tiles of 8, 16, 32 and 64 rows.

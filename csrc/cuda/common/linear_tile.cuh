@@ -14,7 +14,6 @@
 
 namespace tilestream::cuda {
 
-constexpr int kSlices = 8;
 constexpr int kBlockThreads = kSlices * kWarpSize;  // of the kernels that give a warp to each slice
 
 // Slice s of num_spans spans is [first_span(s), first_span(s + 1)).
@@ -78,18 +77,15 @@ __device__ __forceinline__ void store_tile(const LinearParams& p, const SliceSum
   }
 }
 
-// What blocks of one slice leave to sum_slices: [slices][m][padded_n].
-struct PartialSums {
-  float* at;  // null: blocks take every slice and write y themselves
-  int64_t padded_n;
-};
+// Where a block of `slice` leaves its sum of columns n on of a row, for sum_slices_kernel.
+__device__ __forceinline__ float* partial_sum(const LinearParams& p, int slice, int64_t row, int64_t n) {
+  return static_cast<float*>(p.workspace) + (slice * p.m + row) * round_up(p.n, kPanelColumns) + n;
+}
 
-inline int64_t padded_columns(int64_t n) { return round_up(n, int64_t(kPanelColumns)); }
-
-// A warp's finished rows of one panel: to y with the bias, or to its slice's partial sums.
+// A warp's finished rows of one panel: to y with the bias, or where blocks have a slice each, to the partial
+// sums.
 template <int kTiles>
-__device__ __forceinline__ void store_fragments(const LinearParams& p, const PartialSums& partial, int slice,
-                                                int64_t first_row, int64_t panel,
+__device__ __forceinline__ void store_fragments(const LinearParams& p, int64_t first_row, int64_t panel,
                                                 const Fragments<kTiles>& from) {
   const int lane = threadIdx.x % kWarpSize, g = lane / 4, t = lane % 4;
   const int64_t n = panel * kPanelColumns + 4 * g;
@@ -98,8 +94,8 @@ __device__ __forceinline__ void store_fragments(const LinearParams& p, const Par
     const int64_t row = first_row + 8 * (i / 2) + 2 * t + i % 2;
     if (row >= p.m) continue;
     const float4 four = fragment_row(from[i / 2], i % 2);
-    if (partial.at != nullptr) {
-      *reinterpret_cast<float4*>(partial.at + (slice * p.m + row) * partial.padded_n + n) = four;
+    if (gridDim.z > 1) {
+      *reinterpret_cast<float4*>(partial_sum(p, blockIdx.z, row, n)) = four;
     } else {
       const float values[4] = {four.x, four.y, four.z, four.w};
 #pragma unroll
@@ -114,20 +110,25 @@ __device__ __forceinline__ void store_fragments(const LinearParams& p, const Par
 constexpr int kSumThreads = 256;
 
 static __global__ void __launch_bounds__(kSumThreads)
-    sum_slices_kernel(const __grid_constant__ LinearParams p, const __grid_constant__ PartialSums partial,
-                      int num_slices) {
+    sum_slices_kernel(const __grid_constant__ LinearParams p, int num_slices) {
   const int64_t n = int64_t(blockIdx.y) * kSumThreads + threadIdx.x, row = blockIdx.x;
   if (n >= p.n) return;
-  float sum = partial.at[row * partial.padded_n + n];
+  float sum = *partial_sum(p, 0, row, n);
 #pragma unroll 4
-  for (int slice = 1; slice < num_slices; ++slice)
-    sum += partial.at[(slice * p.m + row) * partial.padded_n + n];
+  for (int slice = 1; slice < num_slices; ++slice) sum += *partial_sum(p, slice, row, n);
   store_as(p.dtype, p.y, row * p.y_row_stride + n, sum + bias_of(p, n));
 }
 
-inline void sum_slices(const LinearParams& p, const PartialSums& partial, int num_slices, Stream stream) {
+// Launches a kernel whose blocks are (tiles of rows, tiles of columns, slices), and what adds up the slices.
+inline void launch_tiles(void (*kernel)(LinearParams), int rows, int threads, size_t smem_bytes,
+                         const LinearParams& p, Stream stream) {
+  const unsigned tiles_m = unsigned(ceil_div(p.m, rows)), tiles_n = unsigned(ceil_div(p.n, kTileColumns));
+  const int slices = num_slices(p);
+  launch(kernel, {.grid = dim3(tiles_m, tiles_n, unsigned(slices)), .block = unsigned(threads),
+                  .smem_bytes = smem_bytes, .stream = stream}, p);
+  if (slices == 1) return;
   const dim3 grid(unsigned(p.m), unsigned(ceil_div(p.n, kSumThreads)));
-  launch(sum_slices_kernel, {.grid = grid, .block = kSumThreads, .stream = stream}, p, partial, num_slices);
+  launch(sum_slices_kernel, {.grid = grid, .block = kSumThreads, .stream = stream}, p, slices);
 }
 
 template <int kValue>

@@ -14,6 +14,8 @@
 // int32. They are given as such, or as floats that the kernel quantises first.
 #pragma once
 
+#include <algorithm>
+
 #include "tilestream/quantise.h"
 
 namespace tilestream {
@@ -66,6 +68,7 @@ struct LinearParams {
   DType dtype;         // of x and y: float32, float16, bfloat16; the weight's own where that is row-major
   PackedFormat format;
   bool gemv;           // row-major formats, whose x has rows at multiples of 16 bytes: without tensor cores, for few rows
+  void* workspace;     // cuda::workspace_bytes() bytes, 16-byte aligned; unused by the CPU backend
 };
 
 // GGUF block types this library reads (ggml's numbers).
@@ -117,6 +120,26 @@ void embedding(const EmbeddingParams& params);
 }  // namespace cpu
 
 namespace cuda {
+constexpr int kTileColumns = 128;  // columns of y of a block that divides K with others
+constexpr int kSlices = 8;         // parts of K at most
+
+// Blocks among which K is divided, where an H200's 132 SMs would else have too little to do.
+inline int num_slices(const LinearParams& p) {
+  constexpr int64_t kSms = 132, kLeastK = 512;
+  const int64_t tiles = ceil_div(p.n, kTileColumns);
+  // Of group-quantised weights all or none: then a row's bits are the same, and the choice may depend on m.
+  if (is_quantised(p.format)) return p.m > 8 && tiles * ceil_div(p.m, 128) < kSms / 2 ? kSlices : 1;
+  if (!is_row_major(p.format) || p.gemv) return 1;
+  return int(std::clamp<int64_t>(std::min(2 * kSms / tiles, ceil_div(p.k, kLeastK)), 1, kSlices));
+}
+
+// Their sums, [num_slices][m][n to a multiple of 32] float32; then rows that the kernel has to quantise itself.
+inline int64_t partial_bytes(const LinearParams& p) {
+  return num_slices(p) == 1 ? 0 : 4 * num_slices(p) * p.m * round_up(p.n, kPanelColumns);
+}
+inline int64_t workspace_bytes(const LinearParams& p) {
+  return partial_bytes(p) + (is_quantised(p.format) && p.x_q.q == nullptr ? quantised_bytes(p.m, p.k) : 0);
+}
 void linear(const LinearParams& params, Stream stream);
 void embedding(const EmbeddingParams& params, Stream stream);
 }  // namespace cuda

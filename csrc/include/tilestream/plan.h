@@ -131,6 +131,8 @@ class Planner {
   // Checks and measures a step; returns how many int32 write() needs at most. The arrays of `input` must
   // live until write() has returned.
   int64_t prepare(const PlanInput& input);
+  // Most partial rows that the plan of the step prepared last can have: each is a part of one merge.
+  int64_t max_partial_rows() const { return num_parts_bound_; }
   // Writes the plan of the step prepared last; returns its total_int32.
   int64_t write(int32_t* buffer);
 

@@ -19,6 +19,11 @@ struct QuantisedRows {
   int32_t* sum;  // [rows, k / kGroupK]; all three contiguous
 };
 
+// Bytes of the three arrays.
+TILESTREAM_HOST_DEVICE constexpr int64_t quantised_bytes(int64_t rows, int64_t k) {
+  return rows * (k + 4 * ceil_div(k, kScaleK) + 4 * (k / kGroupK));
+}
+
 struct QuantiseParams {
   const void* x;  // [rows, k], x_dtype; last dim contiguous
   QuantisedRows out;

@@ -31,6 +31,7 @@ struct SampleParams {
   int64_t* top_ids;             // [batch_size, num_top_logprobs], by falling logprob, then rising id
   float* top_logprobs;          // [batch_size, num_top_logprobs]
   int64_t batch_size, vocab_size;
+  void* workspace;              // cuda::workspace_bytes() bytes, 16-byte aligned; unused by the CPU backend
 };
 
 namespace cpu {
@@ -38,6 +39,10 @@ void sample(const SampleParams& params);
 }  // namespace cpu
 
 namespace cuda {
+// The logits with their penalties.
+inline int64_t workspace_bytes(const SampleParams& p) {
+  return p.repetition_penalty != nullptr ? p.batch_size * p.vocab_size * int64_t(sizeof(float)) : 0;
+}
 void sample(const SampleParams& params, Stream stream);
 }  // namespace cuda
 

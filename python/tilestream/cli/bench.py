@@ -79,6 +79,7 @@ def command(
     kv_dtype: options.KvDtypeOption = options.KvDtype.auto,
     token_budget: options.TokenBudget = 512,
     batch_invariant: options.BatchInvariant = False,
+    device: options.Device = "cpu",
     num_threads: options.NumThreads = None,
     json_path: Annotated[
         Path | None, typer.Option("--json", help="Also write the result to this file.", show_default=False)
@@ -102,6 +103,7 @@ def command(
             token_budget=token_budget,
             enable_prefix_caching=False,
             batch_invariant=batch_invariant,
+            device=device,
             num_threads=num_threads,
             progress=progress,
         )

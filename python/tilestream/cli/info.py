@@ -42,7 +42,6 @@ def _facts() -> dict[str, Any]:
     from tilestream import _C
     from tilestream._build_info import TORCH_VERSION
 
-    has_cuda = torch._C._dispatch_has_kernel_for_dispatch_key("tilestream::attention", "CUDA")
     names = torch._C._dispatch_get_all_op_names()
     return {
         "version": tilestream.__version__,
@@ -54,7 +53,7 @@ def _facts() -> dict[str, Any]:
         "simd_level": _C.simd_level(),
         "simd_levels_of_cpu": list(_C.simd_levels()),
         "num_threads": _C.num_threads(),
-        "cuda_kernels": "built" if has_cuda else "not built",
+        "cuda_kernels": _C.cuda_archs or "not built",
         "cuda_devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] or "none",
         "ops": sorted({name.removeprefix("tilestream::") for name in names if name.startswith("tilestream::")}),
     }

@@ -17,6 +17,14 @@ Model = Annotated[
         help="A GGUF file, a Hugging Face directory, a hub id, or the alias of the model that comes with the package.",
     ),
 ]
+Device = Annotated[
+    str,
+    typer.Option(
+        metavar="DEVICE",
+        help="Where the model runs: cpu, cuda, or cuda:<index>.",
+        rich_help_panel="Engine",
+    ),
+]
 NumThreads = Annotated[
     int | None,
     typer.Option(

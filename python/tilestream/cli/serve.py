@@ -67,6 +67,7 @@ def command(
         ),
     ] = True,
     batch_invariant: options.BatchInvariant = False,
+    device: options.Device = "cpu",
     num_threads: options.NumThreads = None,
 ) -> None:
     """Serve a model over HTTP with OpenAI's API, streaming, and Prometheus metrics.
@@ -90,6 +91,7 @@ def command(
             max_model_len=max_model_len,
             enable_prefix_caching=prefix_caching,
             batch_invariant=batch_invariant,
+            device=device,
             num_threads=num_threads,
             progress=progress,
         )

@@ -22,6 +22,7 @@ class StepInputs:
         block_table: [batch_size, max_pages_per_seq], int32.
         plans: the attention plan by window_left (-1: no window).
         logits_rows: [num_logits_rows], int64: tokens whose logits are wanted; None: all of them.
+        max_position: the largest of `positions`.
     """
 
     token_ids: torch.Tensor
@@ -30,6 +31,7 @@ class StepInputs:
     block_table: torch.Tensor
     plans: dict[int, AttentionPlan]
     logits_rows: torch.Tensor | None
+    max_position: int
 
 
 class BatchBuilder:
@@ -94,6 +96,7 @@ class BatchBuilder:
             # Shared-prefix jobs hold for layers that see the whole prefix; a window is planned request by request.
             plans={w: p.plan(cu, kv, step.prefix_groups if w < 0 else ()) for w, p in self.planners.items()},
             logits_rows=torch.tensor(logits_rows, dtype=torch.int64) if len(logits_rows) < len(token_ids) else None,
+            max_position=max(kv_lens) - 1,
         )
 
     def _fill(self, row: _Row, index: int, pages: list[int]) -> None:
@@ -170,15 +173,15 @@ def build_sampling_inputs(requests: Sequence[Request]) -> SamplingInputs:
 
 
 def _penalties(requests: Sequence[Request]) -> Penalties | None:
+    if not any(r.params.has_penalties for r in requests):
+        return None
     values = [
         (r.params.repetition_penalty, r.params.presence_penalty, r.params.frequency_penalty) for r in requests
     ]
-    if all(v == (1.0, 0.0, 0.0) for v in values):
-        return None
     history: list[int] = []
     indptr = [0]
-    for request, v in zip(requests, values, strict=True):
-        if v != (1.0, 0.0, 0.0):  # others need no history
+    for request in requests:
+        if request.params.has_penalties:  # others need no history
             history += request.token_ids
         indptr.append(len(history))
     repetition, presence, frequency = torch.tensor(values, dtype=torch.float32).T.contiguous()

@@ -7,14 +7,14 @@ import operator
 import random
 import time
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 from tilestream.engine.config import EngineConfig
 from tilestream.engine.detokenizer import Detokenizer, TokenBytes
 from tilestream.engine.errors import PromptTooLongError, QueueFullError
 from tilestream.engine.metrics import EngineMetrics
-from tilestream.engine.request import FinishReason, Request, RequestDelta, TokenLogprobs
+from tilestream.engine.request import FinishReason, Request, RequestDelta, RequestState, TokenLogprobs
 from tilestream.engine.scheduler import SampledTokens, Scheduler, StepPlan
 from tilestream.sampling_params import SamplingParams
 
@@ -22,17 +22,33 @@ logger = logging.getLogger("tilestream.engine")
 
 
 class Runner(Protocol):
-    """Runs one step of the model and samples. vocab_size: token ids that the model can embed."""
+    """Runs steps of the model and samples.
+
+    vocab_size: token ids that the model can embed.
+    overlaps: launch() returns while the step runs on a device, and takes the next plan before collect() was called: a
+        token id -1 - i in it is the token that row i of the step launched before draws.
+    """
 
     vocab_size: int
+    overlaps: bool
 
-    def run(self, plan: StepPlan) -> SampledTokens: ...
+    def launch(self, plan: StepPlan) -> Any: ...
+
+    def collect(self, launched: Any) -> SampledTokens: ...
 
 
 class EngineTokenizer(TokenBytes, Protocol):
     """What the engine asks of a tokenizer."""
 
     eos_token_ids: frozenset[int]
+
+
+@dataclass(frozen=True, slots=True)
+class _Launched:
+    """A step on its way, and what the runner gave for it."""
+
+    plan: StepPlan
+    handle: Any
 
 
 class Engine:
@@ -53,8 +69,10 @@ class Engine:
         self.config = config
         self.scheduler = Scheduler(config)
         self._requests: dict[str, Request] = {}
+        self._in_flight: _Launched | None = None
         self._seeds = random.Random(config.seed)
         self._totals = EngineMetrics()
+        self._runner_time_s = 0.0
 
     def add_request(self, request_id: str, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:
         """Queue a request; its first delta comes from a later step().
@@ -80,6 +98,7 @@ class Engine:
             seed=self._seeds.getrandbits(63) if params.seed is None else params.seed,
             detokenizer=Detokenizer(self.tokenizer, params.stop, include_stop=params.include_stop_str_in_output),
             arrival_s=time.monotonic(),
+            max_num_tokens=self._max_num_tokens(len(token_ids), params),
         )
         self._requests[request_id] = request
         self.scheduler.add(request)
@@ -96,27 +115,33 @@ class Engine:
     def step(self) -> list[RequestDelta]:
         """Run one step: plan it, compute it, hand out what it gave.
 
+        With a runner that overlaps, the step is launched while the one before still runs, and what that one gave is
+        handed out.
+
         Returns:
             One delta for every request that got a token or ended; empty when there was nothing to do.
         """
-        begin_s = time.monotonic()
+        begin_s, runner_begin_s = time.monotonic(), self._runner_time_s
+        deltas = []
+        before = self._in_flight
+        if before is not None and self._needs_tokens():
+            deltas += self._collect(before)
+            before = None
         plan = self.scheduler.schedule()
-        if plan is None:
-            return []
-        runner_begin_s = time.monotonic()
-        try:
-            sampled = self.runner.run(plan)
-            _check_row_count(sampled, plan)
-        except Exception as error:
-            logger.exception("a step with %d requests failed", len(plan.scheduled))
-            return self._fail_step(plan, error)
-        runner_end_s = time.monotonic()
-        deltas = self._postprocess(plan, sampled, begin_s)
-        self._count_step(plan, runner_end_s - runner_begin_s, time.monotonic() - begin_s)
+        self._in_flight = None
+        if plan is not None:
+            deltas += self._launch(plan)
+        if before is not None:
+            deltas += self._collect(before)
+        if self._in_flight is not None and not self.runner.overlaps:
+            deltas += self._collect(self._in_flight)
+            self._in_flight = None
+        if plan is not None:
+            self._count_step(plan, self._runner_time_s - runner_begin_s, time.monotonic() - begin_s)
         return deltas
 
     def has_work(self) -> bool:
-        return self.scheduler.has_work()
+        return self._in_flight is not None or self.scheduler.has_work()
 
     @property
     def num_waiting(self) -> int:
@@ -166,33 +191,67 @@ class Engine:
             raise ValueError(f"prompt_token_ids[{index}] is {token_ids[index]}; token ids are 0..{vocab_size - 1}")
         return token_ids
 
-    def _postprocess(self, plan: StepPlan, sampled: SampledTokens, begin_s: float) -> list[RequestDelta]:
-        self.scheduler.complete(plan)
-        deltas = []
-        row = 0
+    def _max_num_tokens(self, num_prompt_tokens: int, params: SamplingParams) -> int:
+        """How many tokens a request can have. One more than the cache holds: the last one's KV is never needed."""
+        limits = [self.config.max_model_len, self.config.capacity_tokens + 1]
+        if params.max_tokens is not None:
+            limits.append(num_prompt_tokens + params.max_tokens)
+        return min(limits)
+
+    def _needs_tokens(self) -> bool:
+        """Whether a draw of the next step depends on tokens that the one in flight draws: penalties look at them."""
+        return any(r.num_pending_tokens > 0 and r.params.has_penalties for r in self.scheduler.running)
+
+    def _launch(self, plan: StepPlan) -> list[RequestDelta]:
+        """Start a step; it is in flight then. If it does not start, its requests' last deltas."""
+        begin_s = time.monotonic()
+        try:
+            launched = self.runner.launch(plan)
+        except Exception as error:
+            return self._fail_step(plan, error)
+        finally:
+            self._runner_time_s += time.monotonic() - begin_s
         for item in plan.scheduled:
-            request = item.request
-            if request.first_scheduled_s is None:
-                request.first_scheduled_s = begin_s
-            if item.samples:
-                deltas.append(self._accept(request, sampled, row))
-                row += 1
-        return deltas
+            if item.request.first_scheduled_s is None:
+                item.request.first_scheduled_s = begin_s
+        self.scheduler.launched(plan)
+        self._in_flight = _Launched(plan, launched)
+        return []
+
+    def _collect(self, step: _Launched) -> list[RequestDelta]:
+        """Wait for a launched step, and hand out what it gave to those who are still there."""
+        begin_s = time.monotonic()
+        try:
+            sampled = self.runner.collect(step.handle)
+            _check_row_count(sampled, step.plan)
+        except Exception as error:
+            return self._fail_step(step.plan, error)
+        finally:
+            self._runner_time_s += time.monotonic() - begin_s
+        self.scheduler.complete(step.plan)
+        sampling = [item.request for item in step.plan.scheduled if item.samples]
+        return [
+            self._accept(request, sampled, row)
+            for row, request in enumerate(sampling)
+            if request.state is not RequestState.FINISHED
+        ]
 
     def _accept(self, request: Request, sampled: SampledTokens, row: int) -> RequestDelta:
         """Take a request's new token. Whatever is wrong with it ends this request only."""
         token_id = sampled.token_ids[row]
+        position = request.num_known_tokens
         if token_id < 0:
             message = (
                 f"logits of request {request.request_id!r} contain NaN, or nothing finite to draw from, "
-                f"at position {request.num_tokens}"
+                f"at position {position}"
             )
             return self._finish(request, "error", error=message, forget_pages=True)
         if request.first_token_s is None:
             request.first_token_s = time.monotonic()
             self._totals.prompt_tokens += request.num_prompt_tokens
         self._totals.generation_tokens += 1
-        request.token_ids.append(token_id)
+        request.token_ids[position] = token_id
+        request.num_pending_tokens -= 1
         try:
             logprobs = _row_logprobs(request, sampled, row)
             text, reason, stop_reason, note = self._read(request, token_id)
@@ -208,7 +267,7 @@ class Engine:
         self, request: Request, token_id: int
     ) -> tuple[str, FinishReason | None, str | int | None, str | None]:
         """New text, and if the request ends here: why, by which stop string or token, and a note for people."""
-        params, config = request.params, self.config
+        params = request.params
         is_stop_token = token_id in params.stop_token_ids
         is_eos = token_id in self.tokenizer.eos_token_ids and not params.ignore_eos
         text, stop_string = "", None
@@ -220,21 +279,29 @@ class Engine:
             return text, "stop", None, None
         if stop_string is not None:
             return text, "stop", stop_string, None
-        if request.num_output_tokens == params.max_tokens or request.num_tokens >= config.max_model_len:
-            return text, "length", None, None
-        if request.num_tokens > config.capacity_tokens:
-            note = (
-                f"the request ended at {request.num_tokens} tokens because the whole KV cache holds "
-                f"{config.capacity_tokens}; a larger kv_cache_tokens lets it go on to max_model_len = "
-                f"{config.max_model_len}"
-            )
-            return text, "length", None, note
-        return text, None, None, None
+        if request.num_known_tokens < request.max_num_tokens:
+            return text, None, None, None
+        return text, "length", None, self._capacity_note(request)
+
+    def _capacity_note(self, request: Request) -> str | None:
+        """Says so when the size of the cache, and nothing that the request asked for, has ended it."""
+        config, num_tokens = self.config, request.num_known_tokens
+        if request.num_output_tokens == request.params.max_tokens or num_tokens >= config.max_model_len:
+            return None
+        return (
+            f"the request ended at {num_tokens} tokens because the whole KV cache holds {config.capacity_tokens}; a larger "
+            f"kv_cache_tokens lets it go on to max_model_len = {config.max_model_len}"
+        )
 
     def _fail_step(self, plan: StepPlan, error: Exception) -> list[RequestDelta]:
         """The runner raised: end the requests of this step; what waits is untouched, and the engine goes on."""
+        logger.error("a step with %d requests failed", len(plan.scheduled), exc_info=error)
         message = f"the step failed: {type(error).__name__}: {error}"
-        return [self._finish(item.request, "error", error=message) for item in plan.scheduled]
+        return [
+            self._finish(item.request, "error", error=message)
+            for item in plan.scheduled
+            if item.request.state is not RequestState.FINISHED
+        ]
 
     def _finish(
         self,
@@ -249,6 +316,8 @@ class Engine:
         forget_pages: bool = False,
     ) -> RequestDelta:
         self.scheduler.finish(request, forget_pages=forget_pages)
+        del request.token_ids[request.num_known_tokens :]
+        request.num_pending_tokens = 0
         del self._requests[request.request_id]
         self._totals.finished_requests[reason] += 1
         text += request.detokenizer.flush()

@@ -24,7 +24,8 @@ class Request:
     """One request. There are no phases: `num_computed_tokens` catches up with `num_tokens`, in chunks
     while it is far behind (prefill, or recomputing after a preemption), by one when it is one behind.
 
-    `token_ids` is the prompt and then the output. `pages[i]` holds the KV of tokens
+    `token_ids` is the prompt and then the output. While a step runs that the engine does not wait for, the token it will
+    draw stands there as -1 - (its row among the step's samples). `pages[i]` holds the KV of tokens
     [i * page_size, (i + 1) * page_size). Times are seconds of time.monotonic().
     """
 
@@ -35,9 +36,11 @@ class Request:
     seed: int
     detokenizer: Detokenizer
     arrival_s: float
+    max_num_tokens: int  # it ends when it has so many
 
     state: RequestState = RequestState.WAITING
     num_computed_tokens: int = 0
+    num_pending_tokens: int = 0  # at the end of token_ids, drawn by steps that still run
     num_cached_tokens: int | None = None  # prompt tokens found in the prefix cache; None: not admitted yet
     pages: list[int] = field(default_factory=list)
     cache_node: CacheNode | None = None  # end of the chain of pages known to the prefix cache
@@ -50,8 +53,13 @@ class Request:
         return len(self.token_ids)
 
     @property
+    def num_known_tokens(self) -> int:
+        return len(self.token_ids) - self.num_pending_tokens
+
+    @property
     def num_output_tokens(self) -> int:
-        return len(self.token_ids) - self.num_prompt_tokens
+        """Of the answer as far as it is known."""
+        return len(self.token_ids) - self.num_pending_tokens - self.num_prompt_tokens
 
     @property
     def num_uncomputed_tokens(self) -> int:

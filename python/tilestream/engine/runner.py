@@ -24,7 +24,10 @@ class ModelRunner:
         self.model = model
         self.vocab_size = m.vocab_size
         self.kv_caches = [
-            KvCache.allocate(config.num_pages, m.num_kv_heads, config.page_size, m.head_dim, kv_dtype=kv_dtype)
+            KvCache.allocate(
+                config.num_pages, m.num_kv_heads, config.page_size, m.head_dim, kv_dtype=kv_dtype,
+                blocked=model.placement.blocked_kv, device=model.placement.device,
+            )  # fmt: skip
             for _ in range(m.num_layers)
         ]
         planners = {
@@ -35,6 +38,7 @@ class ModelRunner:
                 page_size=config.page_size,
                 window_left=window_left,
                 batch_invariant=config.batch_invariant,
+                device=model.placement.device,
             )
             for window_left in sorted(set(m.window_left))
         }
@@ -47,8 +51,10 @@ class ModelRunner:
         )
         self.sampling = SamplingBuilder()
 
+    overlaps = False
+
     @torch.inference_mode()
-    def run(self, step: StepPlan) -> SampledTokens:
+    def launch(self, step: StepPlan) -> SampledTokens:
         """Run one step: compute its tokens' KV, and draw a token for each request that is up to date."""
         logits = self.model.forward(self.batch.build(step), self.kv_caches)
         requests = [item.request for item in step.scheduled if item.samples]
@@ -71,3 +77,6 @@ class ModelRunner:
         return SampledTokens(
             drawn.tokens.tolist(), drawn.logprobs.tolist(), drawn.top_ids.tolist(), drawn.top_logprobs.tolist()
         )
+
+    def collect(self, launched: SampledTokens) -> SampledTokens:
+        return launched

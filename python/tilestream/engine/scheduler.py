@@ -104,13 +104,13 @@ class Scheduler:
 
     def schedule(self) -> StepPlan | None:
         """Plan the next step; None when there is nothing to do. Takes pages, but counts nothing as computed:
-        that is complete()'s part, once the step has run."""
-        if not self.has_work():
-            return None
+        that is launched()'s part."""
         plan = StepPlan()
         self._schedule_decodes(plan)
         num_reserved_pages = self._schedule_prefills(plan)
         self._admit(plan, num_reserved_pages)
+        if not plan.scheduled:
+            return None
         if not self.config.batch_invariant:  # a shared-prefix job cuts where the batch says
             plan.prefix_groups = find_prefix_groups(
                 [item.request.pages for item in plan.scheduled],
@@ -119,15 +119,28 @@ class Scheduler:
             )
         return plan
 
-    def complete(self, plan: StepPlan) -> None:
-        """The step has run: its tokens are computed, and pages that it filled can be shared."""
-        page_size = self.config.page_size
+    def launched(self, plan: StepPlan) -> None:
+        """The step is on its way: what it computes is there for every step after it, and the tokens that it draws have
+        their places."""
+        row = 0
         for item in plan.scheduled:
             request = item.request
             request.num_computed_tokens += item.num_new_tokens
-            if not self.config.enable_prefix_caching:
-                continue
-            for index in range(request.num_registered_pages, request.num_computed_tokens // page_size):
+            if item.samples:
+                request.token_ids.append(-1 - row)
+                request.num_pending_tokens += 1
+                row += 1
+
+    def complete(self, plan: StepPlan) -> None:
+        """The step has run: pages that it filled can be shared."""
+        if not self.config.enable_prefix_caching:
+            return
+        page_size = self.config.page_size
+        for item in plan.scheduled:
+            request, end = item.request, item.start + item.num_new_tokens
+            if request.state is not RequestState.RUNNING or request.num_computed_tokens < end:
+                continue  # finished or preempted while the step ran
+            for index in range(request.num_registered_pages, end // page_size):
                 tokens = request.token_ids[index * page_size : (index + 1) * page_size]
                 request.cache_node = self.cache.insert(request.cache_node, tokens, request.pages[index])
                 request.num_registered_pages += 1
@@ -166,8 +179,8 @@ class Scheduler:
         while index < len(self.running):  # preemption shortens it, always from the end
             request = self.running[index]
             index += 1
-            if request.num_uncomputed_tokens > 1:
-                continue
+            if request.num_uncomputed_tokens > 1 or request.num_tokens >= request.max_num_tokens:
+                continue  # a prefill; or the step that still runs draws its last token
             while request.state is RequestState.RUNNING and self._room_tokens(request) < 1:
                 self._preempt_latest()
             if request.state is RequestState.RUNNING:
@@ -180,7 +193,7 @@ class Scheduler:
         while index < len(self.running):
             request = self.running[index]
             index += 1
-            if request.num_uncomputed_tokens == 1:
+            if request.num_uncomputed_tokens <= 1:
                 continue
             # A prefill takes pages from later prefills; a decode, which is scheduled already, keeps its own.
             while self._room_tokens(request) < 1 and self._latest_is_prefill_after(request):
@@ -204,6 +217,8 @@ class Scheduler:
             and plan.num_tokens < self.config.token_budget
         ):
             request = self.waiting[0]
+            if request.num_pending_tokens > 0:
+                return  # preempted while a step still draws its newest token
             nodes = self.cache.match(request.token_ids) if self.config.enable_prefix_caching else []
             num_new_pages = self._num_pages_for(request.num_tokens) - len(nodes)
             num_wanted = num_new_pages + self.cache.num_unowned(nodes) + num_reserved_pages + len(self.running)

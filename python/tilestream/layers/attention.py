@@ -62,7 +62,8 @@ class Attention:
         )
         plan = step.plans[self.window_left]
         self._attend(
-            q, k_cache, v_cache, scales, step.block_table, plan.plan, plan.workspace, buf.heads, None, None, None,
-            sm_scale=self.sm_scale, logits_soft_cap=self.logits_soft_cap, blocked=cache.blocked, int4=cache.int4,
+            q, k_cache, v_cache, scales, step.block_table, plan.plan, plan.host_plan, plan.workspace, buf.heads,
+            None, None, None, sm_scale=self.sm_scale, logits_soft_cap=self.logits_soft_cap,
+            blocked=cache.blocked, int4=cache.int4,
         )
         self.o(buf.heads_flat, buf.x)

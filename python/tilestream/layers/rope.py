@@ -110,10 +110,10 @@ class RopeTable:
         table: [rows, rotary_dim] float32, see RopeConfig.cos_sin_table.
     """
 
-    def __init__(self, config: RopeConfig) -> None:
-        self.config = config
-        self.table = config.cos_sin_table(0)
+    def __init__(self, config: RopeConfig, device: torch.device) -> None:
+        self.config, self._device = config, device
+        self.grow(0)
 
     def grow(self, rows: int) -> None:
         """Replace the table by one of `rows` rows."""
-        self.table = self.config.cos_sin_table(rows)
+        self.table = self.config.cos_sin_table(rows).to(self._device)

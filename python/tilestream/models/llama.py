@@ -24,6 +24,8 @@ from tilestream.layers.scratch import Scratch, ScratchPool
 from tilestream.models.config import ModelConfig
 from tilestream.models.weights import WeightLoader
 from tilestream.ops.kv_cache import KvCache
+from tilestream.ops.quantise import QuantisedRows
+from tilestream.placement import Placement
 
 if TYPE_CHECKING:
     from tilestream.engine.batch import StepInputs
@@ -64,12 +66,13 @@ class DecoderLayer:
 
 
 class LlamaModel:
-    """A decoder-only language model over a paged KV cache, float32 activations on the CPU.
+    """A decoder-only language model over a paged KV cache.
 
     Args:
         config: shapes and switches.
         embedding, layers, norm, lm_head: the parts, in the order a token meets them.
         ropes: the RoPE tables that the layers share.
+        placement: where the parts are.
     """
 
     def __init__(
@@ -80,29 +83,28 @@ class LlamaModel:
         norm: RmsNorm,
         lm_head: Linear,
         ropes: Sequence[RopeTable],
+        placement: Placement,
     ) -> None:
-        self.config = config
+        self.config, self.placement = config, placement
         self._ropes, self._rope_rows = list(ropes), 0
         self.embedding, self.layers, self.norm, self.lm_head = embedding, list(layers), norm, lm_head
-        self._scratch = ScratchPool(config)
+        self._scratch = ScratchPool(config, placement)
         self._programs = LayerPrograms()
-        self._logits = torch.empty(0, config.vocab_size)
-        self._last = torch.empty(2, 0, config.hidden_size)
+        self._logits: torch.Tensor | None = None
 
     @torch.inference_mode()
     def forward(self, step: StepInputs, kv_caches: Sequence[KvCache]) -> torch.Tensor:
         """Run one step: append its keys and values, return the logits of the rows asked for.
 
         Args:
-            step: token_ids int64 [num_tokens], positions and slot_mapping int32 [num_tokens], block_table int32
-                [batch_size, max_pages_per_seq], plans {window_left: plan}, logits_rows int64 [num_rows] (None: all).
+            step: see StepInputs.
             kv_caches: one per layer.
         Returns:
             [num_rows, vocab_size] float32, overwritten by the next call.
         """
-        self._reach(int(step.positions.max()))
+        self._reach(step.max_position)
         num_tokens, rows = step.token_ids.size(0), step.logits_rows
-        buf, logits = self._scratch.get(num_tokens), self._logits_of(num_tokens if rows is None else rows.size(0))
+        buf, logits = self._scratch.get(num_tokens), self._head_rows(num_tokens if rows is None else rows.size(0))
         self.embedding(step.token_ids, buf.x)
         buf.residual.zero_()
         if num_tokens <= _MAX_PROGRAM_TOKENS:
@@ -129,13 +131,25 @@ class LlamaModel:
 
     def _project(self, x: torch.Tensor, residual: torch.Tensor, logits: torch.Tensor) -> None:
         """Final norm and output projection: only of rows that are wanted, for the vocabulary is the widest matrix."""
-        self.norm.add(x, residual)
-        self.lm_head(x, logits)
+        num_rows = x.size(0)
+        normed = self.norm.add(x, residual, None if self._last_int8 is None else self._last_int8[:num_rows])
+        if self._narrow_logits is None:
+            self.lm_head(normed, logits)
+        else:
+            self.lm_head(normed, self._narrow_logits[:num_rows])
+            logits.copy_(self._narrow_logits[:num_rows])
 
-    def _logits_of(self, num_rows: int) -> torch.Tensor:
-        if self._logits.size(0) < num_rows:
-            self._logits = torch.empty(num_rows, self.config.vocab_size)
-            self._last = torch.empty(2, num_rows, self.config.hidden_size)
+    def _head_rows(self, num_rows: int) -> torch.Tensor:
+        """Float32 logits of num_rows, and room for all that comes between the layers and them."""
+        if self._logits is None or self._logits.size(0) < num_rows:
+            config, device, dtype = self.config, self.placement.device, self.placement.dtype
+            self._logits = torch.empty(num_rows, config.vocab_size, device=device)
+            self._last = torch.empty(2, num_rows, config.hidden_size, dtype=dtype, device=device)
+            self._last_int8 = self._narrow_logits = None
+            if self.lm_head.takes_int8:
+                self._last_int8 = QuantisedRows.empty(num_rows, config.hidden_size, device=device)
+            elif dtype != torch.float32:  # a linear of floats gives what it takes
+                self._narrow_logits = torch.empty(num_rows, config.vocab_size, dtype=dtype, device=device)
         return self._logits[:num_rows]
 
     def _reach(self, position: int) -> None:
@@ -159,14 +173,14 @@ def build_model(config: ModelConfig, weights: WeightLoader) -> LlamaModel:
         ModelLoadError: a tensor is missing, surplus, or of another shape than `config` implies.
     """
     hidden, eps = config.hidden_size, config.rms_eps
-    ropes = {rope: RopeTable(rope) for rope in map(config.layer_rope, range(config.num_layers))}
+    ropes = {rope: RopeTable(rope, weights.placement.device) for rope in map(config.layer_rope, range(config.num_layers))}
     table = weights.linear("token_embd", config.vocab_size, hidden)
     layers = [_build_layer(config, weights, i, ropes) for i in range(config.num_layers)]
     norm = RmsNorm(weights.vector("output_norm.weight", hidden), eps)
     lm_head = table if config.tied_embeddings else weights.linear("output", config.vocab_size, hidden)
     weights.check_all_used()
     embedding = Embedding(table.weight, config.embedding_scale)
-    return LlamaModel(config, embedding, layers, norm, lm_head, list(ropes.values()))
+    return LlamaModel(config, embedding, layers, norm, lm_head, list(ropes.values()), weights.placement)
 
 
 def _build_layer(

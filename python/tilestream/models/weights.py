@@ -12,6 +12,7 @@ from tilestream.models.checkpoint import Checkpoint, RawTensor
 from tilestream.models.errors import ModelLoadError
 from tilestream.ops.linear import PackedFormat, PackedWeight
 from tilestream.ops.memory import Arena
+from tilestream.placement import CPU, Placement
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
@@ -39,12 +40,21 @@ class WeightLoader:
         dtype: "auto" keeps each tensor's own format; "float32" and "bfloat16" dequantise to that type.
         progress: called with (bytes done, bytes in all), or None.
         total_bytes: size of the checkpoint, for `progress`.
+        placement: where the model runs.
     """
 
-    def __init__(self, checkpoint: Checkpoint, dtype: str, progress: Progress | None, total_bytes: int) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        dtype: str,
+        progress: Progress | None,
+        total_bytes: int,
+        placement: Placement = CPU,
+    ) -> None:
         self.checkpoint, self._progress, self._total_bytes = checkpoint, progress, total_bytes
+        self.placement = placement
         self._format = {"float32": PackedFormat.FLOAT32, "bfloat16": PackedFormat.BFLOAT16}.get(dtype)
-        self._arena = Arena()
+        self._arena = Arena() if placement.device.type == "cpu" else None
         self._used: set[str] = set()
         self._done_bytes = 0
 
@@ -59,7 +69,7 @@ class WeightLoader:
                 f"{self.checkpoint.path}: tensor {name} has {values.numel()} elements; expected {size}"
             )
         self._used.add(name)
-        return values
+        return values.to(self.placement.device)
 
     def linear(self, name: str, n: int, k: int) -> Linear:
         """The weight `<name>.weight` [n, k] with its optional `<name>.bias`."""
@@ -113,13 +123,13 @@ class WeightLoader:
             )
             row += raw.num_rows
             self._advance(raw.rows.numel())
-        return Linear(packed, self._bias(names, [raw.num_rows for raw in raws]))
+        return Linear(packed.to(self.placement.device), self._bias(names, [raw.num_rows for raw in raws]))
 
     def _bias(self, names: Sequence[str], sizes: Sequence[int]) -> torch.Tensor | None:
         if not any(self.has(name + ".bias") for name in names):
             return None
         parts = [
-            self.vector(name + ".bias", size) if self.has(name + ".bias") else torch.zeros(size)
+            self.vector(name + ".bias", size) if self.has(name + ".bias") else torch.zeros(size, device=self.placement.device)
             for name, size in zip(names, sizes, strict=True)
         ]
         return torch.cat(parts)

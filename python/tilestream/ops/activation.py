@@ -53,7 +53,7 @@ def silu_and_mul_quant(x: torch.Tensor, *, out: QuantisedRows | None = None) -> 
         ValueError, TypeError: which argument, what it was, what is allowed.
     """
     if out is None:
-        out = QuantisedRows.empty(x.size(0), x.size(1) // 2)
+        out = QuantisedRows.empty(x.size(0), x.size(1) // 2, device=x.device)
     torch.ops.tilestream.silu_and_mul_quant(x, out.q, out.scale, out.sum)
     return out
 
@@ -70,6 +70,6 @@ def gelu_tanh_and_mul_quant(x: torch.Tensor, *, out: QuantisedRows | None = None
         ValueError, TypeError: which argument, what it was, what is allowed.
     """
     if out is None:
-        out = QuantisedRows.empty(x.size(0), x.size(1) // 2)
+        out = QuantisedRows.empty(x.size(0), x.size(1) // 2, device=x.device)
     torch.ops.tilestream.gelu_tanh_and_mul_quant(x, out.q, out.scale, out.sum)
     return out

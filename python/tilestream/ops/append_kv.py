@@ -34,7 +34,7 @@ def append_kv(
     Returns:
         None.
     Raises:
-        ValueError, TypeError: which argument, what it was, what is allowed; slots and positions are checked too.
+        ValueError, TypeError: which argument, what it was, what is allowed; on the CPU slots and positions are checked too.
     Source: RoFormer (2104.09864); KV4, QServe (2405.04532); key statistics, LServe (2502.14866).
     """
     torch.ops.tilestream.append_kv(
@@ -67,8 +67,9 @@ def gather_kv(kv_cache: KvCache, slot_mapping: torch.Tensor) -> tuple[torch.Tens
     """
     num_tokens, num_kv_heads = slot_mapping.size(0), kv_cache.k_cache.size(1)
     head_dim = kv_cache.k_cache.size(3) * (2 if kv_cache.int4 else 1)
-    k = torch.empty(num_tokens, num_kv_heads, head_dim)
-    v = torch.empty(num_tokens, num_kv_heads, kv_cache.head_dim_vo)
+    device = slot_mapping.device
+    k = torch.empty(num_tokens, num_kv_heads, head_dim, device=device)
+    v = torch.empty(num_tokens, num_kv_heads, kv_cache.head_dim_vo, device=device)
     torch.ops.tilestream.gather_kv(
         kv_cache.k_cache, kv_cache.v_cache, kv_cache.kv_scales, slot_mapping, k, v, blocked=kv_cache.blocked, int4=kv_cache.int4
     )

@@ -41,11 +41,17 @@ def attention(
     Returns:
         out. A row that sees no key is 0, with lse = -inf.
     Raises:
-        ValueError, TypeError: which argument, what it was, what is allowed; page ids are checked too.
+        ValueError, TypeError: which argument, what it was, what is allowed; on the CPU page ids are checked too.
+        RuntimeError: a CUDA graph is being captured, and the plan is not of a planner with reserved buffers.
     Error: at most 2x plain torch in the cache's dtype, against reference.attention in float64.
     Source: FlashAttention-2 (2307.08691); stream-K decode, Lean Attention (2405.10480). Reads: KV once per q tile.
     Deterministic: yes; bitwise independent of the batch with a batch-invariant plan.
     """
+    if q.is_cuda and not plan.fixed and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "attention is captured in a CUDA graph with a plan whose buffers may move; call AttentionPlanner.reserve() with "
+            "the largest step first"
+        )
     if out is None:
         out = q.new_empty(q.size(0), q.size(1), kv_cache.head_dim_vo)
     torch.ops.tilestream.attention(
@@ -55,6 +61,7 @@ def attention(
         kv_cache.kv_scales,
         block_table,
         plan.plan,
+        plan.host_plan,
         plan.workspace,
         out,
         lse,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 
 import torch
@@ -81,6 +81,18 @@ class PackedWeight:
         dtype = torch.float16 if self.format == PackedFormat.ROWS_FLOAT16 else torch.bfloat16
         return self.data.view(dtype).view(self.n, self.k)
 
+    def to(self, device: torch.device | str) -> PackedWeight:
+        """The same weight on another device: weights are packed on the CPU.
+
+        Args:
+            device: where the linear runs.
+        Returns:
+            The weight there; itself if it is there already.
+        Raises:
+            RuntimeError: torch's own, for a device that it does not have.
+        """
+        return replace(self, data=self.data.to(device))
+
 
 def linear(
     x: torch.Tensor | QuantisedRows,
@@ -108,7 +120,7 @@ def linear(
     """
     if isinstance(x, QuantisedRows):
         if out is None:
-            out = torch.empty(x.q.size(0), weight.n)
+            out = torch.empty(x.q.size(0), weight.n, device=x.q.device)
         torch.ops.tilestream.linear_quant(
             x.q, x.scale, x.sum, weight.data, bias, out, n=weight.n, format=weight.format
         )
@@ -186,8 +198,8 @@ def embedding(ids: torch.Tensor, weight: PackedWeight, *, dtype: torch.dtype = t
     Returns:
         [num_tokens, k], dtype.
     Raises:
-        ValueError, TypeError: which argument, what it was, what is allowed; ids are checked too.
+        ValueError, TypeError: which argument, what it was, what is allowed; on the CPU ids are checked too.
     """
-    out = torch.empty(ids.size(0), weight.k, dtype=dtype)
+    out = torch.empty(ids.size(0), weight.k, dtype=dtype, device=ids.device)
     torch.ops.tilestream.embedding(ids, weight.data, out, n=weight.n, format=weight.format)
     return out

@@ -1,4 +1,4 @@
-"""Large buffers on huge pages where the system gives them.
+"""Buffers: on huge pages where the system gives them, and on a GPU that the host fills anew every step.
 
 One thread reads memory about 1.5x faster from 2 MB pages than from 4 KB ones (measured: Zen 4, 33 against 21 GB/s),
 and most systems hand them out only to who asks.
@@ -32,6 +32,48 @@ def empty_huge(num_bytes: int) -> torch.Tensor:
     whole = torch.frombuffer(mapping, dtype=torch.uint8)
     offset = -whole.data_ptr() % _HUGE_PAGE_BYTES
     return whole[offset : offset + num_bytes]
+
+
+class Upload:
+    """One-dimensional values that the host makes anew for every step, where a device's kernels read them.
+
+    On the CPU they are handed through. To a GPU they go by an asynchronous copy from pinned memory, two buffers in turn:
+    the host fills one while the GPU still copies from the other, and waits only if it is two steps ahead. On the device
+    they have one place; only values that do not fit it move it.
+
+    Args:
+        dtype: of the values.
+        device: where they are read.
+    """
+
+    def __init__(self, dtype: torch.dtype, device: torch.device | str) -> None:
+        self._dtype, self._device = dtype, torch.device(device)
+        self._pinned: list[torch.Tensor] = []
+        self._copied: list[torch.cuda.Event] = []
+        self._there = torch.empty(0, dtype=dtype, device=self._device)
+        self._turn = 0
+
+    def reserve(self, num: int) -> None:
+        """Make room for `num` values."""
+        if self._device.type == "cpu" or num <= self._there.numel():
+            return
+        self._there = torch.empty(num, dtype=self._dtype, device=self._device)
+        self._pinned = [torch.empty(num, dtype=self._dtype, pin_memory=True) for _ in range(2)]
+        self._copied = [torch.cuda.Event() for _ in range(2)]
+
+    def __call__(self, values: torch.Tensor) -> torch.Tensor:
+        """`values` ([num], on the CPU) on the device, valid until the next call, in the order of the current stream."""
+        if self._device.type == "cpu":
+            return values
+        num = values.numel()
+        self.reserve(num + num // 2 if num > self._there.numel() else num)
+        self._turn ^= 1
+        pinned, copied, there = self._pinned[self._turn][:num], self._copied[self._turn], self._there[:num]
+        copied.synchronize()
+        pinned.copy_(values)
+        there.copy_(pinned, non_blocking=True)
+        copied.record()
+        return there
 
 
 class Arena:

@@ -64,6 +64,6 @@ def fused_add_rms_norm_quant(
         ValueError, TypeError: which argument, what it was, what is allowed.
     """
     if out is None:
-        out = QuantisedRows.empty(x.size(0), x.size(1))
+        out = QuantisedRows.empty(x.size(0), x.size(1), device=x.device)
     torch.ops.tilestream.fused_add_rms_norm_quant(x, residual, weight, out.q, out.scale, out.sum, eps=eps)
     return out

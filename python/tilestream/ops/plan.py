@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from tilestream._native import _C
+from tilestream.ops.memory import Upload
 
 _NUM_PARTIAL_ROWS = 18  # position of PlanHeader::num_partial_rows (plan.h), in int32
 
@@ -17,12 +18,16 @@ class AttentionPlan:
     """A plan and the workspace its partial results need.
 
     Args:
-        plan: int32, 1-D, the packed plan (layout in plan.h).
+        plan: int32, 1-D, the packed plan (layout in plan.h), where the kernel reads it.
+        host_plan: the same in host memory, which the op's checks read; on the CPU the same tensor.
         workspace: float32, 1-D, room for the plan's partial rows.
+        fixed: the planner's next plans stay at these addresses, as a captured CUDA graph needs it.
     """
 
     plan: torch.Tensor
+    host_plan: torch.Tensor
     workspace: torch.Tensor
+    fixed: bool = False
 
 
 class AttentionPlanner:
@@ -32,12 +37,13 @@ class AttentionPlanner:
         num_qo_heads, num_kv_heads: heads; num_qo_heads must be a multiple of num_kv_heads.
         head_dim_vo: elements of one output head (sizes the workspace).
         page_size: tokens per page: 16, 32 or 64.
-        num_workers: workers the tiles are dealt to; default: the CPU backend's threads.
+        num_workers: workers the tiles are dealt to; default: the device's (CPU: threads; CUDA: two blocks for each SM).
+        device: where the attention runs: "cpu", "cuda", "cuda:1".
         causal: a query sees keys up to its own position (bottom-right aligned).
         window_left: -1: off; otherwise keys at distance 0..window_left are seen.
         batch_invariant: cut only at multiples of `split_tokens`, so that a request's result is bitwise the same
             whatever else is in the batch and however its prompt was chunked.
-        tile_rows, tile_keys, split_tokens, cost_tile, cost_row: see plan.h. The defaults are the CPU backend's.
+        tile_rows, tile_keys, split_tokens, cost_tile, cost_row: see plan.h. The defaults are the device's.
     Raises:
         ValueError: a size that the planner does not take, with the value and what is allowed.
     """
@@ -53,21 +59,23 @@ class AttentionPlanner:
         causal: bool = True,
         window_left: int = -1,
         batch_invariant: bool = False,
+        device: torch.device | str = "cpu",
         tile_rows: int | None = None,
-        tile_keys: int = 128,
+        tile_keys: int | None = None,
         split_tokens: int = 1024,
         cost_tile: int = 4,
         cost_row: int = 1,
     ) -> None:
+        on_cpu = torch.device(device).type == "cpu"
         group_size = max(1, num_qo_heads // max(1, num_kv_heads))
         self.row_floats = group_size * (head_dim_vo + 1)
         self.planner = _C.Planner(
             num_qo_heads=num_qo_heads,
             num_kv_heads=num_kv_heads,
             page_size=page_size,
-            num_workers=_C.num_threads() if num_workers is None else num_workers,
-            tile_rows=max(96, group_size) if tile_rows is None else tile_rows,
-            tile_keys=tile_keys,
+            num_workers=_default_workers(torch.device(device)) if num_workers is None else num_workers,
+            tile_rows=max(96 if on_cpu else 64, group_size) if tile_rows is None else tile_rows,
+            tile_keys=(128 if on_cpu else 64) if tile_keys is None else tile_keys,
             split_tokens=split_tokens,
             window_left=window_left,
             causal=causal,
@@ -75,7 +83,29 @@ class AttentionPlanner:
             cost_tile=cost_tile,
             cost_row=cost_row,
         )
-        self.workspace = torch.empty(0)
+        self.workspace = torch.empty(0, device=device)
+        self._upload = Upload(torch.int32, device)
+        self._reserved: tuple[int, int] | None = None  # int32 of a plan, floats of workspace
+
+    def reserve(
+        self,
+        cu_seqlens_q: torch.Tensor,
+        kv_lens: torch.Tensor,
+        prefix_groups: Sequence[tuple[int, Sequence[int]]] = (),
+    ) -> None:
+        """Fix the buffers of all plans to come, with room for this step: what a CUDA graph captures must not move.
+
+        Args:
+            cu_seqlens_q, kv_lens, prefix_groups: as plan(), of the largest step.
+        Returns:
+            None.
+        Raises:
+            ValueError: as plan().
+        """
+        num_int32, num_rows = self.planner.measure(cu_seqlens_q.numpy(), kv_lens.numpy(), list(prefix_groups))
+        self._upload.reserve(num_int32)
+        self.workspace = torch.empty(num_rows * self.row_floats, device=self.workspace.device)
+        self._reserved = num_int32, self.workspace.numel()
 
     def plan(
         self,
@@ -92,10 +122,24 @@ class AttentionPlanner:
         Returns:
             The plan, valid until the next call on this planner.
         Raises:
-            ValueError: lengths that do not fit together, with the values.
+            ValueError: lengths that do not fit together, or a step larger than the one that was reserved, with the values.
+            RuntimeError: a CUDA graph is being captured: a graph holds where plans lie, not what they say.
         """
+        if self.workspace.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("plan() was called in a CUDA graph capture; plan before it, and again before each replay")
         plan = torch.from_numpy(self.planner.plan(cu_seqlens_q.numpy(), kv_lens.numpy(), list(prefix_groups)))
         need = int(plan[_NUM_PARTIAL_ROWS]) * self.row_floats
+        if self._reserved is not None and (plan.numel() > self._reserved[0] or need > self._reserved[1]):
+            raise ValueError(
+                f"this step's plan takes {plan.numel()} int32 and {need} floats of workspace; reserve() made room for "
+                f"{self._reserved[0]} and {self._reserved[1]}: reserve for a larger step"
+            )
         if self.workspace.numel() < need:
-            self.workspace = torch.empty(need)
-        return AttentionPlan(plan, self.workspace)
+            self.workspace = self.workspace.new_empty(need)
+        return AttentionPlan(self._upload(plan), plan, self.workspace, self._reserved is not None)
+
+
+def _default_workers(device: torch.device) -> int:
+    if device.type == "cpu":
+        return _C.num_threads()
+    return 2 * torch.cuda.get_device_properties(device).multi_processor_count

@@ -24,12 +24,12 @@ class QuantisedRows:
     sum: torch.Tensor
 
     @staticmethod
-    def empty(num_rows: int, k: int) -> QuantisedRows:
+    def empty(num_rows: int, k: int, *, device: torch.device | str = "cpu") -> QuantisedRows:
         """Room for num_rows rows of k elements."""
         return QuantisedRows(
-            torch.empty(num_rows, k, dtype=torch.int8),
-            torch.empty(num_rows, -(-k // _SCALE_K)),
-            torch.empty(num_rows, k // _GROUP_K, dtype=torch.int32),
+            torch.empty(num_rows, k, dtype=torch.int8, device=device),
+            torch.empty(num_rows, -(-k // _SCALE_K), device=device),
+            torch.empty(num_rows, k // _GROUP_K, dtype=torch.int32, device=device),
         )
 
     def __getitem__(self, rows: slice) -> QuantisedRows:
@@ -49,6 +49,6 @@ def quantise(x: torch.Tensor, *, out: QuantisedRows | None = None) -> QuantisedR
         ValueError, TypeError: which argument, what it was, what is allowed.
     """
     if out is None:
-        out = QuantisedRows.empty(x.size(0), x.size(1))
+        out = QuantisedRows.empty(x.size(0), x.size(1), device=x.device)
     torch.ops.tilestream.quantise(x, out.q, out.scale, out.sum)
     return out

@@ -65,13 +65,14 @@ def sample(
         Tokens (int64; -1 where the row holds NaN or nothing to draw), their logprobs and the top ones (of the raw
         logits, natural log).
     Raises:
-        ValueError, TypeError: which argument, what it was, what is allowed.
+        ValueError, TypeError: which argument, what it was, what is allowed; values are checked on the CPU only.
     """
     batch_size = logits.size(0)
-    tokens = torch.empty(batch_size, dtype=torch.int64)
-    logprobs = None if num_top_logprobs is None else torch.empty(batch_size)
-    top_ids = torch.empty(batch_size, num_top_logprobs or 0, dtype=torch.int64)
-    top_logprobs = torch.empty(batch_size, num_top_logprobs or 0)
+    device = logits.device
+    tokens = torch.empty(batch_size, dtype=torch.int64, device=device)
+    logprobs = None if num_top_logprobs is None else torch.empty(batch_size, device=device)
+    top_ids = torch.empty(batch_size, num_top_logprobs or 0, dtype=torch.int64, device=device)
+    top_logprobs = torch.empty(batch_size, num_top_logprobs or 0, device=device)
     p = penalties
     history = (
         (None,) * 6
