@@ -12,11 +12,13 @@ namespace tilestream::api {
 namespace {
 
 PackedFormat check_packed(const at::Tensor& packed, const char* name, int64_t n, int64_t k, int64_t format) {
-  TORCH_CHECK_VALUE(format >= 0 && format <= int64_t(PackedFormat::kU8G32), "format is ", format, "; allowed: 0 to 5 (tilestream.ops.PackedFormat)");
+  TORCH_CHECK_VALUE(format >= 0 && format < kNumPackedFormats, "format is ", format, "; allowed: 0 to ", kNumPackedFormats - 1,
+                    " (tilestream.ops.PackedFormat)");
   const auto f = PackedFormat(format);
   check_tensor(packed, name, {at::kByte}, 1);
   TORCH_CHECK_VALUE(n >= 1 && k >= 1, name, " is ", n, " x ", k, "; n and k must be positive");
   TORCH_CHECK_VALUE(!is_quantised(f) || k % kGroupK == 0, "k is ", k, "; group-quantised weights need a multiple of ", kGroupK);
+  TORCH_CHECK_VALUE(!is_row_major(f) || k % 8 == 0, "k is ", k, "; row-major weights need a multiple of 8");
   TORCH_CHECK_VALUE(packed.numel() == packed_bytes(f, n, k), name, " has ", packed.numel(), " bytes; ", n, " x ", k, " in format ", format, " takes ",
                     packed_bytes(f, n, k));
   TORCH_CHECK_VALUE(reinterpret_cast<uintptr_t>(packed.const_data_ptr()) % 64 == 0, name, " must start at a 64-byte boundary");
@@ -45,12 +47,21 @@ LinearParams linear_params(const at::Tensor& weight, const std::optional<at::Ten
 }
 
 void linear(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias, const at::Tensor& out, int64_t n,
-            int64_t format) {
+            int64_t format, bool gemv) {
   check_tensor(x, "x", kFloatTypes, 2);
   check_same_dtype(out, "out", x, "x");
   LinearParams p = linear_params(weight, bias, out, x.size(0), n, x.size(1), format);
   p.x = x.const_data_ptr();
   p.x_row_stride = x.stride(0);
+  p.gemv = gemv;
+  if (is_row_major(p.format)) {
+    const auto own = p.format == PackedFormat::kRowsFloat16 ? at::kHalf : at::kBFloat16;
+    TORCH_CHECK_TYPE(x.scalar_type() == own, "x has dtype ", x.scalar_type(), "; it must be ", own, " as the row-major weight");
+    TORCH_CHECK_VALUE(reinterpret_cast<uintptr_t>(p.x) % 16 == 0 && (p.m <= 1 || p.x_row_stride % 8 == 0), "x has strides ", x.strides(),
+                      "; with a row-major weight its rows must start at multiples of 16 bytes");
+  } else {
+    TORCH_CHECK_VALUE(!gemv, "gemv is for row-major weights (formats 6 and 7); format is ", format);
+  }
   launch(out, cpu::linear, cuda::linear, p);
 }
 
@@ -65,13 +76,13 @@ void linear_quant(const at::Tensor& q, const at::Tensor& scale, const at::Tensor
 
 void pack_gguf(const at::Tensor& rows, int64_t gguf_type, const at::Tensor& packed, int64_t n, int64_t k, int64_t panel_begin, int64_t format) {
   check_tensor(rows, "rows", {at::kByte}, 2);
-  TORCH_CHECK_VALUE(format >= 0 && format <= int64_t(PackedFormat::kU8G32), "format is ", format, "; allowed: 0 to 5");
+  TORCH_CHECK_VALUE(format >= 0 && format < kNumPackedFormats, "format is ", format, "; allowed: 0 to ", kNumPackedFormats - 1);
   const auto f = PackedFormat(format);
   check_tensor(packed, "packed", {at::kByte}, 1);
   check_size(rows, "rows", 0, n, "n");
   const int64_t end = panel_begin + ceil_div(n, kPanelColumns);
-  TORCH_CHECK_VALUE(panel_begin >= 0 && end * panel_bytes(f, k) <= packed.numel(), "packed has ", packed.numel(), " bytes; panels ", panel_begin,
-                    " to ", end - 1, " of ", panel_bytes(f, k), " bytes do not fit");
+  TORCH_CHECK_VALUE(panel_begin >= 0 && packed_bytes(f, panel_begin * kPanelColumns + n, k) <= packed.numel(), "packed has ", packed.numel(),
+                    " bytes; panels ", panel_begin, " to ", end - 1, " of ", panel_bytes(f, k), " bytes do not fit");
   struct Known { GgufType type; int64_t block, bytes; PackedFormat packed; };
   constexpr Known kKnown[] = {
       {GgufType::kF32, 1, 4, PackedFormat::kFloat32},      {GgufType::kF16, 1, 2, PackedFormat::kBFloat16},
@@ -87,7 +98,7 @@ void pack_gguf(const at::Tensor& rows, int64_t gguf_type, const at::Tensor& pack
   TORCH_CHECK_VALUE(known != nullptr, "gguf_type is ", gguf_type, "; supported: F32 (0), F16 (1), Q4_0 (2), Q4_1 (3), Q8_0 (8), Q4_K (12), Q5_K (13), Q6_K (14), BF16 (30)");
   TORCH_CHECK_VALUE(k % known->block == 0, "k is ", k, "; this GGUF type needs a multiple of ", known->block);
   check_size(rows, "rows", 1, k / known->block * known->bytes, "bytes of one row of this GGUF type");
-  TORCH_CHECK_VALUE(f == known->packed || !is_quantised(f), "format is ", format, "; this GGUF type packs to ", int(known->packed), ", 0 or 1");
+  TORCH_CHECK_VALUE(f == known->packed || !is_quantised(f), "format is ", format, "; this GGUF type packs to ", int(known->packed), ", 0, 1, 6 or 7");
   PackGgufParams p{};
   p.rows = rows.const_data_ptr<uint8_t>();
   p.row_bytes = rows.stride(0);
@@ -105,7 +116,7 @@ void pack_weight(const std::optional<at::Tensor>& values, const std::optional<at
   p.packed = packed.mutable_data_ptr();
   p.n = n, p.k = k, p.group = group;
   if (!is_quantised(p.format)) {
-    TORCH_CHECK_VALUE(values.has_value() && !q.has_value(), "formats 0 and 1 are packed from values, not from q");
+    TORCH_CHECK_VALUE(values.has_value() && !q.has_value(), "formats 0, 1, 6 and 7 are packed from values, not from q");
     check_tensor(*values, "values", {at::kFloat}, 2);
     check_contiguous(*values, "values");
     check_size(*values, "values", 0, n, "n");
@@ -162,7 +173,7 @@ void implement(torch::Library& m) {
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(tilestream, m) {
-  m.def("linear(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) out, *, int n, int format) -> ()");
+  m.def("linear(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) out, *, int n, int format, bool gemv=False) -> ()");
   m.def("linear_quant(Tensor q, Tensor scale, Tensor sum, Tensor weight, Tensor? bias, Tensor(a!) out, *, int n, int format) -> ()");
   m.def("pack_gguf(Tensor rows, int gguf_type, Tensor(a!) packed, *, int n, int k, int panel_begin, int format) -> ()");
   m.def("pack_weight(Tensor? values, Tensor? q, Tensor? scale, Tensor? zero, int group, Tensor(a!) packed, *, int n, int k, int format) -> ()");

@@ -126,6 +126,10 @@ void load_simt(const std::string& library) {
   simt_is_loaded = true;
 }
 
+void refuse_row_major() {
+  throw std::invalid_argument("row-major weights (formats 6 and 7) are for GPUs; pack for the CPU as 0 or 1");
+}
+
 #define DEFINE(op, Params) \
   void op(const Params& params) { current()->op(params); }
 TILESTREAM_CPU_OPS(DEFINE)

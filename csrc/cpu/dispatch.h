@@ -29,4 +29,7 @@ void set_simd_level(const std::string& name);  // throws std::invalid_argument n
 // set_simd_level alone, and is not one of simd_levels().
 void load_simt(const std::string& library);
 
+// Throws. Here and not where it is called: code of a level that throws would share a weak symbol with the others.
+[[noreturn]] void refuse_row_major();
+
 }  // namespace tilestream::cpu

@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "cpu/common/thread_pool.h"
+#include "cpu/dispatch.h"
 #include "cpu/elements.h"
 #include "tilestream/linear.h"
 
@@ -65,13 +66,16 @@ void read_values(PackedFormat format, const uint8_t* panel, int column, int64_t 
     case PackedFormat::kFloat32: {
       const float* floats = reinterpret_cast<const float*>(panel);
       for (int64_t i = 0; i < num; ++i) values[i] = floats[(begin + i) * kPanelColumns + column];
+      return;
     }
+    default: return;  // row-major: refused by embedding()
   }
 }
 
 }  // namespace
 
 void embedding(const EmbeddingParams& p) {
+  if (is_row_major(p.format)) refuse_row_major();
   const int64_t stride = panel_bytes(p.format, p.k);
   auto body = [&](int worker, int num_workers) {
     const Share share = share_of(p.num_tokens, worker, num_workers);

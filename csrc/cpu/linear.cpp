@@ -7,6 +7,7 @@
 #include <algorithm>
 
 #include "cpu/common/thread_pool.h"
+#include "cpu/dispatch.h"
 #include "cpu/linear_tile.h"
 #include "cpu/quantise_row.h"
 
@@ -216,6 +217,7 @@ void linear(const LinearParams& p) {
     case PackedFormat::kU4G32: return run_linear<PackedFormat::kU4G32>(p);
     case PackedFormat::kU8G32S: return run_linear<PackedFormat::kU8G32S>(p);
     case PackedFormat::kU8G32: return run_linear<PackedFormat::kU8G32>(p);
+    default: refuse_row_major();
   }
 }
 

@@ -91,14 +91,22 @@ void pack_codes(uint8_t* panel, int64_t num_columns, int64_t k, Decode&& decode)
   }
 }
 
-// Float panels. read(column, k_begin, num, float* values) gives `num` (at most 32) values of a real column.
+// Float panels, or 32 rows of a row-major weight. read(column, k_begin, num, float* values) gives `num` (at most 32) values of a real column.
 template <class Read>
 void pack_floats(PackedFormat format, uint8_t* panel, int64_t num_columns, int64_t k, Read&& read) {
   for (int64_t begin = 0; begin < k; begin += kGroupK) {
     const int64_t num = std::min<int64_t>(kGroupK, k - begin);
     float values[kPanelColumns][kGroupK] = {};
     for (int64_t column = 0; column < num_columns; ++column) read(column, begin, num, values[column]);
-    if (format == PackedFormat::kFloat32) {
+    if (is_row_major(format)) {
+      uint16_t* out = reinterpret_cast<uint16_t*>(panel) + begin;
+      for (int64_t column = 0; column < num_columns; ++column) {
+        for (int64_t i = 0; i < num; ++i) {
+          const float v = values[column][i];
+          out[column * k + i] = format == PackedFormat::kRowsFloat16 ? float_to_f16(v) : float_to_bf16(v);
+        }
+      }
+    } else if (format == PackedFormat::kFloat32) {
       float* out = reinterpret_cast<float*>(panel) + begin * kPanelColumns;
       for (int64_t i = 0; i < num; ++i) {
         for (int c = 0; c < kPanelColumns; ++c) out[i * kPanelColumns + c] = values[c][i];

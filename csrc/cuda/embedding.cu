@@ -1,7 +1,8 @@
 // Rows of a packed weight, dequantised: the embedding table and the output head share one copy.
 //
-// A warp takes 32 k of one token, a lane one of them; a block of 256 threads 256 k. Bound by the latency of a
-// few reads.
+// A thread takes 8 k of one token: 16 bytes of a row-major weight, else a word or two for each 4 k, or a word
+// for each pair or single k of the float panels. Memory-bound: a panel's other columns come along, since a
+// sector of 32 bytes has 8 of its 32 columns. No shared memory.
 #include "cuda/common/packed_format.cuh"
 #include "cuda/common/vec.cuh"
 #include "cuda/runtime.cuh"
@@ -10,52 +11,83 @@
 namespace tilestream::cuda {
 namespace {
 
-constexpr int kBlockThreads = 256;
+constexpr int kBlockThreads = 128;
+constexpr int kRun = 8;  // consecutive k of a thread
 
-// The weight at (column of the panel, k).
+// Weights (column of the panel, k .. k + 7), those past p.k undefined.
 template <PackedFormat F>
-__device__ __forceinline__ float weight_at(const unsigned char* panel, int column, int64_t k) {
-  if constexpr (F == PackedFormat::kFloat32) {
-    return reinterpret_cast<const float*>(panel)[k * kPanelColumns + column];
+__device__ __forceinline__ void load_run(const EmbeddingParams& p, const unsigned char* panel, int column,
+                                         int64_t k, float (&values)[kRun]) {
+  if constexpr (is_row_major(F)) {
+    using T = std::conditional_t<F == PackedFormat::kRowsFloat16, __half, __nv_bfloat16>;
+    const auto run = *reinterpret_cast<const Vec<T>*>(reinterpret_cast<const T*>(panel) + column * p.k + k);
+#pragma unroll
+    for (int i = 0; i < kRun; ++i) values[i] = to_float(run.at[i]);
+  } else if constexpr (F == PackedFormat::kFloat32) {
+    const float* const at = reinterpret_cast<const float*>(panel) + k * kPanelColumns + column;
+#pragma unroll
+    for (int i = 0; i < kRun; ++i) values[i] = k + i < p.k ? at[i * kPanelColumns] : 0.0f;
   } else if constexpr (F == PackedFormat::kBFloat16) {
-    const auto* pairs = reinterpret_cast<const __nv_bfloat162*>(panel) + k / 2 * kPanelColumns + column;
-    return to_float(k % 2 == 0 ? pairs->x : pairs->y);
+    const auto* const at = reinterpret_cast<const __nv_bfloat162*>(panel) + k / 2 * kPanelColumns + column;
+#pragma unroll
+    for (int i = 0; i < kRun; i += 2) {
+      const __nv_bfloat162 pair = k + i < p.k ? at[i / 2 * kPanelColumns] : __nv_bfloat162{};
+      values[i] = to_float(pair.x), values[i + 1] = to_float(pair.y);
+    }
   } else {
     using Layout = GroupLayout<F>;
-    const unsigned char* group = panel + k / kGroupK * Layout::kBytes;
-    const int in_group = int(k % kGroupK), quad = in_group / 4, in_quad = in_group % 4;
-    const unsigned char* half = group + column / 16 * Layout::kHalfBytes + column % 16 * 4;
-    int code;
-    if constexpr (Layout::kFourBit) code = half[quad / 2 * 64 + in_quad] >> 4 * (quad % 2) & 15;
-    else code = half[quad * 64 + in_quad];
-    const auto* scales = reinterpret_cast<const __half*>(group + Layout::kScaleAt);  // 32, then zeros if any
+    const unsigned char* const group = panel + k / kGroupK * Layout::kBytes;
+    const unsigned char* const half = group + column / 16 * Layout::kHalfBytes + column % 16 * 4;
+    const int run = int(k % kGroupK) / kRun;
+    const auto* const scales = reinterpret_cast<const __half*>(group + Layout::kScaleAt);  // 32, then zeros
     const float scale = to_float(scales[column]);
     const float zero =
         Layout::kHasZero ? to_float(scales[kPanelColumns + column]) : -float(Layout::kOffset) * scale;
-    return fmaf(float(code), scale, zero);
+    unsigned words[2];
+    if constexpr (Layout::kFourBit) {
+      words[0] = *reinterpret_cast<const unsigned*>(half + 64 * run);
+      words[1] = words[0] >> 4;
+    } else {
+      words[0] = *reinterpret_cast<const unsigned*>(half + 128 * run);
+      words[1] = *reinterpret_cast<const unsigned*>(half + 128 * run + 64);
+    }
+    constexpr unsigned kMask = Layout::kFourBit ? 15 : 255;
+#pragma unroll
+    for (int i = 0; i < kRun; ++i) values[i] = fmaf(float(words[i / 4] >> 8 * (i % 4) & kMask), scale, zero);
   }
 }
 
-template <PackedFormat F, class T>
+// Blocks: (tokens, stretches of 1,024 k).
+template <PackedFormat F, class T, bool kAligned>
 __global__ void __launch_bounds__(kBlockThreads) embedding_kernel(const __grid_constant__ EmbeddingParams p) {
-  const int64_t blocks_per_row = ceil_div(p.k, int64_t(kBlockThreads));
-  const int64_t token = blockIdx.x / blocks_per_row;
-  const int64_t k = blockIdx.x % blocks_per_row * kBlockThreads + threadIdx.x;
+  const int64_t token = blockIdx.x, k = (int64_t(blockIdx.y) * kBlockThreads + threadIdx.x) * kRun;
   if (k >= p.k) return;
   const int64_t id = p.ids[token];
   const auto* panel = static_cast<const unsigned char*>(p.weight) + id / kPanelColumns * panel_bytes(F, p.k);
-  static_cast<T*>(p.y)[token * p.k + k] = from_float<T>(weight_at<F>(panel, int(id % kPanelColumns), k));
+  float values[kRun];
+  load_run<F>(p, panel, int(id % kPanelColumns), k, values);
+  T* const y = static_cast<T*>(p.y) + token * p.k + k;
+#pragma unroll
+  for (int j = 0; j < kRun; j += Vec<T>::kSize) {
+    Vec<T> out;
+#pragma unroll
+    for (int l = 0; l < Vec<T>::kSize; ++l) out.at[l] = from_float<T>(values[j + l]);
+    store_vec<kAligned>(y + j, out, p.k - k - j);
+  }
 }
 
 }  // namespace
 
-// Instantiations: 6 formats x 3 element types of y.
+// Instantiations: 8 formats x 3 element types of y, rows of y aligned or not.
 void embedding(const EmbeddingParams& p, Stream stream) {
   with_format(p.format, [&](auto format) {
     with_element(p.y_dtype, [&](auto element) {
-      const int64_t num_blocks = p.num_tokens * ceil_div(p.k, int64_t(kBlockThreads));
-      launch(embedding_kernel<decltype(format)::value, decltype(element)>,
-             {.grid = unsigned(num_blocks), .block = kBlockThreads, .stream = stream}, p);
+      constexpr PackedFormat kFormat = decltype(format)::value;
+      using T = decltype(element);
+      const dim3 grid(unsigned(p.num_tokens), unsigned(ceil_div(p.k, kBlockThreads * kRun)));
+      const LaunchConfig config{.grid = grid, .block = kBlockThreads, .stream = stream};
+      if (rows_aligned(p.y, sizeof(T), p.k)) launch(embedding_kernel<kFormat, T, true>, config, p);
+      else launch(embedding_kernel<kFormat, T, false>, config, p);
     });
   });
 }

@@ -1,7 +1,8 @@
-// Float weights: plain kernels, for layers that are not quantised. Sums in float32, of 128 k each, then of
-// those.
+// Float weights in panels: plain kernels, for layers that are not quantised. A warp takes a slice of K and
+// sums in float32, over 128 k each, then over those.
 //
-//   kBFloat16  mma.m16n8k16 as in linear_int8.cuh, operands straight from global memory; activations are rounded
+//   kBFloat16  mma.m16n8k16 as in linear_int8.cuh, operands straight from global memory; activations are
+//              rounded
 //   kFloat32   one lane a column; bound by instructions from 2 rows on
 #pragma once
 
@@ -29,16 +30,17 @@ __global__ void __launch_bounds__(kBlockThreads) bf16_kernel(const __grid_consta
   constexpr int kStep = 16, kPairChunks = kPanelColumns * 4 / 16;
   auto& smem = dynamic_smem<FloatStorage<8 * kTiles>>();
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize, g = lane / 4, t = lane % 4;
+  const int num_spans = int(ceil_div(p.k, kScaleK));
   const int64_t num_pairs = ceil_div(p.k, 2);
   const auto* panel = static_cast<const uint4*>(p.weight) + int64_t(blockIdx.x) * num_pairs * kPairChunks + g;
   const auto weight = [&](int64_t pair) {
     return pair < num_pairs ? ptx::ld_nc_no_allocate(panel + pair * kPairChunks) : make_uint4(0, 0, 0, 0);
   };
   Fragments<kTiles> total = {};
-  for (int64_t begin = int64_t(warp) * kScaleK; begin < p.k; begin += kSlices * kScaleK) {
-    const int64_t end = min(begin + kScaleK, p.k);
+  for (int span = first_span(num_spans, warp); span < first_span(num_spans, warp + 1); ++span) {
+    const int64_t begin = int64_t(span) * kScaleK, end = min(begin + kScaleK, p.k);
     Fragments<kTiles> acc = {};
-#pragma unroll 2
+#pragma unroll (kTiles == 1 ? 2 : 1)
     for (int64_t at = begin; at < end; at += kStep) {
       const int64_t k = at + 4 * t;
       const uint4 low = weight(k / 2), high = weight(k / 2 + 1);
@@ -52,8 +54,7 @@ __global__ void __launch_bounds__(kBlockThreads) bf16_kernel(const __grid_consta
         ptx::mma_m16n8k16_bf16(acc[tile][1], {low.z, low.w, high.z, high.w}, x);
       }
     }
-#pragma unroll
-    for (int i = 0; i < kTiles * 8; ++i) total[i / 8][i / 4 % 2][i % 4] += acc[i / 8][i / 4 % 2][i % 4];
+    add_fragments<kTiles>(total, acc);
   }
   put_fragments<kTiles>(smem.sums[warp], total);
   store_tile<8 * kTiles>(p, smem.sums);
@@ -72,9 +73,10 @@ __global__ void __launch_bounds__(kBlockThreads) float_kernel(const __grid_const
     const int64_t row_idx = min(int64_t(blockIdx.y) * kFloatRows + r, p.m - 1);
     rows[r] = static_cast<const T*>(p.x) + row_idx * p.x_row_stride;
   }
+  const int num_spans = int(ceil_div(p.k, kScaleK));
   float total[kFloatRows] = {};
-  for (int64_t begin = int64_t(warp) * kScaleK; begin < p.k; begin += kSlices * kScaleK) {
-    const int64_t end = min(begin + kScaleK, p.k);
+  for (int span = first_span(num_spans, warp); span < first_span(num_spans, warp + 1); ++span) {
+    const int64_t begin = int64_t(span) * kScaleK, end = min(begin + kScaleK, p.k);
     float acc[kFloatRows] = {};
 #pragma unroll 4
     for (int64_t k = begin; k < end; ++k) {
@@ -95,7 +97,9 @@ template <PackedFormat F>
 void launch_float(const LinearParams& p, Stream stream) {
   const auto launch_rows = [&](auto kernel, auto rows) {
     constexpr int kRows = decltype(rows)::value;
-    launch(kernel, tile_config<kRows>(p, sizeof(FloatStorage<kRows>), stream), p);
+    const dim3 grid(unsigned(ceil_div(p.n, kPanelColumns)), unsigned(ceil_div(p.m, kRows)));
+    constexpr size_t kBytes = sizeof(FloatStorage<kRows>);
+    launch(kernel, {.grid = grid, .block = kBlockThreads, .smem_bytes = kBytes, .stream = stream}, p);
   };
   with_element(p.dtype, [&](auto element) {
     using T = decltype(element);

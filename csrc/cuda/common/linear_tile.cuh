@@ -1,8 +1,9 @@
-// What the kernels of linear.cu share: how a block divides K, and how its warps' sums become outputs.
+// What the kernels of linear.cu share: how K is divided, what a warp holds, and how sums become outputs.
 //
-// A block makes kRows rows of one panel's 32 columns. Its 4 warps divide K: warp w takes the spans of 128 k
-// w, w + 4, ..., and the warps' sums are added in one order. So a row's bits do not depend on M or on the
-// tile that it falls into.
+// K is cut into kSlices runs of spans of 128 k. A slice is summed in the order of k, and the slices' sums are
+// added in theirs: ((s0 + s1) + s2) + ... Whether the warps of a block take a slice each, or one warp takes
+// them all, or each has a block of its own, a row's bits are the same: they do not depend on M, on the tile
+// that the row falls into, or on the device.
 #pragma once
 
 #include <type_traits>
@@ -13,8 +14,10 @@
 
 namespace tilestream::cuda {
 
-constexpr int kSlices = 4;  // warps of a block, each with its share of K
-constexpr int kBlockThreads = kSlices * kWarpSize;
+constexpr int kBlockThreads = kSlices * kWarpSize;  // of the kernels that give a warp to each slice
+
+// Slice s of num_spans spans is [first_span(s), first_span(s + 1)).
+__device__ __forceinline__ int first_span(int num_spans, int slice) { return num_spans * slice / kSlices; }
 
 template <int kRows>
 using SliceSums = float[kSlices][kRows][kPanelColumns];
@@ -24,6 +27,23 @@ using SliceSums = float[kSlices][kRows][kPanelColumns];
 template <int kTiles>
 using Fragments = float[kTiles][2][4];
 
+// Columns 4g .. 4g + 3 of a lane's row r, 0 or 1, of a tile.
+__device__ __forceinline__ float4 fragment_row(const float (&tile)[2][4], int r) {
+  return make_float4(tile[0][r], tile[0][2 + r], tile[1][r], tile[1][2 + r]);
+}
+
+template <int kTiles>
+__device__ __forceinline__ void add_fragments(Fragments<kTiles>& to, const Fragments<kTiles>& from) {
+#pragma unroll
+  for (int i = 0; i < kTiles * 8; ++i) to[i / 8][i / 4 % 2][i % 4] += from[i / 8][i / 4 % 2][i % 4];
+}
+
+template <int kTiles>
+__device__ __forceinline__ void clear_fragments(Fragments<kTiles>& v) {
+#pragma unroll
+  for (int i = 0; i < kTiles * 8; ++i) v[i / 8][i / 4 % 2][i % 4] = 0.0f;
+}
+
 template <int kTiles>
 __device__ __forceinline__ void put_fragments(float (&sums)[8 * kTiles][kPanelColumns],
                                               const Fragments<kTiles>& from) {
@@ -31,12 +51,13 @@ __device__ __forceinline__ void put_fragments(float (&sums)[8 * kTiles][kPanelCo
 #pragma unroll
   for (int tile = 0; tile < kTiles; ++tile) {
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const auto& v = from[tile];
-      auto* const to = reinterpret_cast<float4*>(&sums[8 * tile + 2 * t + r][4 * g]);
-      *to = make_float4(v[0][r], v[0][2 + r], v[1][r], v[1][2 + r]);
-    }
+    for (int r = 0; r < 2; ++r)
+      *reinterpret_cast<float4*>(&sums[8 * tile + 2 * t + r][4 * g]) = fragment_row(from[tile], r);
   }
+}
+
+__device__ __forceinline__ float bias_of(const LinearParams& p, int64_t n) {
+  return p.bias != nullptr ? static_cast<const float*>(p.bias)[n] : 0.0f;
 }
 
 // Adds up what every warp has put into `sums`, and the bias. The whole block takes part.
@@ -46,18 +67,68 @@ __device__ __forceinline__ void store_tile(const LinearParams& p, const SliceSum
   const int column = threadIdx.x % kPanelColumns;
   const int64_t n = int64_t(blockIdx.x) * kPanelColumns + column, first_row = int64_t(blockIdx.y) * kRows;
   if (n >= p.n) return;
-  const float bias = p.bias != nullptr ? static_cast<const float*>(p.bias)[n] : 0.0f;
+  const float bias = bias_of(p, n);
   const int num_rows = int(min(int64_t(kRows), p.m - first_row));
   for (int r = threadIdx.x / kPanelColumns; r < num_rows; r += kBlockThreads / kPanelColumns) {
-    const float sum = (sums[0][r][column] + sums[1][r][column]) + (sums[2][r][column] + sums[3][r][column]);
+    float sum = sums[0][r][column];
+#pragma unroll
+    for (int slice = 1; slice < kSlices; ++slice) sum += sums[slice][r][column];
     store_as(p.dtype, p.y, (first_row + r) * p.y_row_stride + n, sum + bias);
   }
 }
 
-template <int kRows>
-LaunchConfig tile_config(const LinearParams& p, size_t smem_bytes, Stream stream) {
-  const dim3 grid(unsigned(ceil_div(p.n, kPanelColumns)), unsigned(ceil_div(p.m, kRows)));
-  return {.grid = grid, .block = kBlockThreads, .smem_bytes = smem_bytes, .stream = stream};
+// Where a block of `slice` leaves its sum of columns n on of a row, for sum_slices_kernel.
+__device__ __forceinline__ float* partial_sum(const LinearParams& p, int slice, int64_t row, int64_t n) {
+  return static_cast<float*>(p.workspace) + (slice * p.m + row) * round_up(p.n, kPanelColumns) + n;
+}
+
+// A warp's finished rows of one panel: to y with the bias, or where blocks have a slice each, to the partial
+// sums.
+template <int kTiles>
+__device__ __forceinline__ void store_fragments(const LinearParams& p, int64_t first_row, int64_t panel,
+                                                const Fragments<kTiles>& from) {
+  const int lane = threadIdx.x % kWarpSize, g = lane / 4, t = lane % 4;
+  const int64_t n = panel * kPanelColumns + 4 * g;
+#pragma unroll
+  for (int i = 0; i < 2 * kTiles; ++i) {
+    const int64_t row = first_row + 8 * (i / 2) + 2 * t + i % 2;
+    if (row >= p.m) continue;
+    const float4 four = fragment_row(from[i / 2], i % 2);
+    if (gridDim.z > 1) {
+      *reinterpret_cast<float4*>(partial_sum(p, blockIdx.z, row, n)) = four;
+    } else {
+      const float values[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+        if (n + c < p.n) store_as(p.dtype, p.y, row * p.y_row_stride + n + c, values[c] + bias_of(p, n + c));
+      }
+    }
+  }
+}
+
+// One thread an output. Bound by reading the sums, which are still in L2.
+constexpr int kSumThreads = 256;
+
+static __global__ void __launch_bounds__(kSumThreads)
+    sum_slices_kernel(const __grid_constant__ LinearParams p, int num_slices) {
+  const int64_t n = int64_t(blockIdx.y) * kSumThreads + threadIdx.x, row = blockIdx.x;
+  if (n >= p.n) return;
+  float sum = *partial_sum(p, 0, row, n);
+#pragma unroll 4
+  for (int slice = 1; slice < num_slices; ++slice) sum += *partial_sum(p, slice, row, n);
+  store_as(p.dtype, p.y, row * p.y_row_stride + n, sum + bias_of(p, n));
+}
+
+// Launches a kernel whose blocks are (tiles of rows, tiles of columns, slices), and what adds up the slices.
+inline void launch_tiles(void (*kernel)(LinearParams), int rows, int threads, size_t smem_bytes,
+                         const LinearParams& p, Stream stream) {
+  const unsigned tiles_m = unsigned(ceil_div(p.m, rows)), tiles_n = unsigned(ceil_div(p.n, kTileColumns));
+  const int slices = num_slices(p);
+  launch(kernel, {.grid = dim3(tiles_m, tiles_n, unsigned(slices)), .block = unsigned(threads),
+                  .smem_bytes = smem_bytes, .stream = stream}, p);
+  if (slices == 1) return;
+  const dim3 grid(unsigned(p.m), unsigned(ceil_div(p.n, kSumThreads)));
+  launch(sum_slices_kernel, {.grid = grid, .block = kSumThreads, .stream = stream}, p, slices);
 }
 
 template <int kValue>

@@ -7,7 +7,8 @@
 namespace tilestream::cuda {
 
 constexpr float kSmallestAmax = 1e-36f;        // below it 127 / amax would overflow: taken as zero
-constexpr float kRoundingMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to the nearest even integer
+// 1.5 * 2^23: adding it rounds to the nearest even integer, which is then in the low bits.
+constexpr float kRoundingMagic = 12582912.0f;
 
 // Quantises elements i .. i + kSize - 1 of row `row` of k elements. Every lane of the warp takes part; lanes
 // hold consecutive elements, the first lane's at a multiple of kScaleK, and those past the row's end hold
@@ -26,13 +27,15 @@ __device__ __forceinline__ void store_quantised(const QuantisedRows& out, int64_
   const bool tiny = amax < kSmallestAmax;
   const float inverse = tiny ? 0.0f : 127.0f / amax + poison, scale = tiny ? 0.0f : amax / 127.0f + poison;
 
-  unsigned words[kSize / 4] = {};
+  unsigned words[kSize / 4];
   int sum = 0;
 #pragma unroll
-  for (int j = 0; j < kSize; ++j) {
-    const int q = __float2int_rn(fmaf(values[j], inverse, kRoundingMagic) - kRoundingMagic);
-    words[j / 4] |= unsigned(q & 0xff) << 8 * (j % 4);
-    sum += q;
+  for (int j = 0; j < kSize; j += 4) {
+    unsigned bits[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) bits[i] = __float_as_uint(fmaf(values[j + i], inverse, kRoundingMagic));
+    words[j / 4] = __byte_perm(__byte_perm(bits[0], bits[1], 0x40), __byte_perm(bits[2], bits[3], 0x40), 0x5410);
+    sum = __dp4a(int(words[j / 4]), 0x01010101, sum);
   }
 #pragma unroll
   for (int distance = kGroupK / kSize / 2; distance > 0; distance /= 2)

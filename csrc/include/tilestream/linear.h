@@ -8,32 +8,41 @@
 //   kU8G32S / kU8G32: u8 data [2][8 vectors][16 columns][4 k]; scale, zero as above; S: zero = -128 * scale.
 //   kBFloat16: [K/2][32][2] bfloat16 (K odd: the last pair's second element is 0).
 //   kFloat32:  [K][32] float32.
+// and, on a GPU only, what torch has, so that other libraries can multiply by the same memory:
+//   kRowsBFloat16, kRowsFloat16: [N][K] without padding, K a multiple of 8.
 // The group-quantised formats meet int8 activations (tilestream/quantise.h), so that a group's inner product is exact in
 // int32. They are given as such, or as floats that the kernel quantises first.
 #pragma once
+
+#include <algorithm>
 
 #include "tilestream/quantise.h"
 
 namespace tilestream {
 
-enum class PackedFormat : int32_t { kFloat32 = 0, kBFloat16 = 1, kU4G32S = 2, kU4G32 = 3, kU8G32S = 4, kU8G32 = 5 };
+enum class PackedFormat : int32_t {
+  kFloat32 = 0, kBFloat16 = 1, kU4G32S = 2, kU4G32 = 3, kU8G32S = 4, kU8G32 = 5, kRowsBFloat16 = 6, kRowsFloat16 = 7
+};
+constexpr int kNumPackedFormats = 8;
 
 constexpr int kPanelColumns = 32;
 
-TILESTREAM_HOST_DEVICE constexpr bool is_quantised(PackedFormat f) { return f != PackedFormat::kFloat32 && f != PackedFormat::kBFloat16; }
+TILESTREAM_HOST_DEVICE constexpr bool is_quantised(PackedFormat f) { return f >= PackedFormat::kU4G32S && f <= PackedFormat::kU8G32; }
+TILESTREAM_HOST_DEVICE constexpr bool is_row_major(PackedFormat f) { return f >= PackedFormat::kRowsBFloat16; }
 
-// Bytes of one panel for a K (a multiple of 32 for the group-quantised formats).
+// Bytes of one panel for a K (a multiple of 32 for the group-quantised formats); of 32 rows of a row-major weight.
 TILESTREAM_HOST_DEVICE constexpr int64_t panel_bytes(PackedFormat f, int64_t k) {
   const int64_t groups = ceil_div(k, kGroupK);
   return f == PackedFormat::kFloat32    ? k * kPanelColumns * 4
          : f == PackedFormat::kBFloat16 ? round_up(k, 2) * kPanelColumns * 2
+         : is_row_major(f)              ? k * kPanelColumns * 2
          : f == PackedFormat::kU4G32S   ? groups * (512 + 64)
          : f == PackedFormat::kU4G32    ? groups * (512 + 128)
          : f == PackedFormat::kU8G32S   ? groups * (1024 + 64)
                                         : groups * (1024 + 128);
 }
 constexpr int64_t packed_bytes(PackedFormat f, int64_t n, int64_t k) {
-  return ceil_div(n, kPanelColumns) * panel_bytes(f, k);
+  return is_row_major(f) ? 2 * n * k : ceil_div(n, kPanelColumns) * panel_bytes(f, k);
 }
 
 // Where the parts of one group of 32 k of one panel lie, in bytes.
@@ -56,8 +65,9 @@ struct LinearParams {
   void* y;             // [m, n], dtype; last dim contiguous
   int64_t m, n, k;
   int64_t x_row_stride, y_row_stride;
-  DType dtype;         // of x and y: float32, float16, bfloat16
+  DType dtype;         // of x and y: float32, float16, bfloat16; the weight's own where that is row-major
   PackedFormat format;
+  bool gemv;           // row-major formats, whose x has rows at multiples of 16 bytes: without tensor cores, for few rows
   void* workspace;     // cuda::workspace_bytes() bytes, 16-byte aligned; unused by the CPU backend
 };
 
@@ -68,7 +78,7 @@ enum class GgufType : int32_t {
 
 // Packs rows of GGUF blocks. Q4_0 -> kU4G32S, Q4_1/Q4_K -> kU4G32, Q8_0 -> kU8G32S, Q5_K -> kU8G32,
 // Q6_K -> kU8G32S (two groups of 16 share the larger scale; error at most 1/2 step of 8 bits), all without
-// a float detour for the rest; F32/F16/BF16 -> kFloat32 or kBFloat16. Any type -> kFloat32/kBFloat16 dequantises.
+// a float detour for the rest; F32/F16/BF16 -> kFloat32 or kBFloat16. Any type -> any float format dequantises.
 struct PackGgufParams {
   const uint8_t* rows;  // [n, row_bytes] GGUF blocks
   int64_t row_bytes;
@@ -80,7 +90,7 @@ struct PackGgufParams {
 };
 
 // Packs already separated values: q uint8 [n, k] (0..15 or 0..255), scale/zero float32 [n, k / group].
-// For kFloat32 / kBFloat16, `values` [n, k] float32 is packed instead.
+// For the float formats, `values` [n, k] float32 is packed instead.
 struct PackParams {
   const float* values;
   const uint8_t* q;
@@ -110,9 +120,25 @@ void embedding(const EmbeddingParams& params);
 }  // namespace cpu
 
 namespace cuda {
-// Rows that the kernel has to quantise itself.
+constexpr int kTileColumns = 128;  // columns of y of a block that divides K with others
+constexpr int kSlices = 8;         // parts of K at most
+
+// Blocks among which K is divided, where an H200's 132 SMs would else have too little to do.
+inline int num_slices(const LinearParams& p) {
+  constexpr int64_t kSms = 132, kLeastK = 512;
+  const int64_t tiles = ceil_div(p.n, kTileColumns);
+  // Of group-quantised weights all or none: then a row's bits are the same, and the choice may depend on m.
+  if (is_quantised(p.format)) return p.m > 8 && tiles * ceil_div(p.m, 128) < kSms / 2 ? kSlices : 1;
+  if (!is_row_major(p.format) || p.gemv) return 1;
+  return int(std::clamp<int64_t>(std::min(2 * kSms / tiles, ceil_div(p.k, kLeastK)), 1, kSlices));
+}
+
+// Their sums, [num_slices][m][n to a multiple of 32] float32; then rows that the kernel has to quantise itself.
+inline int64_t partial_bytes(const LinearParams& p) {
+  return num_slices(p) == 1 ? 0 : 4 * num_slices(p) * p.m * round_up(p.n, kPanelColumns);
+}
 inline int64_t workspace_bytes(const LinearParams& p) {
-  return is_quantised(p.format) && p.x_q.q == nullptr ? quantised_bytes(p.m, p.k) : 0;
+  return partial_bytes(p) + (is_quantised(p.format) && p.x_q.q == nullptr ? quantised_bytes(p.m, p.k) : 0);
 }
 void linear(const LinearParams& params, Stream stream);
 void embedding(const EmbeddingParams& params, Stream stream);

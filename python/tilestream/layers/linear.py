@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from tilestream.ops.linear import PackedWeight
+from tilestream.ops.linear import PackedWeight, linear
 from tilestream.ops.quantise import QuantisedRows
 
 
@@ -29,6 +29,8 @@ class Linear:
         """Writes [num_tokens, n] into `out` from x [num_tokens, k], int8 where `takes_int8`; rows may be strided."""
         if isinstance(x, QuantisedRows):
             self._quant_op(x.q, x.scale, x.sum, self._data, self.bias, out, n=self.n, format=self._format)
+        elif self.weight.format.is_row_major:
+            linear(x, self.weight, self.bias, out=out)
         else:
             self._op(x, self._data, self.bias, out, n=self.n, format=self._format)
 

@@ -16,6 +16,7 @@ from tilestream.ops.append_kv import append_kv, gather_kv
 from tilestream.ops.attention import attention, merge_states
 from tilestream.ops.kv_cache import KvCache
 from tilestream.ops.linear import PackedFormat, PackedWeight, embedding, linear, pack_gguf, pack_weight
+from tilestream.ops.linear_choice import LinearKernel
 from tilestream.ops.norm import fused_add_rms_norm, fused_add_rms_norm_quant, rms_norm
 from tilestream.ops.plan import AttentionPlan, AttentionPlanner
 from tilestream.ops.quantise import QuantisedRows, quantise
@@ -25,6 +26,7 @@ __all__ = [
     "AttentionPlan",
     "AttentionPlanner",
     "KvCache",
+    "LinearKernel",
     "PackedFormat",
     "PackedWeight",
     "Penalties",

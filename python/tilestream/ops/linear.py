@@ -7,12 +7,16 @@ from enum import IntEnum
 
 import torch
 
+from tilestream.ops.linear_choice import LinearKernel, kernel_for
 from tilestream.ops.memory import Arena
 from tilestream.ops.quantise import QuantisedRows
 
 
 class PackedFormat(IntEnum):
-    """How a packed weight stores its values. S: symmetric, the zero point is the middle of the range."""
+    """How a packed weight stores its values. S: symmetric, the zero point is the middle of the range.
+
+    ROWS: [n, k] as torch has it, for GPUs alone, so that cuBLAS can multiply by the same memory.
+    """
 
     FLOAT32 = 0
     BFLOAT16 = 1
@@ -20,12 +24,18 @@ class PackedFormat(IntEnum):
     U4G32 = 3
     U8G32S = 4
     U8G32 = 5
-
+    ROWS_BFLOAT16 = 6
+    ROWS_FLOAT16 = 7
 
     @property
     def is_quantised(self) -> bool:
         """Integers with a scale per group of 32, which multiply int8 activations."""
-        return self >= PackedFormat.U4G32S
+        return PackedFormat.U4G32S <= self <= PackedFormat.U8G32
+
+    @property
+    def is_row_major(self) -> bool:
+        """[n, k] without padding: k a multiple of 8, and x of the weight's own dtype."""
+        return self >= PackedFormat.ROWS_BFLOAT16
 
 
 _GROUP_BYTES = {
@@ -54,15 +64,22 @@ class PackedWeight:
     @staticmethod
     def empty(n: int, k: int, format: PackedFormat, *, arena: Arena | None = None) -> PackedWeight:
         """Room for a packed [n, k] weight, from `arena` if given: panels of 32 columns, groups of 32 along k."""
+        format = PackedFormat(format)
         if format == PackedFormat.FLOAT32:
             panel = k * 32 * 4
         elif format == PackedFormat.BFLOAT16:
             panel = (k + k % 2) * 32 * 2
-        else:
+        elif format.is_quantised:
             panel = -(-k // 32) * _GROUP_BYTES[format]
-        num_bytes = -(-n // 32) * panel
+        num_bytes = 2 * n * k if format.is_row_major else -(-n // 32) * panel
         data = torch.empty(num_bytes, dtype=torch.uint8) if arena is None else arena.empty(num_bytes)
-        return PackedWeight(data, n, k, PackedFormat(format))
+        return PackedWeight(data, n, k, format)
+
+    @property
+    def matrix(self) -> torch.Tensor:
+        """A row-major weight as the tensor [n, k] that it is."""
+        dtype = torch.float16 if self.format == PackedFormat.ROWS_FLOAT16 else torch.bfloat16
+        return self.data.view(dtype).view(self.n, self.k)
 
     def to(self, device: torch.device | str) -> PackedWeight:
         """The same weight on another device: weights are packed on the CPU.
@@ -83,6 +100,7 @@ def linear(
     bias: torch.Tensor | None = None,
     *,
     out: torch.Tensor | None = None,
+    kernel: LinearKernel | None = None,
 ) -> torch.Tensor:
     """y = x . W^T (+ bias) on a packed weight.
 
@@ -92,8 +110,10 @@ def linear(
         weight: packed [n, k].
         bias: [n], float32.
         out: [num_tokens, n], as x (int8 rows: float32, float16 or bfloat16); allocated when None (int8 rows: float32).
+        kernel: for row-major weights, which one; None: by num_tokens and the table of `linear_choice`.
     Returns:
-        [num_tokens, n], as x. A row's result does not depend on the other rows, bit for bit.
+        [num_tokens, n], as x. A row's result does not depend on the other rows, bit for bit, but for row-major weights: there
+        it depends on the kernel, and with cuBLAS on num_tokens.
     Raises:
         ValueError, TypeError: which argument, what it was, what is allowed.
     Error: exact in integers within a group; float32 accumulation over groups. Deterministic: yes.
@@ -107,7 +127,15 @@ def linear(
         return out
     if out is None:
         out = x.new_empty(x.size(0), weight.n)
-    torch.ops.tilestream.linear(x, weight.data, bias, out, n=weight.n, format=weight.format)
+    if weight.format.is_row_major:
+        kernel = kernel_for(x.device, x.size(0), weight.n, weight.k) if kernel is None else LinearKernel(kernel)
+        if kernel == LinearKernel.CUBLAS:
+            torch.mm(x, weight.matrix.t(), out=out)
+            return out if bias is None else out.add_(bias)
+    elif kernel is not None:
+        raise ValueError(f"kernel is {kernel}; only row-major weights have a choice, and this one is {weight.format.name}")
+    gemv = kernel == LinearKernel.GEMV
+    torch.ops.tilestream.linear(x, weight.data, bias, out, n=weight.n, format=weight.format, gemv=gemv)
     return out
 
 
@@ -119,7 +147,7 @@ def pack_weight(
     zero: torch.Tensor | None = None,
     format: PackedFormat,
 ) -> PackedWeight:
-    """Pack a weight given as floats (FLOAT32, BFLOAT16) or as integers with scales (the group-quantised formats).
+    """Pack a weight given as floats (FLOAT32, BFLOAT16, ROWS) or as integers with scales (the group-quantised formats).
 
     Args:
         values: [n, k], float32.
@@ -134,7 +162,7 @@ def pack_weight(
     """
     source = values if q is None else q
     if source is None:
-        raise ValueError("pack_weight needs values (FLOAT32, BFLOAT16) or q and scale (the group-quantised formats)")
+        raise ValueError("pack_weight needs values (FLOAT32, BFLOAT16, ROWS) or q and scale (the group-quantised formats)")
     n, k = source.shape
     group = k if scale is None else k // scale.size(1)
     packed = PackedWeight.empty(n, k, format)
@@ -149,7 +177,7 @@ def pack_gguf(rows: torch.Tensor, gguf_type: int, k: int, *, format: PackedForma
         rows: [n, bytes per row], uint8, the tensor as it stands in the file.
         gguf_type: ggml's type number: F32, F16, BF16, Q4_0, Q4_1, Q8_0, Q4_K, Q5_K or Q6_K.
         k: input features.
-        format: the type's own packed format, or FLOAT32 / BFLOAT16 to dequantise.
+        format: the type's own packed format, or a float one to dequantise.
     Returns:
         The packed weight.
     Raises:
