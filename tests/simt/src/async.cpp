@@ -37,19 +37,21 @@ void cp_async_commit_group() {
 }
 
 void cp_async_wait_group(int pending) {
-  Machine::of_this_thread().wait_group(AsyncOp::kCpAsync, pending);
+  Machine& machine = Machine::of_this_thread();
+  machine.wait_group(AsyncOp::kCpAsync, pending, *machine.current);
 }
 
-// Makes every operation of the current thread's older groups happen, and orders the thread after them.
-void Machine::wait_group(AsyncOp::Kind kind, int pending) {
+// Makes every operation of the current thread's older groups happen, and orders the thread after them. `issuer` holds the
+// operations: the thread itself, or the first of its warpgroup.
+void Machine::wait_group(AsyncOp::Kind kind, int pending, const Thread& issuer) {
   Thread& me = *current;
   const int num_done = int(me.group_epochs[kind].size()) - pending;
   if (num_done <= 0) return;
-  for (const auto& op : std::vector(me.pending)) {
+  for (const auto& op : std::vector(issuer.pending)) {
     if (op->kind == kind && op->group < num_done) force(*op);
   }
   auto clock = std::make_shared<Clock>(*me.seen);
-  uint32_t& seen = (*clock)[me.owner->cluster->shadow->agent_of(me.tid, kind)];
+  uint32_t& seen = (*clock)[me.owner->cluster->shadow->agent_of(issuer.tid, kind)];
   seen = std::max(seen, me.group_epochs[kind][num_done - 1]);
   me.seen = std::move(clock);
 }

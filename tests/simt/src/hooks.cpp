@@ -25,14 +25,15 @@ void shared_access(Shadow::Kind kind, const char* what, const void* address, siz
   cluster->shadow->access(*me, kind, what, offset, bytes, pc);
 }
 
-void register_access(const char* what, const void* address, size_t bytes, const void* pc) {
+void register_access(Shadow::Kind kind, const void* address, size_t bytes, const void* pc) {
   Machine& machine = Machine::of_this_thread();
   const auto* p = static_cast<const char*>(address);
   if (machine.current != watched) return;
-  for (const Thread::Accumulator& a : watched->accumulators) {
-    if (p + bytes > a.begin && p < a.begin + a.bytes)
-      machine.fail_current(format("%s of a register that the wgmma issued at %s is still writing: wgmma.wait_group is missing",
-                                  what, where(a.pc).c_str()), pc);
+  for (const Thread::WgmmaRegisters& r : watched->wgmma_registers) {
+    if (p + bytes <= r.begin || p >= r.begin + r.bytes || (r.value == nullptr && kind == Shadow::kRead)) continue;
+    machine.fail_current(format("a %s of a register that the wgmma issued at %s is still %s: wgmma.wait_group is missing",
+                                kind == Shadow::kRead ? "load" : "store", where(r.pc).c_str(),
+                                r.value == nullptr ? "reading" : "writing"), pc);
   }
 }
 
@@ -40,7 +41,7 @@ inline void hook(Shadow::Kind kind, const void* address, size_t bytes, const voi
   if (address >= shared_range.begin && address < shared_range.end)
     shared_access(kind, kind == Shadow::kRead ? "a load" : "a store", address, bytes, pc);
   else if (watched != nullptr)
-    register_access(kind == Shadow::kRead ? "a load" : "a store", address, bytes, pc);
+    register_access(kind, address, bytes, pc);
 }
 
 }  // namespace

@@ -133,7 +133,7 @@ void Thread::reset() {
   for (auto& epochs : group_epochs) epochs.clear();
   wait = Wait{};
   finished = polling = wgmma_fenced = cluster_arrived = false;
-  pending.clear(), accumulators.clear();
+  pending.clear(), wgmma_registers.clear();
 }
 
 void Machine::update_shared_range() {
@@ -205,7 +205,7 @@ void Machine::schedule() {
     if (!thread->polling) progress = seconds(), rounds = 0;
     thread->polling = false;
     current = thread;
-    watched = thread->accumulators.empty() ? nullptr : thread;
+    watched = thread->wgmma_registers.empty() ? nullptr : thread;
     thread->fiber.resume();
     watched = nullptr;
     if (!failure_.empty()) throw std::runtime_error(failure_);
@@ -250,6 +250,12 @@ void Machine::issue(std::shared_ptr<AsyncOp> op) {
 }
 
 void Machine::force(AsyncOp& op) {
+  if (op.kind == AsyncOp::kWgmma) {  // those of one warpgroup happen in order
+    for (const auto& earlier : std::vector(op.issuer->pending)) {
+      if (earlier.get() == &op) break;
+      if (earlier->kind == AsyncOp::kWgmma) force(*earlier);
+    }
+  }
   const auto keep = std::find_if(async_.begin(), async_.end(), [&](const auto& p) { return p.get() == &op; });
   const std::shared_ptr<AsyncOp> alive = *keep;
   async_.erase(keep);

@@ -53,10 +53,16 @@ struct Thread : Position {
   // by AsyncOp::Kind: the agent's moment at each group's commit; and the operations not yet done
   std::vector<uint32_t> group_epochs[Shadow::kNumAgents];
   std::vector<std::shared_ptr<AsyncOp>> pending;
-  // accumulators that wgmma is still writing: (address, bytes, where it was issued)
-  struct Accumulator { const char* begin; size_t bytes; const void* pc; int group; };
-  std::vector<Accumulator> accumulators;
-  bool wgmma_fenced = false;
+  // Registers of the wgmmas under way: accumulators, whose values live here until the wait, and fragments of a.
+  struct WgmmaRegisters {
+    char* begin;
+    size_t bytes;
+    std::shared_ptr<std::vector<uint32_t>> value;  // of accumulators; null for fragments
+    const void* pc;                                // of the last wgmma on them
+    int group;
+  };
+  std::vector<WgmmaRegisters> wgmma_registers;
+  bool wgmma_fenced = false;     // since the last wait
   bool cluster_arrived = false;  // and not yet waited
   int cluster_phase = 0;
 
@@ -133,7 +139,7 @@ class Machine {
   // Asynchronous operations: run at once, at a random later moment, or when forced, by the seed.
   void issue(std::shared_ptr<AsyncOp> op);
   void force(AsyncOp& op);
-  void wait_group(AsyncOp::Kind kind, int pending);
+  void wait_group(AsyncOp::Kind kind, int pending, const Thread& issuer);
   int random_below(int n) { return int(random_() % uint64_t(n)); }
   const LaunchConfig& config() const { return config_; }
   Cluster* cluster_of(const void* shared_pointer);
@@ -172,6 +178,9 @@ class Machine {
 struct SharedRange { const unsigned char *begin = nullptr, *end = nullptr; };
 extern thread_local __attribute__((tls_model("initial-exec"))) SharedRange shared_range;
 extern thread_local __attribute__((tls_model("initial-exec"))) Thread* watched;
+
+// As warp_collective, of the four warps of a warpgroup; `body` gets 128 arguments.
+void warpgroup_collective(const char* what, void* arguments, void (*body)(LaneArguments), const void* pc);
 
 void complete_cluster(Cluster& cluster);  // if every thread of it has arrived
 

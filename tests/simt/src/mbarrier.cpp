@@ -130,7 +130,10 @@ void bulk_commit_group() {
   me.group_epochs[AsyncOp::kBulk].push_back(me.async_now[AsyncOp::kBulk]);
 }
 
-void bulk_wait_group(int pending) { Machine::of_this_thread().wait_group(AsyncOp::kBulk, pending); }
+void bulk_wait_group(int pending) {
+  Machine& machine = Machine::of_this_thread();
+  machine.wait_group(AsyncOp::kBulk, pending, *machine.current);
+}
 
 void* map_shared(void* pointer, unsigned rank) {
   const Cluster& cluster = *Machine::of_this_thread().current->owner->cluster;

@@ -36,10 +36,9 @@ void barrier_arrive(const char* what, int id, int num_threads);
 // ---- collectives: each lane in `mask` brings a pointer to its own arguments; the last to arrive runs `body` for all.
 // Lanes that bring another `what`, another mask or another source line are reported as divergent.
 // `orders_memory`: also a barrier for shared memory among these lanes.
-using LaneArguments = void* const*;  // [32] or [128]; null for lanes outside the mask
+using LaneArguments = void* const*;  // [32]; null for lanes outside the mask
 void warp_collective(const char* what, uint32_t mask, void* arguments, void (*body)(LaneArguments),
                      bool orders_memory = false);
-void warpgroup_collective(const char* what, void* arguments, void (*body)(LaneArguments));
 
 // ---- memory that a wrapper itself reads or writes, checked as if the kernel had done it
 void read(const char* what, const void* address, size_t bytes);
