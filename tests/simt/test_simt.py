@@ -46,6 +46,16 @@ WRONG = {
     "accumulator_not_named_by_its_wait": "wgmma_wait_group does not name the accumulators",
     "wgmma_by_one_warp": "wgmma_m64k16_f16 waits for warp [0-9]+, which has returned",
     "wgmma_tile_out_of_bounds": "out of bounds: wgmma_m64k16_f16 reads",
+    "missing_proxy_fence_before_tensor_store": "missing fence.proxy.async: cp.async.bulk.tensor",
+    "early_proxy_fence": "missing fence.proxy.async: cp.async.bulk.tensor",
+    "box_at_no_multiple_of_its_pattern": "shared address 0x80 is not a multiple of 1024, at which its swizzle repeats",
+    "box_out_of_shared_memory": "out of bounds: cp.async.bulk.tensor of 1024 bytes",
+    "coordinates_of_another_rank": "cp.async.bulk.tensor with 3 coordinates, of a tensor map of rank 2",
+    # when the box comes before anybody waits, the next phase lacks its arrival too
+    "bytes_of_a_clipped_box": "deadlock(.|\n)*lacks [01] arrivals and -512 bytes",
+    "box_read_before_its_wait": "operation that .* issued at wrong_tma.cu:.* nobody has waited for",
+    "box_overwritten_before_it_is_stored": "operation that .* issued at wrong_tma.cu:.* nobody has waited for",
+    "returned_before_the_store_has_read": "returned from the kernel while a bulk store may still read",
 }
 RIGHT = ["barrier", "several_blocks", "cp_async_pipeline", "named_barriers", "bulk_pipeline", "cluster", "last_block"]
 

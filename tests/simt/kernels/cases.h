@@ -8,7 +8,7 @@
 
 namespace simt_test {
 
-using Case = void (*)(float* data);  // 4,096 floats
+using Case = void (*)(float* data, const float* inputs);  // what the kernel sees; what was in it, as the host sees it
 
 std::map<std::string, Case>& cases();
 
@@ -19,7 +19,7 @@ struct Register {
 // CASE(name, config...) { kernel body, with `float* data` }
 #define CASE(NAME, ...)                                                                       \
   __global__ void NAME##_kernel(float* data);                                                 \
-  const ::simt_test::Register register_##NAME(#NAME, [](float* data) {                        \
+  const ::simt_test::Register register_##NAME(#NAME, [](float* data, const float*) {          \
     tilestream::cuda::launch(NAME##_kernel, tilestream::cuda::LaunchConfig{__VA_ARGS__}, data); \
   });                                                                                         \
   __global__ void NAME##_kernel([[maybe_unused]] float* data)

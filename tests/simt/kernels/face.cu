@@ -15,7 +15,7 @@ extern "C" __attribute__((visibility("default"))) const char* simt_run(const cha
   static std::string report;
   simt::set_seed(seed);
   try {
-    simt_test::cases().at(name)(data);
+    simt_test::cases().at(name)(data, data);
     report.clear();
   } catch (const std::exception& error) {
     report = error.what();

@@ -42,13 +42,15 @@ void cp_async_wait_group(int pending) {
 }
 
 // Makes every operation of the current thread's older groups happen, and orders the thread after them. `issuer` holds the
-// operations: the thread itself, or the first of its warpgroup.
-void Machine::wait_group(AsyncOp::Kind kind, int pending, const Thread& issuer) {
+// operations: the thread itself, or the first of its warpgroup. `only_read`: they have read shared memory, no more.
+void Machine::wait_group(AsyncOp::Kind kind, int pending, const Thread& issuer, bool only_read) {
   Thread& me = *current;
   const int num_done = int(me.group_epochs[kind].size()) - pending;
   if (num_done <= 0) return;
   for (const auto& op : std::vector(issuer.pending)) {
-    if (op->kind == kind && op->group < num_done) force(*op);
+    if (op->kind != kind || op->group >= num_done) continue;
+    if (!only_read) force(*op);
+    else if (op->read) op->read();
   }
   auto clock = std::make_shared<Clock>(*me.seen);
   uint32_t& seen = (*clock)[me.owner->cluster->shadow->agent_of(issuer.tid, kind)];

@@ -128,7 +128,7 @@ void Machine::start_cluster() {
 }
 
 void Thread::reset() {
-  now = 1, proxy_fence = 0, result = 0;
+  now = 1, proxy_fence = 0, last_bulk_store = 0, result = 0;
   std::fill(std::begin(async_now), std::end(async_now), 0);
   for (auto& epochs : group_epochs) epochs.clear();
   wait = Wait{};
@@ -160,6 +160,9 @@ void Machine::retire(Thread* thread) {
   Cluster& cluster = *block.cluster;
   --block.live, --cluster.live;
   current = thread;  // in whose name faults are reported
+  if ((*thread->seen)[cluster.shadow->agent_of(thread->tid, AsyncOp::kBulkStore)] < thread->last_bulk_store)
+    fail_current("returned from the kernel while a bulk store may still read its shared memory: wait_group is missing",
+                 thread->last_bulk_store_pc);
   check_collectives_after(*thread);
   block.barriers[0].complete_if_full(block.live);
   if (cluster.barrier.arrived >= cluster.live) complete_cluster(cluster);

@@ -36,7 +36,8 @@ struct Wait {
 struct AsyncOp {
   struct Thread* issuer;
   int group;                     // its commit group, by kind
-  enum Kind { kCpAsync, kBulk, kWgmma } kind;
+  enum Kind { kCpAsync, kBulkLoad, kBulkStore, kWgmma } kind;
+  std::function<void()> read;    // of a bulk store: its first half, which a wait may ask for alone
   std::function<void()> effect;
 };
 
@@ -47,6 +48,8 @@ struct Thread : Position {
   ClockPtr seen;                 // what it has been ordered after
   uint32_t now = 1, async_now[Shadow::kNumAgents] = {};
   uint32_t proxy_fence = 0;      // `now` at its last fence.proxy.async
+  uint32_t last_bulk_store = 0;  // the agent's moment of the last one, and where it was issued
+  const void* last_bulk_store_pc = nullptr;
   Wait wait;
   bool finished = false, polling = false;
   int result = 0;                // of the barrier's reduction
@@ -98,6 +101,7 @@ struct Mbarrier {
   unsigned phase = 0;
   Clock clock;                   // of the arrivals of this phase
   ClockPtr last;                 // of the phase that completed last
+  void complete_if_full();
 };
 
 struct Block {
@@ -139,7 +143,7 @@ class Machine {
   // Asynchronous operations: run at once, at a random later moment, or when forced, by the seed.
   void issue(std::shared_ptr<AsyncOp> op);
   void force(AsyncOp& op);
-  void wait_group(AsyncOp::Kind kind, int pending, const Thread& issuer);
+  void wait_group(AsyncOp::Kind kind, int pending, const Thread& issuer, bool only_read = false);
   int random_below(int n) { return int(random_() % uint64_t(n)); }
   const LaunchConfig& config() const { return config_; }
   Cluster* cluster_of(const void* shared_pointer);
@@ -182,6 +186,7 @@ extern thread_local __attribute__((tls_model("initial-exec"))) Thread* watched;
 // As warp_collective, of the four warps of a warpgroup; `body` gets 128 arguments.
 void warpgroup_collective(const char* what, void* arguments, void (*body)(LaneArguments), const void* pc);
 
+Mbarrier& find_mbarrier(const char* what, uint64_t* bar);  // initialised, and ordered after that
 void complete_cluster(Cluster& cluster);  // if every thread of it has arrived
 
 std::string describe(const Thread& thread);   // "thread (3,0,0) of block (1,0,0)"

@@ -19,7 +19,19 @@ void fence_proxy_async();
 void bulk_load(void* dst, const void* src, unsigned bytes, uint64_t* bar);
 void bulk_store(void* dst, const void* src, unsigned bytes);
 void bulk_commit_group();
-void bulk_wait_group(int pending);
+void bulk_wait_group(int pending);       // until they have written
+void bulk_wait_group_read(int pending);  // until they have read
+
+// TMA of more than one dimension: what the emulator's tensor map holds, as large and as aligned as the hardware's.
+struct alignas(64) TensorMap {
+  char* base;
+  uint64_t size[5], stride[5];
+  int box[5], rank, element_bytes;
+  unsigned swizzle_mask;         // bits 4 to 6 of the shared address that are xored with bits 7 to 9
+};
+static_assert(sizeof(TensorMap) == 128);
+void tensor_load(const char* what, void* dst, const TensorMap& map, const int* coordinates, int rank, uint64_t* bar, unsigned ranks);
+void tensor_store(const char* what, const TensorMap& map, const int* coordinates, int rank, const void* src);
 
 // wgmma: one thread's part of the instruction. Elements as in the twin of ptx/mma.cuh.
 enum class Element { kF16, kBF16, kE4M3, kS8 };
