@@ -55,9 +55,16 @@ WRONG = {
     "bytes_of_a_clipped_box": "deadlock(.|\n)*lacks [01] arrivals and -512 bytes",
     "box_read_before_its_wait": "operation that .* issued at wrong_tma.cu:.* nobody has waited for",
     "box_overwritten_before_it_is_stored": "operation that .* issued at wrong_tma.cu:.* nobody has waited for",
+    "missing_griddepcontrol_wait": "missing griddepcontrol.wait: a load of global memory that the kernel before, wrong_control.cu",
+    "cp_async_before_griddepcontrol_wait": "missing griddepcontrol.wait: cp.async of global memory that the kernel before",
+    "missing_griddepcontrol_wait_in_a_chain": "missing griddepcontrol.wait: a load of global memory that the kernel before",
+    "registers_beyond_the_file": "deadlock(.|\n)*setmaxnreg.inc at wrong_control.cu:.*to 240 registers from 168; the block has [0-9]+ left",
+    "registers_of_half_a_warpgroup": "setmaxnreg.dec waits for warp [0-9]+, which has returned",
+    "registers_increased_downwards": "setmaxnreg.inc to 24 registers of a warpgroup that has 256",
     "returned_before_the_store_has_read": "returned from the kernel while a bulk store may still read",
 }
-RIGHT = ["barrier", "several_blocks", "cp_async_pipeline", "named_barriers", "bulk_pipeline", "cluster", "last_block"]
+RIGHT = ["barrier", "several_blocks", "cp_async_pipeline", "named_barriers", "bulk_pipeline", "cluster", "last_block", "grid_barrier",
+         "registers", "dependent_launch"]  # fmt: skip
 
 
 @functools.cache
@@ -65,6 +72,8 @@ def kernels() -> ctypes.CDLL:
     library = ctypes.CDLL(str(build.build("simt_kernels")))
     library.simt_run.restype = ctypes.c_char_p
     library.simt_run.argtypes = [ctypes.c_char_p, ctypes.c_ulonglong, ctypes.c_void_p]
+    library.simt_run_ranks.restype = ctypes.c_char_p
+    library.simt_run_ranks.argtypes = [ctypes.c_char_p, ctypes.c_ulonglong, ctypes.c_void_p, ctypes.c_int]
     return library
 
 

@@ -35,5 +35,14 @@ __device__ __forceinline__ void stmatrix_x4(void* row, const unsigned (&d)[4]) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};"
                ::"r"(unsigned(__cvta_generic_to_shared(row))), "r"(d[0]), "r"(d[1]), "r"(d[2]), "r"(d[3]) : "memory");
 }
+// Of ldmatrix_x2 and ldmatrix_x4_trans.
+__device__ __forceinline__ void stmatrix_x2(void* row, const unsigned (&d)[2]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x2.shared.b16 [%0], {%1, %2};"
+               ::"r"(unsigned(__cvta_generic_to_shared(row))), "r"(d[0]), "r"(d[1]) : "memory");
+}
+__device__ __forceinline__ void stmatrix_x4_trans(void* row, const unsigned (&d)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};"
+               ::"r"(unsigned(__cvta_generic_to_shared(row))), "r"(d[0]), "r"(d[1]), "r"(d[2]), "r"(d[3]) : "memory");
+}
 
 }  // namespace tilestream::ptx

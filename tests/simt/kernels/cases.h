@@ -16,6 +16,19 @@ struct Register {
   Register(const char* name, Case run) { cases()[name] = run; }
 };
 
+// A kernel of several ranks: the buffers of all, as rank `rank` sees them.
+struct RankBuffers {
+  float* const* of_rank;
+  float* multicast;
+  int rank, num;
+};
+using RankCase = void (*)(const RankBuffers&);
+std::map<std::string, RankCase>& rank_cases();
+
+struct RegisterRanks {
+  RegisterRanks(const char* name, RankCase run) { rank_cases()[name] = run; }
+};
+
 // CASE(name, config...) { kernel body, with `float* data` }
 #define CASE(NAME, ...)                                                                       \
   __global__ void NAME##_kernel(float* data);                                                 \

@@ -4,17 +4,22 @@
 
 namespace simt {
 
-// The shared memory of the clusters under way on this host thread lies in [begin, end); nearly every access lies outside.
+// The shared memory of the clusters under way on this host thread lies in [begin, end), with other memory between, maybe.
 thread_local __attribute__((tls_model("initial-exec"))) SharedRange shared_range;
 thread_local __attribute__((tls_model("initial-exec"))) Thread* watched = nullptr;  // current, if wgmma is writing its registers
 
+thread_local __attribute__((tls_model("initial-exec"))) bool kernel_runs = false;
+thread_local __attribute__((tls_model("initial-exec"))) bool dependent = false;           // the launch may have begun early
+
 namespace {
 
-void shared_access(Shadow::Kind kind, const char* what, const void* address, size_t bytes, const void* pc) {
+// Whether it is shared memory at all; if so, checked.
+bool shared_access(Shadow::Kind kind, const char* what, const void* address, size_t bytes, const void* pc) {
+  if (address < shared_range.begin || address >= shared_range.end) return false;
   Machine& machine = Machine::of_this_thread();
   const Thread* me = machine.current;
-  Cluster* cluster = me == nullptr ? nullptr : machine.cluster_of(address);
-  if (cluster == nullptr) return;
+  Cluster* cluster = machine.cluster_of(address);
+  if (cluster == nullptr) return false;
   const size_t offset = static_cast<const unsigned char*>(address) - cluster->arena;
   const size_t in_block = offset % cluster->stride;
   if (cluster != me->owner->cluster)
@@ -23,6 +28,7 @@ void shared_access(Shadow::Kind kind, const char* what, const void* address, siz
     machine.fail_current(format("out of bounds: %s of %zu bytes at byte 0x%zx of shared memory, which has %zu bytes", what, bytes,
                                 in_block, cluster->shared_bytes), pc);
   cluster->shadow->access(*me, kind, what, offset, bytes, pc);
+  return true;
 }
 
 void register_access(Shadow::Kind kind, const void* address, size_t bytes, const void* pc) {
@@ -37,23 +43,31 @@ void register_access(Shadow::Kind kind, const void* address, size_t bytes, const
   }
 }
 
+void global_access(Shadow::Kind kind, const void* address, size_t bytes, const void* pc) {
+  Machine& machine = Machine::of_this_thread();
+  if (machine.current->fiber.holds(address)) return;  // an array of the thread's own
+  if (kind == Shadow::kRead) machine.global_read("a load", address, bytes, pc);
+  else machine.global_write(address, bytes);
+}
+
 inline void hook(Shadow::Kind kind, const void* address, size_t bytes, const void* pc) {
-  if (address >= shared_range.begin && address < shared_range.end)
-    shared_access(kind, kind == Shadow::kRead ? "a load" : "a store", address, bytes, pc);
-  else if (watched != nullptr)
-    register_access(kind, address, bytes, pc);
+  if (!kernel_runs) return;  // host code of a kernel's file
+  if (shared_access(kind, kind == Shadow::kRead ? "a load" : "a store", address, bytes, pc)) return;
+  if (watched != nullptr) register_access(kind, address, bytes, pc);
+  if (kind != Shadow::kRead || dependent) global_access(kind, address, bytes, pc);
 }
 
 }  // namespace
 
 void read(const char* what, const void* address, size_t bytes) {
-  if (address >= shared_range.begin && address < shared_range.end) shared_access(Shadow::kRead, what, address, bytes, __builtin_return_address(0));
+  shared_access(Shadow::kRead, what, address, bytes, __builtin_return_address(0));
 }
 void write(const char* what, const void* address, size_t bytes) {
-  if (address >= shared_range.begin && address < shared_range.end) shared_access(Shadow::kWrite, what, address, bytes, __builtin_return_address(0));
+  shared_access(Shadow::kWrite, what, address, bytes, __builtin_return_address(0));
 }
 void atomic(const char* what, const void* address, size_t bytes) {
-  if (address >= shared_range.begin && address < shared_range.end) shared_access(Shadow::kAtomic, what, address, bytes, __builtin_return_address(0));
+  const void* pc = __builtin_return_address(0);
+  if (!shared_access(Shadow::kAtomic, what, address, bytes, pc)) global_access(Shadow::kAtomic, address, bytes, pc);
 }
 
 }  // namespace simt

@@ -1,6 +1,7 @@
 // The emulated GPU of one host thread: launches, blocks, threads, and who runs next.
 #pragma once
 
+#include <atomic>
 #include <cstdlib>
 #include <deque>
 #include <functional>
@@ -15,6 +16,7 @@
 #include "shadow.h"
 #include "simt/launch.h"
 #include "simt/simt.h"
+#include "written.h"
 
 namespace simt {
 
@@ -24,6 +26,7 @@ constexpr int kMaxCluster = 16;
 
 struct Block;
 struct Cluster;
+struct RankGroup;
 
 // What a blocked thread waits for, as a deadlock report says it.
 struct Wait {
@@ -48,6 +51,7 @@ struct Thread : Position {
   ClockPtr seen;                 // what it has been ordered after
   uint32_t now = 1, async_now[Shadow::kNumAgents] = {};
   uint32_t proxy_fence = 0;      // `now` at its last fence.proxy.async
+  uint32_t grid_waited = 0;      // `now` at its griddepcontrol.wait
   uint32_t last_bulk_store = 0;  // the agent's moment of the last one, and where it was issued
   const void* last_bulk_store_pc = nullptr;
   Wait wait;
@@ -111,6 +115,9 @@ struct Block {
   int live = 0;
   Barrier barriers[kNumBarriers];
   std::vector<std::vector<Rendezvous>> warps, warpgroups;  // collectives under way
+  std::vector<int> registers;    // of a thread of each warpgroup, by setmaxnreg
+  int free_registers = 0;
+  bool grid_waited = false;      // griddepcontrol.wait, by any thread
 };
 
 struct Cluster {
@@ -146,6 +153,14 @@ class Machine {
   void wait_group(AsyncOp::Kind kind, int pending, const Thread& issuer, bool only_read = false);
   int random_below(int n) { return int(random_() % uint64_t(n)); }
   const LaunchConfig& config() const { return config_; }
+  unsigned elected_lane = 0;
+
+  // Global memory. With programmatic dependent launch the kernel before may still run until griddepcontrol.wait.
+  void global_read(const char* what, const void* address, size_t bytes, const void* pc);
+  void global_write(const void* address, size_t bytes) { written_.add(address, bytes); }
+
+  RankGroup* ranks = nullptr;      // of which this is one
+  int rank = -1;
   Cluster* cluster_of(const void* shared_pointer);
 
  private:
@@ -157,6 +172,7 @@ class Machine {
   bool on_fiber() const;
   void check_collectives_after(const Thread& finished);
   void retire(Thread* thread);
+  bool only_polls(int rounds, double since);
   Thread* pick();
   void schedule();
   [[noreturn]] void report_deadlock(const char* reason);
@@ -176,12 +192,29 @@ class Machine {
   std::vector<std::unique_ptr<Thread>> idle_threads_;
   std::string failure_;
   int live_clusters_ = 0;
+  Written written_, written_before_;  // by this launch; by those before it that may still run
+  bool ended_before_wait_ = false;    // a block of this launch never waited for them
+  const void* kernel_before_ = nullptr;
+  uint64_t progress_seen_ = 0;
+  int idle_rounds_ = 0;
 };
+
+// Ranks that run at once (ranks.cpp). `progress` counts what any of them did but poll. A rank is idle at the progress that it
+// has looked at for some rounds and found nothing; when all are idle at the same, nothing will come.
+struct RankGroup {
+  explicit RankGroup(int num) : idle_at(num) {}
+  static constexpr uint64_t kEnded = ~uint64_t{0};
+  std::atomic<uint64_t> progress{1};
+  std::vector<std::atomic<uint64_t>> idle_at;
+  std::atomic<bool> deadlocked{false}, failed{false};
+};
+struct Stopped {};  // thrown in a rank when another has failed
 
 // Set while launches run, for hooks.cpp to tell quickly which accesses matter.
 struct SharedRange { const unsigned char *begin = nullptr, *end = nullptr; };
 extern thread_local __attribute__((tls_model("initial-exec"))) SharedRange shared_range;
 extern thread_local __attribute__((tls_model("initial-exec"))) Thread* watched;
+extern thread_local __attribute__((tls_model("initial-exec"))) bool kernel_runs, dependent;
 
 // As warp_collective, of the four warps of a warpgroup; `body` gets 128 arguments.
 void warpgroup_collective(const char* what, void* arguments, void (*body)(LaneArguments), const void* pc);

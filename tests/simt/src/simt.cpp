@@ -26,6 +26,7 @@ void* shared_pointer(const char* what, uint32_t address, size_t bytes, size_t al
 
 void preempt() { Machine::of_this_thread().preempt_current(); }
 void poll(const char* what) { Machine::of_this_thread().poll_current(what, __builtin_return_address(0)); }
+unsigned elected_lane() { return Machine::of_this_thread().elected_lane; }
 int random_below(int n) { return Machine::of_this_thread().random_below(n); }
 
 }  // namespace simt

@@ -68,6 +68,10 @@ void warpgroup_collective(const char* what, void* arguments, void (*body)(LaneAr
   Thread& me = *Machine::of_this_thread().current;
   const unsigned group = me.warp / 4, lane = me.warp % 4 * kWarpSize + me.lane;
   if ((group + 1) * kWarpgroupSize > me.owner->threads.size()) fail("%s by warp %u, whose warpgroup is not whole", what, me.warp);
+  for (unsigned i = 0; i < kWarpgroupSize; ++i) {
+    if (me.owner->threads[group * kWarpgroupSize + i]->finished)
+      fail("%s waits for warp %u, which has returned from the kernel", what, (group * kWarpgroupSize + i) / kWarpSize);
+  }
   meet(me.owner->warpgroups[group], what, 0, lane, kWarpgroupSize, arguments, body, false, pc);
 }
 

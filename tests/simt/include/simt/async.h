@@ -50,6 +50,9 @@ void wgmma_fence();
 void wgmma_commit_group();
 void wgmma_wait_group(int pending, std::initializer_list<const void*> registers);
 
+void setmaxnreg(const char* what, int registers, bool increase);
+void griddepcontrol_wait();
+
 void cluster_arrive();
 void cluster_wait();
 void* map_shared(void* pointer, unsigned rank);  // the same place in another block of the cluster

@@ -51,5 +51,6 @@ void* shared_pointer(const char* what, uint32_t address, size_t bytes, size_t al
 void preempt();                    // another thread may run now
 void poll(const char* what);       // as preempt, and this thread waits for a change it can only see by looking again
 int random_below(int n);           // by the launch's seed
+unsigned elected_lane();           // of elect.sync, by the launch's seed
 
 }  // namespace simt

@@ -17,6 +17,11 @@ SIMT_TWIN unsigned add(unsigned* p, unsigned v) {
   preempt();
   return __atomic_fetch_add(p, v, __ATOMIC_ACQ_REL);
 }
+SIMT_TWIN unsigned compare_and_swap(unsigned* p, unsigned compare, unsigned v) {
+  preempt();
+  __atomic_compare_exchange_n(p, &compare, v, false, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE);
+  return compare;
+}
 
 }  // namespace simt
 
@@ -27,8 +32,13 @@ SIMT_TWIN unsigned ld_acquire_sys(const unsigned* p) { return simt::load_acquire
 SIMT_TWIN void st_release_gpu(unsigned* p, unsigned v) { simt::store_release(p, v); }
 SIMT_TWIN void st_release_sys(unsigned* p, unsigned v) { simt::store_release(p, v); }
 SIMT_TWIN unsigned atom_add_acq_rel_gpu(unsigned* p, unsigned v) { return simt::add(p, v); }
+SIMT_TWIN unsigned atom_add_acq_rel_sys(unsigned* p, unsigned v) { return simt::add(p, v); }
+SIMT_TWIN unsigned atom_cas_acq_rel_gpu(unsigned* p, unsigned compare, unsigned v) { return simt::compare_and_swap(p, compare, v); }
+SIMT_TWIN unsigned atom_cas_acq_rel_sys(unsigned* p, unsigned compare, unsigned v) { return simt::compare_and_swap(p, compare, v); }
 SIMT_TWIN void red_add_release_gpu(unsigned* p, unsigned v) { simt::add(p, v); }
 SIMT_TWIN void red_add_release_sys(unsigned* p, unsigned v) { simt::add(p, v); }
+SIMT_TWIN void fence_acq_rel_gpu() { simt::preempt(); }
+SIMT_TWIN void fence_acq_rel_sys() { simt::preempt(), __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 SIMT_TWIN uint4 ld_nc_no_allocate(const uint4* p) { return *p; }
 SIMT_TWIN void prefetch_l2(const void*) {}
 
