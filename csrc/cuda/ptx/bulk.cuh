@@ -1,8 +1,8 @@
 // cp.async.bulk: copies of any multiple of 16 bytes by the copy engine, issued by one thread.
 // PTX ISA 9.7.9.25.4, sm_90. Twin: tests/simt/include/cuda/ptx/bulk.cuh.
 //
-// Addresses are multiples of 16. The engine works through the async proxy: shared memory written by ordinary stores needs
-// fence_proxy_async (mbarrier.cuh) and a barrier before a store reads it.
+// Addresses are multiples of 16. The engine works through the async proxy: shared memory written by ordinary
+// stores needs fence_proxy_async (mbarrier.cuh) and a barrier before a store reads it.
 #pragma once
 
 #include "cuda/runtime.cuh"

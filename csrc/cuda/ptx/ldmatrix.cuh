@@ -1,9 +1,11 @@
-// ldmatrix, stmatrix: 8x8 matrices of 16-bit elements between shared memory and the fragments of mma.
-// PTX ISA 9.7.14.5.15 (ldmatrix, sm_75) and 9.7.14.5.16 (stmatrix, sm_90). Twin: tests/simt/include/cuda/ptx/ldmatrix.cuh.
+// ldmatrix, stmatrix: 8x8 matrices of 16-bit elements between shared memory and the fragments of mma. PTX ISA
+// 9.7.14.5.15 (ldmatrix, sm_75) and 9.7.14.5.16 (stmatrix, sm_90). Twin:
+// tests/simt/include/cuda/ptx/ldmatrix.cuh.
 //
-// Lane 8 i + r gives the address of row r of matrix i (16 bytes, aligned to 16). Afterwards register i of lane l holds
-// elements 2 (l % 4) and 2 (l % 4) + 1 of row l / 4 of matrix i; with _trans, of the transposed matrix.
-// Reads what is ordered before it for the lane that gives the address. Every lane of the warp takes part.
+// Lane 8 i + r gives the address of row r of matrix i (16 bytes, aligned to 16). Afterwards register i of
+// lane l holds elements 2 (l % 4) and 2 (l % 4) + 1 of row l / 4 of matrix i; with _trans, of the transposed
+// matrix. Reads what is ordered before it for the lane that gives the address. Every lane of the warp takes
+// part.
 #pragma once
 
 #include "cuda/runtime.cuh"

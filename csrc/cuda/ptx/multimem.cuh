@@ -1,9 +1,10 @@
 // multimem: one access to the same place in the memory of all ranks, made by the NVLink switch.
 // PTX ISA 9.7.9.14 (multimem), sm_90. Twin: tests/simt/include/cuda/ptx/multimem.cuh.
 //
-// Pointers are into the multicast mapping (cuMulticastCreate), never into a rank's own; plain accesses there are not allowed.
-// 16 bytes each, aligned. Relaxed among all ranks: a signal with release and acquire (below, memory.cuh) orders them.
-// The order of a sum is the switch's own, but every rank that loads gets the same bits.
+// Pointers are into the multicast mapping (cuMulticastCreate), never into a rank's own; plain accesses there
+// are not allowed. 16 bytes each, aligned. Relaxed among all ranks: a signal with release and acquire (below,
+// memory.cuh) orders them. The order of a sum is the switch's own, but every rank that loads gets the same
+// bits.
 #pragma once
 
 #include "cuda/runtime.cuh"
@@ -34,8 +35,8 @@ __device__ __forceinline__ uint4 multimem_ld_reduce_add_bf16x2(const void* p) {
 // The same 16 bytes, whatever they are, to every rank.
 __device__ __forceinline__ void multimem_st(void* p, uint4 v) {
   asm volatile("multimem.st.relaxed.sys.global.v4.f32 [%0], {%1, %2, %3, %4};"
-               ::"l"(p), "f"(__uint_as_float(v.x)), "f"(__uint_as_float(v.y)), "f"(__uint_as_float(v.z)), "f"(__uint_as_float(v.w))
-               : "memory");
+               ::"l"(p), "f"(__uint_as_float(v.x)), "f"(__uint_as_float(v.y)), "f"(__uint_as_float(v.z)),
+                 "f"(__uint_as_float(v.w)) : "memory");
 }
 
 // Adds to every rank's.

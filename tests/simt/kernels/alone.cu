@@ -1,5 +1,5 @@
-// The wrappers that ptx.cu, wgmma.cu and tma.cu leave over, each alone: words of data[0..1023] in, from data[2048] on out.
-// Run by fidelity.py on the emulator and on a GPU.
+// The wrappers that ptx.cu, wgmma.cu and tma.cu leave over, each alone: words of data[0..1023] in, from
+// data[2048] on out. Run by fidelity.py on the emulator and on a GPU.
 #include "cases.h"
 #include "cuda/ptx/bulk.cuh"
 #include "cuda/ptx/cp_async.cuh"

@@ -1,5 +1,5 @@
-// Kernels of several ranks. Rank r has buffers[r]: 256 floats of input, 256 of result from 256 on, signals from 512 on.
-// data[2048 + i] of the test is the sum over the ranks, as rank 0 has it.
+// Kernels of several ranks. Rank r has buffers[r]: 256 floats of input, 256 of result from 256 on, signals
+// from 512 on. data[2048 + i] of the test is the sum over the ranks, as rank 0 has it.
 #include "cases.h"
 #include "cuda/ptx/memory.cuh"
 #include "cuda/ptx/multimem.cuh"

@@ -1,6 +1,6 @@
-// TMA of each rank. data[0..31], as integers: rank, element bytes, swizzle, blocks that get the box; 4.. sizes, 9.. strides in
-// bytes, 14.. box, 19.. coordinates. data[64..] is the tensor. Loads dump shared memory at data[16384..]; stores take it from
-// there. test_tma.py has the formulas.
+// TMA of each rank. data[0..31], as integers: rank, element bytes, swizzle, blocks that get the box; 4..
+// sizes, 9.. strides in bytes, 14.. box, 19.. coordinates. data[64..] is the tensor. Loads dump shared memory
+// at data[16384..]; stores take it from there. test_tma.py has the formulas.
 #include "cases.h"
 #include "cuda/ptx/bulk.cuh"
 #include "cuda/ptx/cluster.cuh"

@@ -1,6 +1,6 @@
-// Each form of wgmma alone. data[0..7], as integers: swizzle; stride, leading and start bytes of a; the same of b;
-// accumulate. data[64..] is the image of shared memory, data[12800..] the fragments of a, data[16384..] the result [64][n].
-// test_wgmma.py has the formulas.
+// Each form of wgmma alone. data[0..7], as integers: swizzle; stride, leading and start bytes of a; the same
+// of b; accumulate. data[64..] is the image of shared memory, data[12800..] the fragments of a, data[16384..]
+// the result [64][n]. test_wgmma.py has the formulas.
 #include "cases.h"
 #include "cuda/ptx/mbarrier.cuh"
 #include "cuda/ptx/wgmma.cuh"

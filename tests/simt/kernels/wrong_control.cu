@@ -1,4 +1,5 @@
-// Kernels with one fault each, around what changes how a grid or a warpgroup runs. test_simt.py has what the report must say.
+// Kernels with one fault each, around what changes how a grid or a warpgroup runs. test_simt.py has what the
+// report must say.
 #include "cases.h"
 #include "cuda/ptx/cp_async.cuh"
 #include "cuda/ptx/grid_dependency.cuh"
@@ -30,7 +31,8 @@ DEPENDENT_CASE(cp_async_before_griddepcontrol_wait) {
   ptx::cp_async_wait_all();
 }
 
-// The kernel between touches nothing of the producer's, but has not waited for it either: the producer may still run.
+// The kernel between touches nothing of the producer's, but has not waited for it either: the producer may
+// still run.
 __global__ void between(float* data) { data[threadIdx.x + 256] = 1.0f; }
 __global__ void last(float* data) { data[threadIdx.x + 512] = data[threadIdx.x]; }
 const simt_test::Register chain("missing_griddepcontrol_wait_in_a_chain", [](float* data, const float*) {

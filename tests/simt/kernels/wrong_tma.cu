@@ -1,5 +1,5 @@
-// Kernels with one fault each, around TMA. test_simt.py has what the report must say. `map` is of data as 32 rows of 32 floats,
-// 8 rows at a time, swizzled.
+// Kernels with one fault each, around TMA. test_simt.py has what the report must say. `map` is of data as 32
+// rows of 32 floats, 8 rows at a time, swizzled.
 #include "cases.h"
 #include "cuda/ptx/bulk.cuh"
 #include "cuda/ptx/mbarrier.cuh"
@@ -14,12 +14,12 @@ struct Storage {
   uint64_t full;
 };
 
-#define MAP_CASE(NAME)                                                                                                   \
-  __global__ void NAME##_kernel(float* data, const __grid_constant__ ptx::TensorMap map);                                \
-  const simt_test::Register register_##NAME(#NAME, [](float* data, const float*) {                                       \
-    const ptx::TensorMap map = ptx::make_tensor_map(data, 4, {{32, 4, 32}, {32, 128, 8}}, ptx::Swizzle::k128);           \
-    cuda::launch(NAME##_kernel, {.grid = 1, .block = 32, .smem_bytes = sizeof(Storage)}, data, map);                     \
-  });                                                                                                                    \
+#define MAP_CASE(NAME)                                                                                       \
+  __global__ void NAME##_kernel(float* data, const __grid_constant__ ptx::TensorMap map);                    \
+  const simt_test::Register register_##NAME(#NAME, [](float* data, const float*) {                           \
+    const ptx::TensorMap map = ptx::make_tensor_map(data, 4, {{32, 4, 32}, {32, 128, 8}}, ptx::Swizzle::k128); \
+    cuda::launch(NAME##_kernel, {.grid = 1, .block = 32, .smem_bytes = sizeof(Storage)}, data, map);         \
+  });                                                                                                        \
   __global__ void NAME##_kernel([[maybe_unused]] float* data, const __grid_constant__ ptx::TensorMap map)
 
 __device__ __forceinline__ Storage& storage() { return cuda::dynamic_smem<Storage>(); }

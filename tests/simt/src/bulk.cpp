@@ -1,5 +1,5 @@
-// Bulk copies and tensor copies. Each is made at some moment between its issue and its wait, by the seed; from the issue on
-// its bytes in shared memory belong to the thread's asynchronous agent.
+// Bulk copies and tensor copies. Each is made at some moment between its issue and its wait, by the seed;
+// from the issue on its bytes in shared memory belong to the thread's asynchronous agent.
 #include <cstring>
 
 #include "machine.h"
@@ -77,13 +77,15 @@ struct Box {
     bytes = map.element_bytes;
     for (int i = 0; i < rank; ++i) corner[i] = coordinates[i], bytes *= map.box[i];
     shared_pointer(what, shared_address(shared), bytes, 128);
-    // The pattern is one of addresses: a box that does not begin with it would be laid out otherwise than wgmma reads it.
+    // The pattern is one of addresses: a box that does not begin with it would be laid out otherwise than
+    // wgmma reads it.
     const unsigned pattern = 8 * (map.swizzle_mask + 16);
     if (map.swizzle_mask != 0 && shared_address(shared) % pattern != 0)
       fail("%s: shared address 0x%x is not a multiple of %u, at which its swizzle repeats", what, shared_address(shared), pattern);
   }
 
-  // f(offset from `address` in shared memory, place in global memory or null outside the tensor) for each element.
+  // f(offset from `address` in shared memory, place in global memory or null outside the tensor) for each
+  // element.
   template <class F>
   void for_each(uint32_t address, F f) const {
     int at[5] = {};

@@ -1,5 +1,6 @@
-// wgmma. The product is made at some moment between issue and wait, by the seed, from what then lies in shared memory. The
-// accumulators' values live beside the registers meanwhile; the registers hold poison, and touching them is reported.
+// wgmma. The product is made at some moment between issue and wait, by the seed, from what then lies in
+// shared memory. The accumulators' values live beside the registers meanwhile; the registers hold poison, and
+// touching them is reported.
 #include <cstring>
 
 #include "machine.h"
@@ -40,7 +41,8 @@ struct Tile {
         bytes(element_bytes(form.element)),
         major_mn(major_mn) {}
 
-  // Of row `mn` of a, or column `mn` of b. PTX ISA 9.7.15.5.1.2: canonical layouts, then the swizzle on address bits.
+  // Of row `mn` of a, or column `mn` of b. PTX ISA 9.7.15.5.1.2: canonical layouts, then the swizzle on
+  // address bits.
   unsigned address(int mn, int k) const {
     const unsigned across = unsigned(major_mn ? k : mn), along = unsigned(major_mn ? mn : k) * bytes;
     const bool swapped = major_mn && row_bytes == 16;  // without a swizzle the two offsets change places
@@ -56,7 +58,8 @@ struct Tile {
   }
 };
 
-// One warp's or the whole warpgroup's part of a tile, chunk by chunk of 16 bytes: in bounds, ordered before, then recorded.
+// One warp's or the whole warpgroup's part of a tile, chunk by chunk of 16 bytes: in bounds, ordered before,
+// then recorded.
 void read_tile(const Thread& thread, const Thread& leader, const Wgmma& form, const Tile& tile, int begin, int end, uint32_t epoch,
                const void* pc) {
   Cluster& cluster = *thread.owner->cluster;
