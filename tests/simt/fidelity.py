@@ -30,7 +30,7 @@ from tests.simt.test_simt import kernels
 ROOT = Path(__file__).resolve().parents[2]
 RECORD = ROOT / "tests/data/ptx_fidelity.npz"
 HOW_TO_RECORD = "no outputs of a GPU are recorded: run `python -m tests.simt.fidelity record` on one of compute capability 9.0"
-SOURCES = ("ptx.cu", "alone.cu", "wgmma.cu", "tma.cu", "right.cu", "gpu.cu")
+SOURCES = ("ptx.cu", "alone.cu", "wgmma.cu", "tma.cu", "right.cu", "gemm.cu", "gpu.cu")
 
 
 @dataclass
@@ -121,6 +121,11 @@ def cases() -> dict[str, Case]:
             all_cases[f"tensor_load_{i}_{ranks}"] = Case(f"tensor_load_{rank}d", words, 16384, len(words))
         words = test_tma.prepare(box, 1)[3].view(np.uint32)
         all_cases[f"tensor_store_{i}"] = Case(f"tensor_store_{rank}d", words, 64, 16384)
+
+    matrices = np.zeros(28672, np.float32)
+    small = np.random.default_rng(2).integers(-2, 3, (192, 256))
+    matrices[:24576] = torch.from_numpy(small).to(torch.bfloat16).view(torch.float32).flatten().numpy()
+    all_cases["gemm"] = Case("gemm", matrices.view(np.uint32), 24576, 28672)
 
     flip = np.zeros(4096, np.float32)
     flip[:256] = np.arange(256)

@@ -84,3 +84,14 @@ def test_wgmma(form: str, row_bytes: int, seed: int) -> None:
     register = columns // 8 * 4 + rows // 8 % 2 * 2 + columns % 2
     want = a @ b.T + (register % 7 if accumulate else 0)
     assert torch.equal(data[16384 : 16384 + 64 * n].reshape(64, n), want)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_pipeline(seed: int) -> None:
+    """TMA, mbarriers, setmaxnreg, wgmma, stmatrix and a tensor store in one kernel."""
+    rng = np.random.default_rng(seed)
+    a, b = (torch.from_numpy(rng.integers(-2, 3, (rows, 256))).to(torch.bfloat16) for rows in (128, 64))
+    data = torch.zeros(28672)
+    data[:24576] = torch.cat([a, b]).view(torch.float32).flatten()
+    assert kernels().simt_run(b"gemm", seed, data.data_ptr()).decode() == ""
+    assert torch.equal(data[24576:].view(torch.bfloat16).reshape(128, 64), (a.float() @ b.float().T).to(torch.bfloat16))

@@ -7,7 +7,7 @@
 // descriptors. accumulate = false: d = a * b.
 //
 // Order, all by every thread of the warpgroup:
-//   wgmma_fence(registers...)   before the first wgmma, and when registers that the next uses were touched
+//   wgmma_fence(registers...)   before the first wgmma of a group
 //   wgmma_...(d, a, b, ...)     any number; those with the same d follow each other without a fence
 //   wgmma_commit_group()        those since the last commit become one group
 //   wgmma_wait_group<n>(d...)   at most n groups are under way; those before have given back what they use

@@ -45,8 +45,8 @@ CASE(accumulator_of_a_later_group, .grid = 1, .block = 128, .smem_bytes = sizeof
   Storage& s = storage();
   start(s);
   float d[2][4];
-  ptx::wgmma_fence(d[0], d[1]);
   for (int i = 0; i < 2; ++i) {
+    ptx::wgmma_fence(d[i]);
     ptx::wgmma_m64k16_f16(d[i], describe(s.tile[0]), describe(s.tile[1]), false);
     ptx::wgmma_commit_group();
   }

@@ -69,7 +69,7 @@ struct Thread : Position {
     int group;
   };
   std::vector<WgmmaRegisters> wgmma_registers;
-  bool wgmma_fenced = false;     // since the last wait
+  bool wgmma_fenced = false;     // since the last commit
   bool cluster_arrived = false;  // and not yet waited
   int cluster_phase = 0;
 

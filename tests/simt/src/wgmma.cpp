@@ -145,7 +145,7 @@ void issue(LaneArguments lanes) {
       fail("%s with other descriptors, shape or scale in %s than in %s", form.what, describe(*p.thread).c_str(), describe(leader).c_str());
     if (int(p.thread->group_epochs[AsyncOp::kWgmma].size()) != group)
       fail("%s, before which %s has committed another number of groups than %s", form.what, describe(*p.thread).c_str(), describe(leader).c_str());
-    if (!p.thread->wgmma_fenced) fail("missing wgmma.fence: %s touches registers with none since the last wait", form.what);
+    if (!p.thread->wgmma_fenced) fail("missing wgmma.fence: %s touches registers with none since the last commit", form.what);
   }
 
   const uint32_t epoch = ++leader.async_now[AsyncOp::kWgmma];
@@ -185,6 +185,7 @@ void wgmma_fence() { Machine::of_this_thread().current->wgmma_fenced = true; }
 
 void wgmma_commit_group() {
   Thread& me = *Machine::of_this_thread().current;
+  me.wgmma_fenced = false;
   me.group_epochs[AsyncOp::kWgmma].push_back(leader_of(me).async_now[AsyncOp::kWgmma]);
 }
 
@@ -204,7 +205,6 @@ void wgmma_wait_group(int pending, std::initializer_list<const void*> registers)
     return true;
   });
   watched = me.wgmma_registers.empty() ? nullptr : &me;
-  if (num_done > 0) me.wgmma_fenced = false;
 }
 
 }  // namespace simt
