@@ -16,7 +16,7 @@ void cp_async(void* dst, const void* src, int bytes, int src_bytes) {
   if (reinterpret_cast<uintptr_t>(src) % bytes != 0 && src_bytes > 0) fail("cp.async of %d bytes from %p, which is not aligned to that", bytes, src);
   Cluster& cluster = *me.owner->cluster;
   shared_pointer("cp.async", shared_address(dst), bytes, bytes);
-  machine.global_read("cp.async", src, src_bytes, pc);
+  machine.global_access(Shadow::kRead, "cp.async", src, src_bytes, pc);
   const uint32_t epoch = ++me.async_now[AsyncOp::kCpAsync];
   cluster.shadow->access_async(me, Shadow::kWrite, "cp.async", static_cast<unsigned char*>(dst) - cluster.arena, bytes,
                                cluster.shadow->agent_of(me.tid, AsyncOp::kCpAsync), epoch, false, pc);

@@ -54,11 +54,6 @@ void store(const char* what, const void* src, size_t bytes, std::function<void(c
   Machine::of_this_thread().issue(std::move(op));
 }
 
-void put(void* global, const unsigned char* bytes, size_t num) {
-  std::memcpy(global, bytes, num);
-  Machine::of_this_thread().global_write(global, num);
-}
-
 void check_bulk(unsigned bytes, const void* global, const void* shared) {
   if (bytes % 16 != 0 || reinterpret_cast<uintptr_t>(global) % 16 != 0)
     fail("cp.async.bulk of %u bytes at global address %p; both must be multiples of 16", bytes, global);
@@ -107,14 +102,15 @@ struct Box {
 void bulk_load(void* dst, const void* src, unsigned bytes, uint64_t* bar) {
   const void* pc = __builtin_return_address(0);
   check_bulk(bytes, src, dst);
-  Machine::of_this_thread().global_read("cp.async.bulk", src, bytes, pc);
+  Machine::of_this_thread().global_access(Shadow::kRead, "cp.async.bulk", src, bytes, pc);
   load("cp.async.bulk", dst, bytes, bar, [dst, src, bytes] { std::memcpy(dst, src, bytes); }, pc);
 }
 
 void bulk_store(void* dst, const void* src, unsigned bytes) {
   const void* pc = __builtin_return_address(0);
   check_bulk(bytes, dst, src);
-  store("cp.async.bulk", src, bytes, [dst, bytes](const unsigned char* read) { put(dst, read, bytes); }, pc);
+  Machine::of_this_thread().global_access(Shadow::kWrite, "cp.async.bulk", dst, bytes, pc);
+  store("cp.async.bulk", src, bytes, [dst, bytes](const unsigned char* read) { std::memcpy(dst, read, bytes); }, pc);
 }
 
 void tensor_load(const char* what, void* dst, const TensorMap& map, const int* coordinates, int rank, uint64_t* bar, unsigned ranks) {
@@ -123,7 +119,7 @@ void tensor_load(const char* what, void* dst, const TensorMap& map, const int* c
   const uint32_t address = shared_address(dst);
   if (ranks == 0 || ranks >> self().cluster_size != 0) fail("%s to blocks 0x%x of a cluster of %u", what, ranks, self().cluster_size);
   box.for_each(address, [&](uint32_t, const char* global) {
-    if (global != nullptr) Machine::of_this_thread().global_read(what, global, map.element_bytes, pc);
+    if (global != nullptr) Machine::of_this_thread().global_access(Shadow::kRead, what, global, map.element_bytes, pc);
   });
   for (unsigned r = 0; r < self().cluster_size; ++r) {
     if ((ranks >> r & 1) == 0) continue;
@@ -141,9 +137,12 @@ void tensor_load(const char* what, void* dst, const TensorMap& map, const int* c
 void tensor_store(const char* what, const TensorMap& map, const int* coordinates, int rank, const void* src) {
   const void* pc = __builtin_return_address(0);
   const Box box(what, map, coordinates, rank, src);
+  box.for_each(shared_address(src), [&](uint32_t, const char* global) {
+    if (global != nullptr) Machine::of_this_thread().global_access(Shadow::kWrite, what, global, map.element_bytes, pc);
+  });
   const auto write = [box, address = shared_address(src)](const unsigned char* read) {
     box.for_each(address, [&](uint32_t offset, char* global) {
-      if (global != nullptr) put(global, read + offset, box.map.element_bytes);
+      if (global != nullptr) std::memcpy(global, read + offset, box.map.element_bytes);
     });
   };
   store(what, src, box.bytes, write, pc);

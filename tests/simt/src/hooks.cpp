@@ -9,7 +9,7 @@ thread_local __attribute__((tls_model("initial-exec"))) SharedRange shared_range
 thread_local __attribute__((tls_model("initial-exec"))) Thread* watched = nullptr;  // current, if wgmma is writing its registers
 
 thread_local __attribute__((tls_model("initial-exec"))) bool kernel_runs = false;
-thread_local __attribute__((tls_model("initial-exec"))) bool dependent = false;           // the launch may have begun early
+thread_local __attribute__((tls_model("initial-exec"))) bool watches_loads = false;  // of global memory
 
 namespace {
 
@@ -46,15 +46,14 @@ void register_access(Shadow::Kind kind, const void* address, size_t bytes, const
 void global_access(Shadow::Kind kind, const void* address, size_t bytes, const void* pc) {
   Machine& machine = Machine::of_this_thread();
   if (machine.current->fiber.holds(address)) return;  // an array of the thread's own
-  if (kind == Shadow::kRead) machine.global_read("a load", address, bytes, pc);
-  else machine.global_write(address, bytes);
+  machine.global_access(kind, kind == Shadow::kRead ? "a load" : kind == Shadow::kWrite ? "a store" : "an atomic", address, bytes, pc);
 }
 
 inline void hook(Shadow::Kind kind, const void* address, size_t bytes, const void* pc) {
   if (!kernel_runs) return;  // host code of a kernel's file
   if (shared_access(kind, kind == Shadow::kRead ? "a load" : "a store", address, bytes, pc)) return;
   if (watched != nullptr) register_access(kind, address, bytes, pc);
-  if (kind != Shadow::kRead || dependent) global_access(kind, address, bytes, pc);
+  if (kind != Shadow::kRead || watches_loads) global_access(kind, address, bytes, pc);
 }
 
 }  // namespace
@@ -67,7 +66,10 @@ void write(const char* what, const void* address, size_t bytes) {
 }
 void atomic(const char* what, const void* address, size_t bytes) {
   const void* pc = __builtin_return_address(0);
-  if (!shared_access(Shadow::kAtomic, what, address, bytes, pc)) global_access(Shadow::kAtomic, address, bytes, pc);
+  if (shared_access(Shadow::kAtomic, what, address, bytes, pc)) return;
+  global_access(Shadow::kAtomic, address, bytes, pc);
+  Machine& machine = Machine::of_this_thread();
+  if (machine.global_shadow != nullptr) machine.global_shadow->relaxed(*machine.current, address);
 }
 
 }  // namespace simt

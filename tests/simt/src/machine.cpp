@@ -71,7 +71,9 @@ void Machine::run(const LaunchConfig& config, const std::function<void()>& kerne
   else written_before_ = std::move(written_);
   written_.clear();
   ended_before_wait_ = false;
-  dependent = config.pdl;
+  const char* races = std::getenv("TILESTREAM_SIMT_GLOBAL_RACES");
+  global_shadow = races != nullptr && *races == '1' ? std::make_unique<GlobalShadow>(num_blocks / config.cluster) : nullptr;
+  watches_loads = config.pdl || global_shadow != nullptr;
 
   const int64_t num_clusters = num_blocks / config.cluster;
   waiting_clusters_.resize(num_clusters);  // taken from the back
@@ -93,6 +95,7 @@ void Machine::start_cluster() {
   waiting_clusters_.pop_back();
   clusters_.push_back(std::make_unique<Cluster>());
   Cluster& cluster = *clusters_.back();
+  cluster.index = size_t(index);
   ++live_clusters_;
 
   const unsigned size = config_.cluster, per_block = config_.block.x * config_.block.y * config_.block.z;
@@ -278,8 +281,10 @@ void Machine::fail_current(const std::string& text, const void* pc) {
 
 bool Machine::on_fiber() const { return current != nullptr && current->fiber.holds(__builtin_frame_address(0)); }
 
-void Machine::global_read(const char* what, const void* address, size_t bytes, const void* pc) {
-  if (!config_.pdl || !written_before_.overlaps(address, bytes)) return;
+void Machine::global_access(Shadow::Kind kind, const char* what, const void* address, size_t bytes, const void* pc) {
+  if (global_shadow != nullptr) global_shadow->access(*current, kind, what, address, bytes, pc);
+  if (kind != Shadow::kRead) written_.add(address, bytes);
+  if (kind == Shadow::kWrite || !config_.pdl || !written_before_.overlaps(address, bytes)) return;
   for (const Thread* t : current->owner->threads) {  // it has waited, or comes after a barrier behind one that has
     if (t->grid_waited != 0 && (t == current || (*current->seen)[t->tid] >= t->grid_waited)) return;
   }

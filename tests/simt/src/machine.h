@@ -13,6 +13,7 @@
 
 #include "clock.h"
 #include "fiber.h"
+#include "global_shadow.h"
 #include "shadow.h"
 #include "simt/launch.h"
 #include "simt/simt.h"
@@ -123,6 +124,7 @@ struct Block {
 struct Cluster {
   ~Cluster() { std::free(arena); }
   std::vector<std::unique_ptr<Block>> blocks;
+  size_t index = 0;                // in the grid
   unsigned char* arena = nullptr;  // the blocks' shared memory, `stride` apart: the gaps are out of bounds
   size_t stride = 0, shared_bytes = 0;
   std::unique_ptr<Shadow> shadow;
@@ -156,8 +158,8 @@ class Machine {
   unsigned elected_lane = 0;
 
   // Global memory. With programmatic dependent launch the kernel before may still run until griddepcontrol.wait.
-  void global_read(const char* what, const void* address, size_t bytes, const void* pc);
-  void global_write(const void* address, size_t bytes) { written_.add(address, bytes); }
+  void global_access(Shadow::Kind kind, const char* what, const void* address, size_t bytes, const void* pc);
+  std::unique_ptr<GlobalShadow> global_shadow;  // if races are looked for
 
   RankGroup* ranks = nullptr;      // of which this is one
   int rank = -1;
@@ -214,7 +216,7 @@ struct Stopped {};  // thrown in a rank when another has failed
 struct SharedRange { const unsigned char *begin = nullptr, *end = nullptr; };
 extern thread_local __attribute__((tls_model("initial-exec"))) SharedRange shared_range;
 extern thread_local __attribute__((tls_model("initial-exec"))) Thread* watched;
-extern thread_local __attribute__((tls_model("initial-exec"))) bool kernel_runs, dependent;
+extern thread_local __attribute__((tls_model("initial-exec"))) bool kernel_runs, watches_loads;
 
 // As warp_collective, of the four warps of a warpgroup; `body` gets 128 arguments.
 void warpgroup_collective(const char* what, void* arguments, void (*body)(LaneArguments), const void* pc);

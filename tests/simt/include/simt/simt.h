@@ -44,6 +44,10 @@ void warp_collective(const char* what, uint32_t mask, void* arguments, void (*bo
 void read(const char* what, const void* address, size_t bytes);
 void write(const char* what, const void* address, size_t bytes);
 void atomic(const char* what, const void* address, size_t bytes);  // unordered with plain accesses, fine with atomics
+// What orders global memory among blocks; a release or acquire is on the word at `address`.
+void fence();
+void acquire(const void* address);
+void release(const void* address);
 uint32_t shared_address(const void* pointer);  // PTX's 32-bit shared address; also valid in the cluster's window
 void* shared_pointer(const char* what, uint32_t address, size_t bytes, size_t alignment);
 
