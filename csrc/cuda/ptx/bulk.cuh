@@ -1,8 +1,8 @@
 // cp.async.bulk: copies of any multiple of 16 bytes by the copy engine, issued by one thread.
 // PTX ISA 9.7.9.25.4, sm_90. Twin: tests/simt/include/cuda/ptx/bulk.cuh.
 //
-// Addresses are multiples of 16. The engine works through the async proxy: shared memory written by ordinary stores needs
-// fence_proxy_async (mbarrier.cuh) and a barrier before a store reads it.
+// Addresses are multiples of 16. The engine works through the async proxy: shared memory written by ordinary
+// stores needs fence_proxy_async (mbarrier.cuh) and a barrier before a store reads it.
 #pragma once
 
 #include "cuda/runtime.cuh"
@@ -23,6 +23,13 @@ __device__ __forceinline__ void cp_async_bulk_store(void* dst, const void* src, 
 __device__ __forceinline__ void cp_async_bulk_commit_group() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 // At most kPending of this thread's groups are still to be written.
 template <int kPending>
-__device__ __forceinline__ void cp_async_bulk_wait_group() { asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kPending) : "memory"); }
+__device__ __forceinline__ void cp_async_bulk_wait_group() {
+  asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kPending) : "memory");
+}
+// As above, but they may still be written: their shared memory has been read, and may be used again.
+template <int kPending>
+__device__ __forceinline__ void cp_async_bulk_wait_group_read() {
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
+}
 
 }  // namespace tilestream::ptx

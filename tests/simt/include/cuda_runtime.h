@@ -34,10 +34,10 @@ SIMT_TWIN int __syncthreads_count(int p) { return simt::barrier_sync("__syncthre
 SIMT_TWIN int __syncthreads_and(int p) { return simt::barrier_sync("__syncthreads_and", 0, 0, simt::Reduce::kAnd, p); }
 SIMT_TWIN int __syncthreads_or(int p) { return simt::barrier_sync("__syncthreads_or", 0, 0, simt::Reduce::kOr, p); }
 
-// Fences order this thread's own accesses; the emulator's memory is sequentially consistent.
+// The emulator's memory is sequentially consistent; its search for races wants the fences.
 SIMT_TWIN void __threadfence_block() {}
-SIMT_TWIN void __threadfence() {}
-SIMT_TWIN void __threadfence_system() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
+SIMT_TWIN void __threadfence() { simt::fence(); }
+SIMT_TWIN void __threadfence_system() { simt::fence(), __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 SIMT_TWIN void __nanosleep(unsigned) { simt::poll("__nanosleep"); }
 
 template <class T>

@@ -4,8 +4,11 @@
 #include "cuda/ptx/bulk.cuh"
 #include "cuda/ptx/cluster.cuh"
 #include "cuda/ptx/cp_async.cuh"
+#include "cuda/ptx/elect.cuh"
+#include "cuda/ptx/grid_dependency.cuh"
 #include "cuda/ptx/mbarrier.cuh"
 #include "cuda/ptx/memory.cuh"
+#include "cuda/ptx/setmaxnreg.cuh"
 
 namespace {
 
@@ -116,5 +119,50 @@ CASE(last_block, .grid = 4, .block = 64, .smem_bytes = sizeof(Storage)) {
   if (storage().out[0] != 3.0f) return;
   for (int j = threadIdx.x; j < 256; j += 64) data[2048 + j] = data[1024 + 255 - j];
 }
+
+// Blocks wait for each other, which only a cooperative launch allows.
+CASE(grid_barrier, .grid = 4, .block = 64, .cooperative = true) {
+  const int i = 64 * blockIdx.x + threadIdx.x;
+  auto* arrived = reinterpret_cast<unsigned*>(data + 4000);
+  data[1024 + i] = data[i];
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    ptx::red_add_release_gpu(arrived, 1);
+    while (ptx::ld_acquire_gpu(arrived) != 4) {
+    }
+  }
+  __syncthreads();
+  data[2048 + i] = data[1024 + 255 - i];
+}
+
+// Warpgroup 0 gives registers to warpgroups 1 and 2; one elected thread of it signals.
+CASE(registers, .grid = 1, .block = 384, .smem_bytes = sizeof(Storage)) {
+  Storage& s = storage();
+  if (threadIdx.x == 0) ptx::mbarrier_init(&s.full[0], 1), ptx::fence_mbarrier_init();
+  __syncthreads();
+  if (threadIdx.x < 128) {
+    ptx::setmaxnreg_dec<40>();
+    if (threadIdx.x < 32 && ptx::elect_sync()) ptx::mbarrier_arrive(&s.full[0]);
+  } else {
+    ptx::setmaxnreg_inc<232>();
+    const int i = threadIdx.x - 128;
+    ptx::mbarrier_wait_parity(&s.full[0], 0);
+    data[2048 + i] = data[255 - i];
+  }
+}
+
+__global__ void first_kernel(float* data) {
+  ptx::griddepcontrol_launch_dependents();
+  data[1024 + threadIdx.x] = data[threadIdx.x];
+}
+__global__ void dependent_kernel(float* data) {
+  data[3000 + threadIdx.x] = data[threadIdx.x];
+  ptx::griddepcontrol_wait();
+  data[2048 + threadIdx.x] = data[1024 + 255 - threadIdx.x];
+}
+const simt_test::Register dependent("dependent_launch", [](float* data, const float*) {
+  cuda::launch(first_kernel, {.grid = 1, .block = 256}, data);
+  cuda::launch(dependent_kernel, {.grid = 1, .block = 256, .pdl = true}, data);
+});
 
 }  // namespace

@@ -16,6 +16,7 @@ void cp_async(void* dst, const void* src, int bytes, int src_bytes) {
   if (reinterpret_cast<uintptr_t>(src) % bytes != 0 && src_bytes > 0) fail("cp.async of %d bytes from %p, which is not aligned to that", bytes, src);
   Cluster& cluster = *me.owner->cluster;
   shared_pointer("cp.async", shared_address(dst), bytes, bytes);
+  machine.global_access(Shadow::kRead, "cp.async", src, src_bytes, pc);
   const uint32_t epoch = ++me.async_now[AsyncOp::kCpAsync];
   cluster.shadow->access_async(me, Shadow::kWrite, "cp.async", static_cast<unsigned char*>(dst) - cluster.arena, bytes,
                                cluster.shadow->agent_of(me.tid, AsyncOp::kCpAsync), epoch, false, pc);
@@ -37,19 +38,23 @@ void cp_async_commit_group() {
 }
 
 void cp_async_wait_group(int pending) {
-  Machine::of_this_thread().wait_group(AsyncOp::kCpAsync, pending);
+  Machine& machine = Machine::of_this_thread();
+  machine.wait_group(AsyncOp::kCpAsync, pending, *machine.current);
 }
 
-// Makes every operation of the current thread's older groups happen, and orders the thread after them.
-void Machine::wait_group(AsyncOp::Kind kind, int pending) {
+// Makes every operation of the current thread's older groups happen, and orders the thread after them. `issuer` holds the
+// operations: the thread itself, or the first of its warpgroup. `only_read`: they have read shared memory, no more.
+void Machine::wait_group(AsyncOp::Kind kind, int pending, const Thread& issuer, bool only_read) {
   Thread& me = *current;
   const int num_done = int(me.group_epochs[kind].size()) - pending;
   if (num_done <= 0) return;
-  for (const auto& op : std::vector(me.pending)) {
-    if (op->kind == kind && op->group < num_done) force(*op);
+  for (const auto& op : std::vector(issuer.pending)) {
+    if (op->kind != kind || op->group >= num_done) continue;
+    if (!only_read) force(*op);
+    else if (op->read) op->read();
   }
   auto clock = std::make_shared<Clock>(*me.seen);
-  uint32_t& seen = (*clock)[me.owner->cluster->shadow->agent_of(me.tid, kind)];
+  uint32_t& seen = (*clock)[me.owner->cluster->shadow->agent_of(issuer.tid, kind)];
   seen = std::max(seen, me.group_epochs[kind][num_done - 1]);
   me.seen = std::move(clock);
 }

@@ -4,17 +4,22 @@
 
 namespace simt {
 
-// The shared memory of the clusters under way on this host thread lies in [begin, end); nearly every access lies outside.
+// The shared memory of the clusters under way on this host thread lies in [begin, end), with other memory between, maybe.
 thread_local __attribute__((tls_model("initial-exec"))) SharedRange shared_range;
 thread_local __attribute__((tls_model("initial-exec"))) Thread* watched = nullptr;  // current, if wgmma is writing its registers
 
+thread_local __attribute__((tls_model("initial-exec"))) bool kernel_runs = false;
+thread_local __attribute__((tls_model("initial-exec"))) bool watches_loads = false;  // of global memory
+
 namespace {
 
-void shared_access(Shadow::Kind kind, const char* what, const void* address, size_t bytes, const void* pc) {
+// Whether it is shared memory at all; if so, checked.
+bool shared_access(Shadow::Kind kind, const char* what, const void* address, size_t bytes, const void* pc) {
+  if (address < shared_range.begin || address >= shared_range.end) return false;
   Machine& machine = Machine::of_this_thread();
   const Thread* me = machine.current;
-  Cluster* cluster = me == nullptr ? nullptr : machine.cluster_of(address);
-  if (cluster == nullptr) return;
+  Cluster* cluster = machine.cluster_of(address);
+  if (cluster == nullptr) return false;
   const size_t offset = static_cast<const unsigned char*>(address) - cluster->arena;
   const size_t in_block = offset % cluster->stride;
   if (cluster != me->owner->cluster)
@@ -23,36 +28,48 @@ void shared_access(Shadow::Kind kind, const char* what, const void* address, siz
     machine.fail_current(format("out of bounds: %s of %zu bytes at byte 0x%zx of shared memory, which has %zu bytes", what, bytes,
                                 in_block, cluster->shared_bytes), pc);
   cluster->shadow->access(*me, kind, what, offset, bytes, pc);
+  return true;
 }
 
-void register_access(const char* what, const void* address, size_t bytes, const void* pc) {
+void register_access(Shadow::Kind kind, const void* address, size_t bytes, const void* pc) {
   Machine& machine = Machine::of_this_thread();
   const auto* p = static_cast<const char*>(address);
   if (machine.current != watched) return;
-  for (const Thread::Accumulator& a : watched->accumulators) {
-    if (p + bytes > a.begin && p < a.begin + a.bytes)
-      machine.fail_current(format("%s of a register that the wgmma issued at %s is still writing: wgmma.wait_group is missing",
-                                  what, where(a.pc).c_str()), pc);
+  for (const Thread::WgmmaRegisters& r : watched->wgmma_registers) {
+    if (p + bytes <= r.begin || p >= r.begin + r.bytes || (r.value == nullptr && kind == Shadow::kRead)) continue;
+    machine.fail_current(format("a %s of a register that the wgmma issued at %s is still %s: wgmma.wait_group is missing",
+                                kind == Shadow::kRead ? "load" : "store", where(r.pc).c_str(),
+                                r.value == nullptr ? "reading" : "writing"), pc);
   }
 }
 
+void global_access(Shadow::Kind kind, const void* address, size_t bytes, const void* pc) {
+  Machine& machine = Machine::of_this_thread();
+  if (machine.current->fiber.holds(address)) return;  // an array of the thread's own
+  machine.global_access(kind, kind == Shadow::kRead ? "a load" : kind == Shadow::kWrite ? "a store" : "an atomic", address, bytes, pc);
+}
+
 inline void hook(Shadow::Kind kind, const void* address, size_t bytes, const void* pc) {
-  if (address >= shared_range.begin && address < shared_range.end)
-    shared_access(kind, kind == Shadow::kRead ? "a load" : "a store", address, bytes, pc);
-  else if (watched != nullptr)
-    register_access(kind == Shadow::kRead ? "a load" : "a store", address, bytes, pc);
+  if (!kernel_runs) return;  // host code of a kernel's file
+  if (shared_access(kind, kind == Shadow::kRead ? "a load" : "a store", address, bytes, pc)) return;
+  if (watched != nullptr) register_access(kind, address, bytes, pc);
+  if (kind != Shadow::kRead || watches_loads) global_access(kind, address, bytes, pc);
 }
 
 }  // namespace
 
 void read(const char* what, const void* address, size_t bytes) {
-  if (address >= shared_range.begin && address < shared_range.end) shared_access(Shadow::kRead, what, address, bytes, __builtin_return_address(0));
+  shared_access(Shadow::kRead, what, address, bytes, __builtin_return_address(0));
 }
 void write(const char* what, const void* address, size_t bytes) {
-  if (address >= shared_range.begin && address < shared_range.end) shared_access(Shadow::kWrite, what, address, bytes, __builtin_return_address(0));
+  shared_access(Shadow::kWrite, what, address, bytes, __builtin_return_address(0));
 }
 void atomic(const char* what, const void* address, size_t bytes) {
-  if (address >= shared_range.begin && address < shared_range.end) shared_access(Shadow::kAtomic, what, address, bytes, __builtin_return_address(0));
+  const void* pc = __builtin_return_address(0);
+  if (shared_access(Shadow::kAtomic, what, address, bytes, pc)) return;
+  global_access(Shadow::kAtomic, address, bytes, pc);
+  Machine& machine = Machine::of_this_thread();
+  if (machine.global_shadow != nullptr) machine.global_shadow->relaxed(*machine.current, address);
 }
 
 }  // namespace simt

@@ -19,6 +19,7 @@ constexpr int kPoison = 0xff;       // NaN as float, half, bfloat16 and e4m3; -1
 // Polling with no other progress for so long is a deadlock; so many rounds, when no other host thread runs a launch.
 constexpr double kPollSeconds = 5;
 constexpr int kPollRounds = 10000;
+constexpr int kIdleRounds = 50;  // of every rank, since any of them got on
 std::atomic<int> running_launches{0};
 struct Running {
   Running() { ++running_launches; }
@@ -44,6 +45,7 @@ void run(const LaunchConfig& config, const std::function<void()>& kernel, const 
 }
 
 void Machine::run(const LaunchConfig& config, const std::function<void()>& kernel, const void* kernel_address) {
+  kernel_address = static_cast<const char*>(kernel_address) + 1;  // where() looks up the byte before
   const auto refuse = [&](const char* what, long long value, const char* allowed) {
     throw std::runtime_error(format("simt: launch of %s with %s %lld; allowed: %s", where(kernel_address).c_str(), what, value, allowed));
   };
@@ -59,9 +61,19 @@ void Machine::run(const LaunchConfig& config, const std::function<void()>& kerne
   kernel_ = &kernel;
   kernel_address_ = kernel_address;
   const unsigned long long seed = launch_seed;
-  random_.seed(seed);
+  random_.seed(seed + (rank > 0 ? 1000003ull * rank : 0));
   order_ = seed == 0 ? Order::kForward : seed == 1 ? Order::kBackward : Order::kRandom;
   moment_ = seed == 0 ? Moment::kLatest : seed == 1 ? Moment::kEarliest : Moment::kRandom;
+
+  elected_lane = order_ == Order::kForward ? 0 : order_ == Order::kBackward ? kWarpSize - 1 : random_below(kWarpSize);
+  if (!config.pdl) written_before_.clear();
+  else if (ended_before_wait_) written_before_.add(written_);
+  else written_before_ = std::move(written_);
+  written_.clear();
+  ended_before_wait_ = false;
+  const char* races = std::getenv("TILESTREAM_SIMT_GLOBAL_RACES");
+  global_shadow = races != nullptr && *races == '1' ? std::make_unique<GlobalShadow>(num_blocks / config.cluster) : nullptr;
+  watches_loads = config.pdl || global_shadow != nullptr;
 
   const int64_t num_clusters = num_blocks / config.cluster;
   waiting_clusters_.resize(num_clusters);  // taken from the back
@@ -75,6 +87,7 @@ void Machine::run(const LaunchConfig& config, const std::function<void()>& kerne
   live_clusters_ = 0;
   while (live_clusters_ < resident && !waiting_clusters_.empty()) start_cluster();
   schedule();
+  kernel_before_ = kernel_address;
 }
 
 void Machine::start_cluster() {
@@ -82,6 +95,7 @@ void Machine::start_cluster() {
   waiting_clusters_.pop_back();
   clusters_.push_back(std::make_unique<Cluster>());
   Cluster& cluster = *clusters_.back();
+  cluster.index = size_t(index);
   ++live_clusters_;
 
   const unsigned size = config_.cluster, per_block = config_.block.x * config_.block.y * config_.block.z;
@@ -102,6 +116,7 @@ void Machine::start_cluster() {
     block.live = per_block;
     block.warps.resize((per_block + kWarpSize - 1) / kWarpSize);
     block.warpgroups.resize((per_block + kWarpgroupSize - 1) / kWarpgroupSize);
+    block.registers.assign(block.warpgroups.size(), int(std::min(256u, 65536 / per_block / 8 * 8)));
     const uint3 block_idx = {unsigned(index % clusters_x) * size + rank, unsigned(index / clusters_x % config_.grid.y),
                              unsigned(index / clusters_x / config_.grid.y)};
     for (unsigned i = 0; i < per_block; ++i) {
@@ -128,12 +143,12 @@ void Machine::start_cluster() {
 }
 
 void Thread::reset() {
-  now = 1, proxy_fence = 0, result = 0;
+  now = 1, proxy_fence = 0, grid_waited = 0, last_bulk_store = 0, result = 0;
   std::fill(std::begin(async_now), std::end(async_now), 0);
   for (auto& epochs : group_epochs) epochs.clear();
   wait = Wait{};
   finished = polling = wgmma_fenced = cluster_arrived = false;
-  pending.clear(), accumulators.clear();
+  pending.clear(), wgmma_registers.clear();
 }
 
 void Machine::update_shared_range() {
@@ -160,9 +175,13 @@ void Machine::retire(Thread* thread) {
   Cluster& cluster = *block.cluster;
   --block.live, --cluster.live;
   current = thread;  // in whose name faults are reported
+  if ((*thread->seen)[cluster.shadow->agent_of(thread->tid, AsyncOp::kBulkStore)] < thread->last_bulk_store)
+    fail_current("returned from the kernel while a bulk store may still read its shared memory: wait_group is missing",
+                 thread->last_bulk_store_pc);
   check_collectives_after(*thread);
   block.barriers[0].complete_if_full(block.live);
   if (cluster.barrier.arrived >= cluster.live) complete_cluster(cluster);
+  if (config_.pdl && !block.grid_waited) ended_before_wait_ = true;
   if (cluster.live > 0) return;
 
   for (auto& t : cluster.threads) idle_threads_.push_back(std::move(t));
@@ -193,7 +212,7 @@ void Machine::schedule() {
         if (polling_.empty()) continue;
       } else if (polling_.empty()) {
         report_deadlock("every thread waits");
-      } else if (++rounds > kPollRounds && (running_launches == 1 || seconds() - progress > kPollSeconds)) {
+      } else if (only_polls(++rounds, progress)) {
         report_deadlock("the threads that still run only poll");
       } else {
         sched_yield();  // another rank may be what they wait for
@@ -202,17 +221,36 @@ void Machine::schedule() {
       polling_.clear();
     }
     Thread* thread = pick();
-    if (!thread->polling) progress = seconds(), rounds = 0;
+    const bool polled = thread->polling;
+    if (!polled) {
+      progress = seconds(), rounds = 0;
+      if (ranks != nullptr) ranks->idle_at[rank] = 0;
+    }
     thread->polling = false;
     current = thread;
-    watched = thread->accumulators.empty() ? nullptr : thread;
+    watched = thread->wgmma_registers.empty() ? nullptr : thread;
+    kernel_runs = true;
     thread->fiber.resume();
+    kernel_runs = false;
     watched = nullptr;
+    if (ranks != nullptr && !polled) ++ranks->progress;
     if (!failure_.empty()) throw std::runtime_error(failure_);
     if (thread->finished) retire(thread);
     if (!failure_.empty()) throw std::runtime_error(failure_);
     current = nullptr;
   }
+}
+
+// Whether nothing that this launch polls for can still come.
+bool Machine::only_polls(int rounds, double since) {
+  if (ranks == nullptr) return rounds > kPollRounds && (running_launches == 1 || seconds() - since > kPollSeconds);
+  if (ranks->failed) throw Stopped{};
+  const uint64_t progress = ranks->progress;
+  if (progress != progress_seen_) progress_seen_ = progress, idle_rounds_ = 0;
+  else if (++idle_rounds_ > kIdleRounds) ranks->idle_at[rank] = progress;
+  const auto idle = [&](const auto& at) { return at == progress || at == RankGroup::kEnded; };
+  if (std::all_of(ranks->idle_at.begin(), ranks->idle_at.end(), idle)) ranks->deadlocked = true;
+  return ranks->deadlocked;
 }
 
 void Machine::block_current(const char* what, const void* pc, std::string detail) {
@@ -243,6 +281,17 @@ void Machine::fail_current(const std::string& text, const void* pc) {
 
 bool Machine::on_fiber() const { return current != nullptr && current->fiber.holds(__builtin_frame_address(0)); }
 
+void Machine::global_access(Shadow::Kind kind, const char* what, const void* address, size_t bytes, const void* pc) {
+  if (global_shadow != nullptr) global_shadow->access(*current, kind, what, address, bytes, pc);
+  if (kind != Shadow::kRead) written_.add(address, bytes);
+  if (kind == Shadow::kWrite || !config_.pdl || !written_before_.overlaps(address, bytes)) return;
+  for (const Thread* t : current->owner->threads) {  // it has waited, or comes after a barrier behind one that has
+    if (t->grid_waited != 0 && (t == current || (*current->seen)[t->tid] >= t->grid_waited)) return;
+  }
+  fail_current(format("missing griddepcontrol.wait: %s of global memory that the kernel before, %s, writes", what,
+                      where(kernel_before_).c_str()), pc);
+}
+
 void Machine::issue(std::shared_ptr<AsyncOp> op) {
   op->issuer->pending.push_back(op);
   async_.push_back(op);
@@ -250,6 +299,12 @@ void Machine::issue(std::shared_ptr<AsyncOp> op) {
 }
 
 void Machine::force(AsyncOp& op) {
+  if (op.kind == AsyncOp::kWgmma) {  // those of one warpgroup happen in order
+    for (const auto& earlier : std::vector(op.issuer->pending)) {
+      if (earlier.get() == &op) break;
+      if (earlier->kind == AsyncOp::kWgmma) force(*earlier);
+    }
+  }
   const auto keep = std::find_if(async_.begin(), async_.end(), [&](const auto& p) { return p.get() == &op; });
   const std::shared_ptr<AsyncOp> alive = *keep;
   async_.erase(keep);
@@ -273,6 +328,7 @@ void Machine::report_deadlock(const char* reason) {
     group->second.push_back(thread);
   }
   std::string text = format("simt: deadlock, %s, in the launch of %s", reason, where(kernel_address_).c_str());
+  if (rank >= 0) text += format(" by rank %d", rank);
   for (const auto& [at, threads] : groups)
     text += format("\n  %zu threads wait in %s; the first is %s", threads.size(), at.c_str(), describe(*threads[0]).c_str());
   throw std::runtime_error(text);

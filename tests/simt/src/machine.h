@@ -1,6 +1,7 @@
 // The emulated GPU of one host thread: launches, blocks, threads, and who runs next.
 #pragma once
 
+#include <atomic>
 #include <cstdlib>
 #include <deque>
 #include <functional>
@@ -12,9 +13,11 @@
 
 #include "clock.h"
 #include "fiber.h"
+#include "global_shadow.h"
 #include "shadow.h"
 #include "simt/launch.h"
 #include "simt/simt.h"
+#include "written.h"
 
 namespace simt {
 
@@ -24,6 +27,7 @@ constexpr int kMaxCluster = 16;
 
 struct Block;
 struct Cluster;
+struct RankGroup;
 
 // What a blocked thread waits for, as a deadlock report says it.
 struct Wait {
@@ -36,7 +40,8 @@ struct Wait {
 struct AsyncOp {
   struct Thread* issuer;
   int group;                     // its commit group, by kind
-  enum Kind { kCpAsync, kBulk, kWgmma } kind;
+  enum Kind { kCpAsync, kBulkLoad, kBulkStore, kWgmma } kind;
+  std::function<void()> read;    // of a bulk store: its first half, which a wait may ask for alone
   std::function<void()> effect;
 };
 
@@ -47,16 +52,25 @@ struct Thread : Position {
   ClockPtr seen;                 // what it has been ordered after
   uint32_t now = 1, async_now[Shadow::kNumAgents] = {};
   uint32_t proxy_fence = 0;      // `now` at its last fence.proxy.async
+  uint32_t grid_waited = 0;      // `now` at its griddepcontrol.wait
+  uint32_t last_bulk_store = 0;  // the agent's moment of the last one, and where it was issued
+  const void* last_bulk_store_pc = nullptr;
   Wait wait;
   bool finished = false, polling = false;
   int result = 0;                // of the barrier's reduction
   // by AsyncOp::Kind: the agent's moment at each group's commit; and the operations not yet done
   std::vector<uint32_t> group_epochs[Shadow::kNumAgents];
   std::vector<std::shared_ptr<AsyncOp>> pending;
-  // accumulators that wgmma is still writing: (address, bytes, where it was issued)
-  struct Accumulator { const char* begin; size_t bytes; const void* pc; int group; };
-  std::vector<Accumulator> accumulators;
-  bool wgmma_fenced = false;
+  // Registers of the wgmmas under way: accumulators, whose values live here until the wait, and fragments of a.
+  struct WgmmaRegisters {
+    char* begin;
+    size_t bytes;
+    std::shared_ptr<std::vector<uint32_t>> value;  // of accumulators; null for fragments
+    const void* pc;                                // of the last wgmma on them
+    int group;
+  };
+  std::vector<WgmmaRegisters> wgmma_registers;
+  bool wgmma_fenced = false;     // since the last commit
   bool cluster_arrived = false;  // and not yet waited
   int cluster_phase = 0;
 
@@ -92,6 +106,7 @@ struct Mbarrier {
   unsigned phase = 0;
   Clock clock;                   // of the arrivals of this phase
   ClockPtr last;                 // of the phase that completed last
+  void complete_if_full();
 };
 
 struct Block {
@@ -101,11 +116,15 @@ struct Block {
   int live = 0;
   Barrier barriers[kNumBarriers];
   std::vector<std::vector<Rendezvous>> warps, warpgroups;  // collectives under way
+  std::vector<int> registers;    // of a thread of each warpgroup, by setmaxnreg
+  int free_registers = 0;
+  bool grid_waited = false;      // griddepcontrol.wait, by any thread
 };
 
 struct Cluster {
   ~Cluster() { std::free(arena); }
   std::vector<std::unique_ptr<Block>> blocks;
+  size_t index = 0;                // in the grid
   unsigned char* arena = nullptr;  // the blocks' shared memory, `stride` apart: the gaps are out of bounds
   size_t stride = 0, shared_bytes = 0;
   std::unique_ptr<Shadow> shadow;
@@ -133,9 +152,17 @@ class Machine {
   // Asynchronous operations: run at once, at a random later moment, or when forced, by the seed.
   void issue(std::shared_ptr<AsyncOp> op);
   void force(AsyncOp& op);
-  void wait_group(AsyncOp::Kind kind, int pending);
+  void wait_group(AsyncOp::Kind kind, int pending, const Thread& issuer, bool only_read = false);
   int random_below(int n) { return int(random_() % uint64_t(n)); }
   const LaunchConfig& config() const { return config_; }
+  unsigned elected_lane = 0;
+
+  // Global memory. With programmatic dependent launch the kernel before may still run until griddepcontrol.wait.
+  void global_access(Shadow::Kind kind, const char* what, const void* address, size_t bytes, const void* pc);
+  std::unique_ptr<GlobalShadow> global_shadow;  // if races are looked for
+
+  RankGroup* ranks = nullptr;      // of which this is one
+  int rank = -1;
   Cluster* cluster_of(const void* shared_pointer);
 
  private:
@@ -147,6 +174,7 @@ class Machine {
   bool on_fiber() const;
   void check_collectives_after(const Thread& finished);
   void retire(Thread* thread);
+  bool only_polls(int rounds, double since);
   Thread* pick();
   void schedule();
   [[noreturn]] void report_deadlock(const char* reason);
@@ -166,13 +194,34 @@ class Machine {
   std::vector<std::unique_ptr<Thread>> idle_threads_;
   std::string failure_;
   int live_clusters_ = 0;
+  Written written_, written_before_;  // by this launch; by those before it that may still run
+  bool ended_before_wait_ = false;    // a block of this launch never waited for them
+  const void* kernel_before_ = nullptr;
+  uint64_t progress_seen_ = 0;
+  int idle_rounds_ = 0;
 };
+
+// Ranks that run at once (ranks.cpp). `progress` counts what any of them did but poll. A rank is idle at the progress that it
+// has looked at for some rounds and found nothing; when all are idle at the same, nothing will come.
+struct RankGroup {
+  explicit RankGroup(int num) : idle_at(num) {}
+  static constexpr uint64_t kEnded = ~uint64_t{0};
+  std::atomic<uint64_t> progress{1};
+  std::vector<std::atomic<uint64_t>> idle_at;
+  std::atomic<bool> deadlocked{false}, failed{false};
+};
+struct Stopped {};  // thrown in a rank when another has failed
 
 // Set while launches run, for hooks.cpp to tell quickly which accesses matter.
 struct SharedRange { const unsigned char *begin = nullptr, *end = nullptr; };
 extern thread_local __attribute__((tls_model("initial-exec"))) SharedRange shared_range;
 extern thread_local __attribute__((tls_model("initial-exec"))) Thread* watched;
+extern thread_local __attribute__((tls_model("initial-exec"))) bool kernel_runs, watches_loads;
 
+// As warp_collective, of the four warps of a warpgroup; `body` gets 128 arguments.
+void warpgroup_collective(const char* what, void* arguments, void (*body)(LaneArguments), const void* pc);
+
+Mbarrier& find_mbarrier(const char* what, uint64_t* bar);  // initialised, and ordered after that
 void complete_cluster(Cluster& cluster);  // if every thread of it has arrived
 
 std::string describe(const Thread& thread);   // "thread (3,0,0) of block (1,0,0)"

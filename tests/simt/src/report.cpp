@@ -61,7 +61,9 @@ std::string where(const void* pc) {
 
 std::string describe(const Thread& t) {
   const uint3 b = t.Position::block;
-  return format("thread (%u,%u,%u) of block (%u,%u,%u)", t.thread.x, t.thread.y, t.thread.z, b.x, b.y, b.z);
+  const int rank = Machine::of_this_thread().rank;
+  const std::string of_rank = rank < 0 ? "" : format(" of rank %d", rank);
+  return format("thread (%u,%u,%u) of block (%u,%u,%u)", t.thread.x, t.thread.y, t.thread.z, b.x, b.y, b.z) + of_rank;
 }
 
 std::string format(const char* format, ...) {

@@ -38,7 +38,7 @@ class Shadow {
 
   // A thread's clock entry for its asynchronous operations of one kind (AsyncOp::Kind).
   int agent_of(int tid, int kind) const { return tid + (1 + kind) * num_threads_; }
-  static constexpr int kNumAgents = 3;
+  static constexpr int kNumAgents = 4;
 
  private:
   struct Cell {

@@ -24,8 +24,22 @@ void* shared_pointer(const char* what, uint32_t address, size_t bytes, size_t al
   return cluster.arena + rank * cluster.stride + offset;
 }
 
+void fence() {
+  Machine& machine = Machine::of_this_thread();
+  if (machine.global_shadow != nullptr) machine.global_shadow->fence(*machine.current);
+}
+void acquire(const void* address) {
+  Machine& machine = Machine::of_this_thread();
+  if (machine.global_shadow != nullptr) machine.global_shadow->acquire(*machine.current, address);
+}
+void release(const void* address) {
+  Machine& machine = Machine::of_this_thread();
+  if (machine.global_shadow != nullptr) machine.global_shadow->release(*machine.current, address);
+}
+
 void preempt() { Machine::of_this_thread().preempt_current(); }
 void poll(const char* what) { Machine::of_this_thread().poll_current(what, __builtin_return_address(0)); }
+unsigned elected_lane() { return Machine::of_this_thread().elected_lane; }
 int random_below(int n) { return Machine::of_this_thread().random_below(n); }
 
 }  // namespace simt

@@ -64,11 +64,14 @@ void warp_collective(const char* what, uint32_t mask, void* arguments, void (*bo
   meet(me.owner->warps[me.warp], what, mask, me.lane, std::popcount(mask), arguments, body, orders_memory, pc);
 }
 
-void warpgroup_collective(const char* what, void* arguments, void (*body)(LaneArguments)) {
-  const void* pc = __builtin_return_address(0);
+void warpgroup_collective(const char* what, void* arguments, void (*body)(LaneArguments), const void* pc) {
   Thread& me = *Machine::of_this_thread().current;
   const unsigned group = me.warp / 4, lane = me.warp % 4 * kWarpSize + me.lane;
   if ((group + 1) * kWarpgroupSize > me.owner->threads.size()) fail("%s by warp %u, whose warpgroup is not whole", what, me.warp);
+  for (unsigned i = 0; i < kWarpgroupSize; ++i) {
+    if (me.owner->threads[group * kWarpgroupSize + i]->finished)
+      fail("%s waits for warp %u, which has returned from the kernel", what, (group * kWarpgroupSize + i) / kWarpSize);
+  }
   meet(me.owner->warpgroups[group], what, 0, lane, kWarpgroupSize, arguments, body, false, pc);
 }
 

@@ -36,15 +36,18 @@ void barrier_arrive(const char* what, int id, int num_threads);
 // ---- collectives: each lane in `mask` brings a pointer to its own arguments; the last to arrive runs `body` for all.
 // Lanes that bring another `what`, another mask or another source line are reported as divergent.
 // `orders_memory`: also a barrier for shared memory among these lanes.
-using LaneArguments = void* const*;  // [32] or [128]; null for lanes outside the mask
+using LaneArguments = void* const*;  // [32]; null for lanes outside the mask
 void warp_collective(const char* what, uint32_t mask, void* arguments, void (*body)(LaneArguments),
                      bool orders_memory = false);
-void warpgroup_collective(const char* what, void* arguments, void (*body)(LaneArguments));
 
 // ---- memory that a wrapper itself reads or writes, checked as if the kernel had done it
 void read(const char* what, const void* address, size_t bytes);
 void write(const char* what, const void* address, size_t bytes);
 void atomic(const char* what, const void* address, size_t bytes);  // unordered with plain accesses, fine with atomics
+// What orders global memory among blocks; a release or acquire is on the word at `address`.
+void fence();
+void acquire(const void* address);
+void release(const void* address);
 uint32_t shared_address(const void* pointer);  // PTX's 32-bit shared address; also valid in the cluster's window
 void* shared_pointer(const char* what, uint32_t address, size_t bytes, size_t alignment);
 
@@ -52,5 +55,6 @@ void* shared_pointer(const char* what, uint32_t address, size_t bytes, size_t al
 void preempt();                    // another thread may run now
 void poll(const char* what);       // as preempt, and this thread waits for a change it can only see by looking again
 int random_below(int n);           // by the launch's seed
+unsigned elected_lane();           // of elect.sync, by the launch's seed
 
 }  // namespace simt

@@ -11,5 +11,7 @@ SIMT_TWIN void cp_async_bulk_store(void* dst, const void* src, unsigned bytes) {
 SIMT_TWIN void cp_async_bulk_commit_group() { simt::bulk_commit_group(); }
 template <int kPending>
 SIMT_TWIN void cp_async_bulk_wait_group() { simt::bulk_wait_group(kPending); }
+template <int kPending>
+SIMT_TWIN void cp_async_bulk_wait_group_read() { simt::bulk_wait_group_read(kPending); }
 
 }  // namespace tilestream::ptx
