@@ -9,7 +9,7 @@ using Mass = unsigned long long;  // fixed point, or a count
 using Key = unsigned long long;   // orders logits: see key_of
 
 constexpr int kSelectThreads = 1024;
-constexpr int kSelectWarps = kSelectThreads / kWarpSize;
+constexpr int kSelectWarps = kSelectThreads / kWarpSize;  // as many as a warp has lanes
 constexpr int kDigitBits = 11;  // of a key, by one pass
 constexpr int kBins = 1 << kDigitBits;
 
@@ -54,23 +54,30 @@ __device__ __forceinline__ Scan block_scan(SelectStorage& s, Mass v) {
   const Mass scanned = warp_scan(v);
   if (lane == kWarpSize - 1) s.partials[warp] = scanned;
   __syncthreads();
-  const Mass up_to = warp_scan(s.partials[lane]);
-  const Mass below = __shfl_sync(kFullMask, up_to, max(warp - 1, 0));
-  const Mass total = __shfl_sync(kFullMask, up_to, kSelectWarps - 1);
+  if (warp == 0) s.partials[lane] = warp_scan(s.partials[lane]);
   __syncthreads();
-  return {scanned - v + (warp > 0 ? below : 0), total};
+  const Scan result{scanned - v + (warp > 0 ? s.partials[warp - 1] : 0), s.partials[kSelectWarps - 1]};
+  __syncthreads();
+  return result;
+}
+
+__device__ __forceinline__ Key warp_max(Key v) {
+#pragma unroll
+  for (int distance = kWarpSize / 2; distance > 0; distance /= 2) v = max(v, __shfl_xor_sync(kFullMask, v, distance));
+  return v;
 }
 
 __device__ __forceinline__ Key block_max(SelectStorage& s, Key v) {
-#pragma unroll
-  for (int distance = kWarpSize / 2; distance > 0; distance /= 2)
-    v = max(v, __shfl_xor_sync(kFullMask, v, distance));
-  if (threadIdx.x % kWarpSize == 0) s.partials[threadIdx.x / kWarpSize] = v;
+  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+  v = warp_max(v);
+  if (lane == 0) s.partials[warp] = v;
   __syncthreads();
-  v = s.partials[threadIdx.x % kWarpSize];
-#pragma unroll
-  for (int distance = kWarpSize / 2; distance > 0; distance /= 2)
-    v = max(v, __shfl_xor_sync(kFullMask, v, distance));
+  if (warp == 0) {
+    v = warp_max(s.partials[lane]);
+    if (lane == 0) s.partials[0] = v;
+  }
+  __syncthreads();
+  v = s.partials[0];
   __syncthreads();
   return v;
 }
