@@ -1,12 +1,13 @@
 // Rotary embedding of q and k, quantisation, the write into a paged cache, and key statistics, in one launch.
 //
-// 2 to 32 lanes take one row of a token: a q head (rotated in place), V or K. A lane holds 8 neighbours, loaded and
-// stored by 16 bytes; those that a rotation pairs them with, and the angles, come from L1. All arithmetic is float32.
-// Memory-bound: each input is read once, each output written once. No shared memory.
+// 2 to 32 lanes take one row of a token: a q head (rotated in place), K or V. A lane holds 8 neighbours, loaded
+// and stored by 16 bytes; those that a rotation pairs them with, and the angles, come from L1. All arithmetic
+// is float32. Memory-bound: each input is read once, each output written once; at 48 registers 5 blocks share
+// an SM and have 20 KB of loads under way. No shared memory.
 //
-// Key statistics are shared by the tokens of a page. A run of tokens with consecutive slots in one page goes to the
-// lanes of its first token, which keep minima and maxima in registers and write them once: plainly if the run starts
-// the page, else by atomics, whose order does not matter.
+// Key statistics are shared by the tokens of a page. A run of tokens with consecutive slots in one page goes
+// to the lanes of its first token, which keep minima and maxima in registers and write them once: plainly if
+// the run starts the page, else by atomics, whose order does not matter.
 // Limits: head_dim a multiple of 16, at most 256 (api/kv_cache.h checks it).
 #include "tilestream/append_kv.h"
 
@@ -55,7 +56,8 @@ __device__ __forceinline__ Eight<T> from_values(const Values& v) {
 
 // The lane's elements of row `x`, rotated if they have to be: element e becomes x cos + partner sin.
 template <class T>
-__device__ __forceinline__ Values load_rotated(const AppendKvParams& p, const T* x, int64_t token, int d, bool aligned) {
+__device__ __forceinline__ Values load_rotated(const AppendKvParams& p, const T* x, int64_t token, int d,
+                                               bool aligned) {
   Values v{}, partner{}, cos{}, sin{};
   if (d >= p.head_dim_qk) return v;
   v = to_values(load_eight(x + d, aligned));
@@ -68,7 +70,8 @@ __device__ __forceinline__ Values load_rotated(const AppendKvParams& p, const T*
     cos = to_values(load_eight(angles + (first ? d : d - half), true));
     sin = to_values(load_eight(angles + (first ? d + half : d), true));
 #pragma unroll
-    for (int i = 0; i < 8; ++i) v.at[i] = v.at[i] * cos.at[i] + partner.at[i] * (first ? -sin.at[i] : sin.at[i]);
+    for (int i = 0; i < 8; ++i)
+      v.at[i] = v.at[i] * cos.at[i] + partner.at[i] * (first ? -sin.at[i] : sin.at[i]);
     return v;
   }
   const Values own = v;
@@ -86,11 +89,11 @@ __device__ __forceinline__ Values load_rotated(const AppendKvParams& p, const T*
 
 // ---- the cache ------------------------------------------------------------------------------------
 
-// value = q * scale + zero with scale and zero as float16 keeps them. A NaN or an infinity in the row makes scale NaN.
-// All of the row's lanes take part; those past its end are not `inside`.
+// value = q * scale + zero with scale and zero as float16 keeps them. A NaN or an infinity in the row makes
+// scale NaN. All of the row's lanes take part; those past its end are not `inside`.
 template <class KV>
-__device__ __forceinline__ void store_quantised(char* to, __half2* scales, const Values& v, const Lanes& lanes, bool inside,
-                                                bool aligned) {
+__device__ __forceinline__ void store_quantised(char* to, __half2* scales, const Values& v,
+                                                const Lanes& lanes, bool inside, bool aligned) {
   constexpr float kMost = float((1 << kKvBits<KV>) - 1);
   float low = INFINITY, high = -INFINITY, check = 0.0f;
 #pragma unroll
@@ -110,7 +113,8 @@ __device__ __forceinline__ void store_quantised(char* to, __half2* scales, const
   const float divisor = scale.x > 0.0f ? scale.x : 1.0f;
   Eight<uint8_t> q;
 #pragma unroll
-  for (int i = 0; i < 8; ++i) q.at[i] = uint8_t(fminf(fmaxf(rintf((v.at[i] - scale.y) / divisor), 0.0f), kMost));
+  for (int i = 0; i < 8; ++i)
+    q.at[i] = uint8_t(fminf(fmaxf(rintf((v.at[i] - scale.y) / divisor), 0.0f), kMost));
   uint8_t* const bytes = reinterpret_cast<uint8_t*>(to) + lanes.d * kKvBits<KV> / 8;
   if constexpr (kKvBits<KV> == 8) return store_eight(bytes, q, aligned);
   unsigned word = 0;
@@ -125,8 +129,8 @@ __device__ __forceinline__ void store_quantised(char* to, __half2* scales, const
 }
 
 template <class KV>
-__device__ __forceinline__ void store_kv(const AppendKvParams& p, int side, int head, int slot, const Values& v,
-                                         const Lanes& lanes, bool aligned) {
+__device__ __forceinline__ void store_kv(const AppendKvParams& p, int side, int head, int slot,
+                                         const Values& v, const Lanes& lanes, bool aligned) {
   const KvRows rows = kv_rows<KV>(p, side, head, p.num_kv_heads, p.page_size);
   const int page = slot / p.page_size, offset = slot % p.page_size;
   const bool inside = lanes.d < (side == 0 ? p.head_dim_qk : p.head_dim_vo);
@@ -151,8 +155,10 @@ __device__ __forceinline__ void atomic_max(float* p, float v) {
 }
 
 // Of a run of keys whose first has this slot.
-__device__ __forceinline__ void store_stats(const AppendKvParams& p, int slot, int head, int d, const Values& low, const Values& high) {
-  float* const to = p.key_stats + (int64_t(slot / p.page_size) * p.num_kv_heads + head) * 2 * p.head_dim_qk + d;
+__device__ __forceinline__ void store_stats(const AppendKvParams& p, int slot, int head, int d,
+                                            const Values& low, const Values& high) {
+  float* const to =
+      p.key_stats + (int64_t(slot / p.page_size) * p.num_kv_heads + head) * 2 * p.head_dim_qk + d;
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
     if (slot % p.page_size == 0) {
@@ -174,7 +180,8 @@ __device__ __forceinline__ bool continues_run(const AppendKvParams& p, int64_t t
 
 // K of one head: this token's, or with statistics those of the run that it starts.
 template <class T, class KV, bool kStats>
-__device__ __forceinline__ void append_keys(const AppendKvParams& p, int64_t token, int head, const Lanes& lanes, bool aligned) {
+__device__ __forceinline__ void append_keys(const AppendKvParams& p, int64_t token, int head,
+                                            const Lanes& lanes, bool aligned) {
   const int slot = p.slot_mapping[token];
   Values low, high;
 #pragma unroll 1
@@ -191,8 +198,8 @@ __device__ __forceinline__ void append_keys(const AppendKvParams& p, int64_t tok
   if (kStats && lanes.d < p.head_dim_qk) store_stats(p, slot, head, lanes.d, low, high);
 }
 
-// Rows of a token: q heads, then K heads, then V heads. `aligned`: every vector of 8 elements is, and lies on one
-// side of rotary_dim and of its half.
+// Rows of a token: q heads, then K heads, then V heads. `aligned`: every vector of 8 elements is, and lies on
+// one side of rotary_dim and of its half.
 template <class T, class KV, bool kStats>
 __global__ void __launch_bounds__(kBlockThreads, kStats ? 3 : 5)
 append_kv_kernel(const __grid_constant__ AppendKvParams p, int num_q_rows, int lanes_per_row, bool aligned) {
@@ -215,14 +222,16 @@ append_kv_kernel(const __grid_constant__ AppendKvParams p, int num_q_rows, int l
     return append_keys<T, KV, kStats>(p, token, head, lanes, aligned);
   }
   head -= p.num_kv_heads;
-  const T* const v = static_cast<const T*>(p.v) + token * p.v_in_token_stride + head * p.v_in_head_stride + lanes.d;
+  const T* const v =
+      static_cast<const T*>(p.v) + token * p.v_in_token_stride + head * p.v_in_head_stride + lanes.d;
   const Values values = lanes.d < p.head_dim_vo ? to_values(load_eight(v, aligned)) : Values{};
   store_kv<KV>(p, 1, head, slot, values, lanes, aligned);
 }
 
 template <class T, class KV>
 bool is_aligned(const AppendKvParams& p) {
-  const bool angles = p.cos_sin == nullptr || (rows_aligned(p.cos_sin, sizeof(float), p.rotary_dim) && p.rotary_dim % 16 == 0);
+  const bool angles = p.cos_sin == nullptr ||
+                      (rows_aligned(p.cos_sin, sizeof(float), p.rotary_dim) && p.rotary_dim % 16 == 0);
   return angles && rows_aligned(p.q, sizeof(T), p.q_token_stride, p.q_head_stride) &&
          rows_aligned(p.k, sizeof(T), p.k_in_token_stride, p.k_in_head_stride) &&
          rows_aligned(p.v, sizeof(T), p.v_in_token_stride, p.v_in_head_stride) &&
@@ -238,8 +247,9 @@ void append_kv(const AppendKvParams& p, Stream stream) {
   while (lanes * 8 < max(p.head_dim_qk, p.head_dim_vo)) lanes *= 2;
   const int threads = int(round_up((num_q_rows + 2 * p.num_kv_heads) * lanes, kWarpSize));  // for a token
   const int block = min(threads, kBlockThreads);
-  const LaunchConfig config{
-      .grid = {unsigned(p.num_tokens), unsigned(ceil_div(threads, block))}, .block = unsigned(block), .stream = stream};
+  const LaunchConfig config{.grid = {unsigned(p.num_tokens), unsigned(ceil_div(threads, block))},
+                            .block = unsigned(block),
+                            .stream = stream};
   with_element(p.x_dtype, [&](auto element) {
     with_kv(p.kv_dtype, [&](auto kv) {
       using T = decltype(element);

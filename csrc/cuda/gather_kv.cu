@@ -1,6 +1,6 @@
 // Rows of a cache of any dtype as plain float32: what append_kv wrote, read back.
 //
-// A warp takes one row of K or V of one (token, kv head), a lane 8 neighbours. Memory-bound; no shared memory.
+// A warp takes one row of K or V of one (token, kv head), a lane 8 neighbours. Memory-bound.
 #include "cuda/common/kv_cache.cuh"
 #include "cuda/common/reduce.cuh"
 #include "tilestream/append_kv.h"
@@ -18,7 +18,8 @@ struct alignas(kKvBits<KV> < 16 ? kKvBits<KV> : 16) StoredEight {
 
 // aligned: 8 neighbours are loaded, and stored, at once.
 template <class KV>
-__global__ void __launch_bounds__(kBlockThreads) gather_kv_kernel(const __grid_constant__ GatherKvParams p, bool aligned) {
+__global__ void __launch_bounds__(kBlockThreads)
+    gather_kv_kernel(const __grid_constant__ GatherKvParams p, bool aligned) {
   const int64_t row = int64_t(blockIdx.x) * (kBlockThreads / kWarpSize) + threadIdx.x / kWarpSize;
   if (row >= p.num_tokens * p.num_kv_heads * 2) return;
   const int side = int(row % 2), head = int(row / 2 % p.num_kv_heads);
@@ -53,7 +54,10 @@ void gather_kv(const GatherKvParams& p, Stream stream) {
     const bool aligned = cache_aligned<decltype(kv)>(p) && rows_aligned(p.k, sizeof(float), p.head_dim_qk) &&
                          rows_aligned(p.v, sizeof(float), p.head_dim_vo);
     launch(gather_kv_kernel<decltype(kv)>,
-           {.grid = unsigned(ceil_div(num_rows, kBlockThreads / kWarpSize)), .block = kBlockThreads, .stream = stream}, p, aligned);
+           {.grid = unsigned(ceil_div(num_rows, kBlockThreads / kWarpSize)),
+            .block = kBlockThreads,
+            .stream = stream},
+           p, aligned);
   });
 }
 

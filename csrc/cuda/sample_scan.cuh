@@ -1,8 +1,8 @@
-// Part of sample.cu: the pass over the logits. Each is read once, into registers, and all that is said of a chunk
-// of 1,024 comes from there: its maximum, its sums, its candidates for the filters.
+// Part of sample.cu: the pass over the logits. Each is read once, into registers, and all that is said of a
+// chunk of 1,024 comes from there: its maximum, its sums, its candidates for the filters.
 //
-// A warp takes a chunk, a lane 8 vectors of 4 of it; a block takes 8 chunks that are num_blocks apart, since likely
-// tokens tend to be neighbours. At 64 registers 4 blocks share an SM: 128 KB of loads in flight.
+// A warp takes a chunk, a lane 8 vectors of 4 of it; a block takes 8 chunks that are num_blocks apart, since
+// likely tokens tend to be neighbours. At 64 registers 4 blocks share an SM: 128 KB of loads in flight.
 #pragma once
 
 #include "cuda/common/select.cuh"
@@ -27,7 +27,8 @@ struct ChunkRecord {
   float raw_sum;       // of exp(logit - maximum)
 };
 
-// A block's candidates: all of its finite logits whose bits are at least `bound`. All ones: they were too many.
+// A block's candidates: all of its finite logits whose bits are at least `bound`. All ones: they were too
+// many.
 struct ListRecord { unsigned bound, num; };
 
 enum ListKind { kRaw, kSampled };
@@ -61,8 +62,9 @@ struct Rule {
     filtered = top_k > 0 || top_p < 1.0f || min_p > 0.0f;
     // Kept away from 0 and infinity, whose products with the other are NaN.
     inverse_scale = fminf(fmaxf(kLog2E / temperature, kFloatMin), kFloatMax / 64.0f);
-    penalties = p.repetition_penalty != nullptr && p.history_indptr[b + 1] > p.history_indptr[b] &&
-                (p.repetition_penalty[b] != 1.0f || p.presence_penalty[b] != 0.0f || p.frequency_penalty[b] != 0.0f);
+    penalties =
+        p.repetition_penalty != nullptr && p.history_indptr[b + 1] > p.history_indptr[b] &&
+        (p.repetition_penalty[b] != 1.0f || p.presence_penalty[b] != 0.0f || p.frequency_penalty[b] != 0.0f);
   }
 };
 
@@ -90,15 +92,27 @@ struct Chunk {
 };
 constexpr int kVecStride = kWarpSize * 4;
 
-// Past the row's end all is -inf.
+// Past the row's end all is -inf. A whole chunk is loaded without a branch, so that all of its loads are
+// under way before the first is waited for.
 template <bool kAligned>
-__device__ __forceinline__ void load_chunk(Chunk& c, const float* x, int64_t vocab_size) {
+__device__ __forceinline__ void load_chunk(Chunk& c, const float* x, int chunk, int vocab_size) {
+  x += c.first_id;
+  if ((chunk + 1) * kChunk <= vocab_size) {
+#pragma unroll
+    for (int v = 0; v < kChunkVecs; ++v) {
+      const Vec<float> vec = load_vec<kAligned>(x + v * kVecStride, 4);
+#pragma unroll
+      for (int k = 0; k < 4; ++k) c.at[v][k] = vec.at[k];
+    }
+    return;
+  }
 #pragma unroll
   for (int v = 0; v < kChunkVecs; ++v) {
-    const int num = int(vocab_size) - c.first_id - v * kVecStride;
-    const Vec<float> vec = load_vec<kAligned>(x + c.first_id + v * kVecStride, num);
 #pragma unroll
-    for (int k = 0; k < 4; ++k) c.at[v][k] = k < num ? vec.at[k] : -INFINITY;
+    for (int k = 0; k < 4; ++k) {
+      const int i = v * kVecStride + k;
+      c.at[v][k] = c.first_id + i < vocab_size ? x[i] : -INFINITY;
+    }
   }
 }
 
@@ -129,16 +143,14 @@ __device__ __forceinline__ Key best_of(const Chunk& c) {
     offset = x == most ? min(offset, i) : offset;
   });
   const unsigned lowest_id = __reduce_min_sync(kFullMask, unsigned(c.first_id + offset));
-  return __any_sync(kFullMask, nan) ? ~Key(0) : Key(bits) << 32 | (0xffffffffu - lowest_id);
+  return __any_sync(kFullMask, nan) ? ~Key(0) : Key(bits) << 32 | id_bits(lowest_id);
 }
 
 __device__ __forceinline__ Mass mass_of(const Chunk& c, float most, float inverse_scale) {
   Mass sum = 0;
   most = fmaxf(most, -kFloatMax);  // a chunk of -inf weighs nothing
   for_each(c, [&](float x, int) { sum += fixed_point(weight_of(x, most, inverse_scale)); });
-#pragma unroll
-  for (int distance = kWarpSize / 2; distance > 0; distance /= 2) sum += __shfl_xor_sync(kFullMask, sum, distance);
-  return sum;
+  return warp_sum(sum);
 }
 
 __device__ __forceinline__ float exp_sum_of(const Chunk& c, float most) {
@@ -156,11 +168,11 @@ struct ScanStorage {
   unsigned seen[kPenalties ? kScanWarps * kChunk : 1];  // per logit: bit 31, and how often the output has it
 };
 
-// Lists the block's logits from a bound on that at least `num` of them reach. It is found among the lanes' maxima,
-// so that it costs no second look at the logits.
+// Lists the block's logits from a bound on that at least `num` of them reach. It is found among the lanes'
+// maxima, so that it costs no second look at the logits.
 template <bool kPenalties>
-__device__ __forceinline__ void list_largest(ScanStorage<kPenalties>& s, const Chunk& c, int num, const Scratch& scratch,
-                                             int64_t list) {
+__device__ __forceinline__ void list_largest(ScanStorage<kPenalties>& s, const Chunk& c, int num,
+                                             const Scratch& scratch, int64_t list) {
   const unsigned bits_of_nothing = ordered_bits(-INFINITY), most = ordered_bits(lane_max(c));
   if (threadIdx.x == 0) s.num_candidates = 0;
   unsigned bound = 0;
@@ -234,7 +246,7 @@ scan_kernel(const __grid_constant__ SampleParams p, const __grid_constant__ Scra
   const int chunk = warp * scratch.num_blocks + block;
   Chunk c;
   c.first_id = chunk * kChunk + threadIdx.x % kWarpSize * 4;
-  load_chunk<kAligned>(c, p.logits + b * p.logits_row_stride, p.vocab_size);
+  load_chunk<kAligned>(c, p.logits + b * p.logits_row_stride, chunk, int(p.vocab_size));
   const Rule rule(p, b);
 
   const bool writes = chunk < scratch.num_chunks && threadIdx.x % kWarpSize == 0;
@@ -253,7 +265,8 @@ scan_kernel(const __grid_constant__ SampleParams p, const __grid_constant__ Scra
   if (writes) record->best = best, record->mass = mass;
   if (rule.greedy || !rule.filtered) return;
   const int most = scratch.capacity / 2;
-  list_largest(s, c, rule.top_k > 0 ? min(rule.top_k, most) : most, scratch, scratch.list(kSampled, b, block));
+  list_largest(s, c, rule.top_k > 0 ? min(rule.top_k, most) : most, scratch,
+               scratch.list(kSampled, b, block));
 }
 
 }  // namespace

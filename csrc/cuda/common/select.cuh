@@ -29,13 +29,23 @@ __device__ __forceinline__ float from_ordered_bits(unsigned ordered) {
   return __uint_as_float(ordered ^ (ordered >> 31 ? 0x80000000u : 0xffffffffu));
 }
 
+__device__ __forceinline__ unsigned id_bits(int64_t id) { return 0xffffffffu - unsigned(id); }
+
 // Larger logits have larger keys, and of equal ones the lower id.
 __device__ __forceinline__ Key key_of(float x, int64_t id) {
-  return Key(ordered_bits(x)) << 32 | (0xffffffffu - unsigned(id));
+  return Key(ordered_bits(x)) << 32 | id_bits(id);
 }
+__device__ __forceinline__ unsigned id_bits_of(Key key) { return unsigned(key); }
 __device__ __forceinline__ unsigned logit_bits_of(Key key) { return unsigned(key >> 32); }
 __device__ __forceinline__ float logit_of(Key key) { return from_ordered_bits(logit_bits_of(key)); }
 __device__ __forceinline__ int64_t id_of(Key key) { return 0xffffffffu - unsigned(key); }
+
+__device__ __forceinline__ Mass warp_sum(Mass v) {
+#pragma unroll
+  for (int distance = kWarpSize / 2; distance > 0; distance /= 2)
+    v += __shfl_xor_sync(kFullMask, v, distance);
+  return v;
+}
 
 // Sum of v over the lanes up to this one.
 __device__ __forceinline__ Mass warp_scan(Mass v) {
@@ -63,7 +73,8 @@ __device__ __forceinline__ Scan block_scan(SelectStorage& s, Mass v) {
 
 __device__ __forceinline__ Key warp_max(Key v) {
 #pragma unroll
-  for (int distance = kWarpSize / 2; distance > 0; distance /= 2) v = max(v, __shfl_xor_sync(kFullMask, v, distance));
+  for (int distance = kWarpSize / 2; distance > 0; distance /= 2)
+    v = max(v, __shfl_xor_sync(kFullMask, v, distance));
   return v;
 }
 
@@ -110,32 +121,40 @@ __device__ __forceinline__ Mass find_bin(SelectStorage& s, Mass need) {
   return scan.total;
 }
 
-// From which key on masses sum to what is needed; `need` is what the keys above leave, `mass` that of the last
-// keys taken. Where the sum of all is less, reached is false.
+// From which bits on masses sum to what is needed; `need` is what those above leave, `mass` that of the last
+// taken. Where the sum of all is less, reached is false.
 struct Threshold {
   bool reached;
-  unsigned key;
+  unsigned bits;
   Mass need, mass;
 };
 
-// The largest key such that the masses of all keys from it on sum to `need` or more: key(i) and mass(i) for
-// i < num, keys from `lowest` to `highest` where the mass is not 0. A pass finds the next 11 bits of it, and the
-// passes end when all that share those found are taken; kExact: not before, so that the key has a mass.
-template <bool kExact = false, class KeyAt, class MassAt>
-__device__ __forceinline__ Threshold select(SelectStorage& s, int64_t num, Mass need, unsigned lowest,
-                                            unsigned highest, KeyAt key_at, MassAt mass_at) {
+// The largest `bits` such that the masses of all keys from it on sum to `need` or more: bits_of(key) and
+// mass_of(key) for the keys of `items`. It is looked for from `lowest` to `highest`; where it lies elsewhere,
+// reached is false. A pass finds the next 11 bits of it, and the passes end when all that share those found
+// are taken; kExact: not before, so that some key with a mass has these bits.
+template <bool kExact = false, class Items, class BitsOf, class MassOf>
+__device__ __forceinline__ Threshold select(SelectStorage& s, const Items& items, Mass need, unsigned lowest,
+                                            unsigned highest, BitsOf bits_of, MassOf mass_of) {
   constexpr int kKeyBits = 32;
-  const int shared = min(__clz(int(lowest ^ highest)), kKeyBits - 1);  // leading bits that all keys share
+  const int shared = min(__clz(int(lowest ^ highest)), kKeyBits - 1);  // leading bits that all share
   unsigned prefix = shared == 0 ? 0 : highest >> (kKeyBits - shared);
   for (int known = shared;;) {  // bits of the prefix
     const int width = min(kDigitBits, kKeyBits - known), shift = kKeyBits - known - width;
     for (int i = threadIdx.x; i < kBins; i += kSelectThreads) s.low[i] = s.high[i] = 0;
     __syncthreads();
-    for (int64_t i = threadIdx.x; i < num; i += kSelectThreads) {
-      const unsigned key = key_at(i);
-      if (known > 0 && key >> (kKeyBits - known) != prefix) continue;
-      const Mass mass = mass_at(i);
-      if (mass != 0) add_to_bin(s, key >> shift & ((1u << width) - 1), mass);
+    Mass own_above = 0;
+    items.for_each([&](Key key) {
+      const unsigned bits = bits_of(key);
+      if (known == shared && bits > highest) own_above += mass_of(key);
+      if (bits < lowest || bits > highest || (known > 0 && bits >> (kKeyBits - known) != prefix)) return;
+      const Mass mass = mass_of(key);
+      if (mass != 0) add_to_bin(s, bits >> shift & ((1u << width) - 1), mass);
+    });
+    if (known == shared) {
+      const Mass above = block_scan(s, own_above).total;
+      if (above >= need) return {false, 0, need, 0};
+      need -= above;
     }
     __syncthreads();
     if (find_bin(s, need) < need) return {false, 0, need, 0};
