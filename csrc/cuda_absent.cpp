@@ -12,4 +12,6 @@ namespace tilestream::cuda {
   }
 TILESTREAM_CUDA_OPS(ABSENT)
 
+int64_t workspace_bytes(const SampleParams&) { return 0; }
+
 }  // namespace tilestream::cuda

@@ -1,11 +1,13 @@
-// Rotary embedding of q and k, quantisation, the write into a paged cache, and key statistics.
+// Rotary embedding of q and k, quantisation, the write into a paged cache, and key statistics, in one launch.
 //
-// A warp takes one row: a q head (rotated in place), or K or V of one (token, kv head). Lane l holds elements
-// 64 j + 2 l and the one behind, j < 4; a rotated element's partner is read again from L1. All arithmetic is float32.
-// Memory-bound: each input is read once, each output written once. No shared memory.
+// 2 to 32 lanes take one row of a token: a q head (rotated in place), K or V. A lane holds 8 neighbours, loaded
+// and stored by 16 bytes; those that a rotation pairs them with, and the angles, come from L1. All arithmetic
+// is float32. Memory-bound: each input is read once, each output written once; at 48 registers 5 blocks share
+// an SM and have 20 KB of loads under way. No shared memory.
 //
-// Key statistics are shared by the tokens of a page. A token at offset 0 starts its page's with its own values; a second
-// launch then adds the other tokens by atomic minimum and maximum, whose order does not matter.
+// Key statistics are shared by the tokens of a page. A run of tokens with consecutive slots in one page goes
+// to the lanes of its first token, which keep minima and maxima in registers and write them once: plainly if
+// the run starts the page, else by atomics, whose order does not matter.
 // Limits: head_dim a multiple of 16, at most 256 (api/kv_cache.h checks it).
 #include "tilestream/append_kv.h"
 
@@ -16,141 +18,129 @@
 namespace tilestream::cuda {
 namespace {
 
-constexpr int kBlockThreads = 256, kRowsPerBlock = kBlockThreads / kWarpSize;
-constexpr int kPairs = 4;  // of elements, per lane: head_dim up to 256
+constexpr int kBlockThreads = 256;
 
-// A lane's elements of a row. Elements past head_dim are 0.
-struct Row {
-  float2 at[kPairs];
-  __device__ static __forceinline__ int index(int j) { return j * 2 * kWarpSize + threadIdx.x % kWarpSize * 2; }
+// The lanes that share a row, and where this one stands among them.
+struct Lanes {
+  int num, d;     // a power of two; this lane's first element
+  unsigned mask;  // of the warp
+  __device__ __forceinline__ explicit Lanes(int num)
+      : num(num), d((int(threadIdx.x) & (num - 1)) * 8),
+        mask((kFullMask >> (kWarpSize - num)) << (threadIdx.x % kWarpSize & -num)) {}
+
+  template <class F>
+  __device__ __forceinline__ float reduce(float v, F f) const {
+    for (int distance = num / 2; distance > 0; distance /= 2) v = f(v, __shfl_xor_sync(mask, v, distance));
+    return v;
+  }
 };
 
-template <class T>
-__device__ __forceinline__ Row load_row(const T* x, int head_dim) {
-  Row row;
-#pragma unroll
-  for (int j = 0; j < kPairs; ++j) {
-    const int d = Row::index(j);
-    row.at[j] = d < head_dim ? float2{to_float(x[d]), to_float(x[d + 1])} : float2{0.0f, 0.0f};
-  }
-  return row;
-}
+struct Values { float at[8]; };
 
 template <class T>
-__device__ __forceinline__ void store_row(T* x, const Row& row, int head_dim) {
+__device__ __forceinline__ Values to_values(const Eight<T>& x) {
+  Values v;
 #pragma unroll
-  for (int j = 0; j < kPairs; ++j) {
-    const int d = Row::index(j);
-    if (d < head_dim) x[d] = from_float<T>(row.at[j].x), x[d + 1] = from_float<T>(row.at[j].y);
-  }
+  for (int i = 0; i < 8; ++i) v.at[i] = to_float(x.at[i]);
+  return v;
+}
+template <class T>
+__device__ __forceinline__ Eight<T> from_values(const Values& v) {
+  Eight<T> x;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) x.at[i] = from_float<T>(v.at[i]);
+  return x;
 }
 
-// x of a pair (a, b) at angle i: a cos - b sin for a itself, b cos + a sin for b.
+// ---- rotary embedding -----------------------------------------------------------------------------
+
+// The lane's elements of row `x`, rotated if they have to be: element e becomes x cos + partner sin.
 template <class T>
-__device__ __forceinline__ float rotated(const AppendKvParams& p, const T* x, const float* cos, int d, float value) {
+__device__ __forceinline__ Values load_rotated(const AppendKvParams& p, const T* x, int64_t token, int d,
+                                               bool aligned) {
+  Values v{}, partner{}, cos{}, sin{};
+  if (d >= p.head_dim_qk) return v;
+  v = to_values(load_eight(x + d, aligned));
+  if (p.cos_sin == nullptr || d >= p.rotary_dim) return v;
   const int half = p.rotary_dim / 2;
-  if (d >= p.rotary_dim) return value;
-  const bool is_a = p.interleaved ? d % 2 == 0 : d < half;
-  const int i = p.interleaved ? d / 2 : d % half, partner = p.interleaved ? d ^ 1 : is_a ? d + half : d - half;
-  const float sine = cos[half + i] * to_float(x[partner]);
-  return is_a ? value * cos[i] - sine : value * cos[i] + sine;
-}
-
-// Row `x` of this token, rotated if it has to be.
-template <class T>
-__device__ __forceinline__ Row load_rotated(const AppendKvParams& p, const T* x, int64_t token) {
-  Row row = load_row(x, p.head_dim_qk);
-  if (p.cos_sin == nullptr) return row;
-  const float* cos = p.cos_sin + int64_t(p.positions[token]) * p.rotary_dim;
+  const float* const angles = p.cos_sin + int64_t(p.positions[token]) * p.rotary_dim;
+  if (aligned && !p.interleaved) {
+    const bool first = d < half;
+    partner = to_values(load_eight(x + (first ? d + half : d - half), true));
+    cos = to_values(load_eight(angles + (first ? d : d - half), true));
+    sin = to_values(load_eight(angles + (first ? d + half : d), true));
 #pragma unroll
-  for (int j = 0; j < kPairs; ++j) {
-    const int d = Row::index(j);
-    row.at[j] = {rotated(p, x, cos, d, row.at[j].x), rotated(p, x, cos, d + 1, row.at[j].y)};
+    for (int i = 0; i < 8; ++i)
+      v.at[i] = v.at[i] * cos.at[i] + partner.at[i] * (first ? -sin.at[i] : sin.at[i]);
+    return v;
   }
-  return row;
-}
-
-template <class F>
-__device__ __forceinline__ float warp_reduce(float v, F f) {
+  const Values own = v;
 #pragma unroll
-  for (int distance = kWarpSize / 2; distance > 0; distance /= 2) v = f(v, __shfl_xor_sync(kFullMask, v, distance));
+  for (int i = 0; i < 8; ++i) {
+    const int e = d + i, angle = p.interleaved ? e / 2 : e < half ? e : e - half;
+    if (e >= p.rotary_dim) break;
+    const bool first = p.interleaved ? i % 2 == 0 : e < half;
+    const float other = p.interleaved ? own.at[i ^ 1] : to_float(x[first ? e + half : e - half]);
+    const float sine = angles[half + angle];
+    v.at[i] = own.at[i] * angles[angle] + other * (first ? -sine : sine);
+  }
   return v;
 }
 
-// value = q * scale + zero with scale and zero as float16 keeps them. A NaN or an infinity in the row makes scale NaN.
+// ---- the cache ------------------------------------------------------------------------------------
+
+// value = q * scale + zero with scale and zero as float16 keeps them. A NaN or an infinity in the row makes
+// scale NaN. All of the row's lanes take part; those past its end are not `inside`.
 template <class KV>
-__device__ __forceinline__ void store_quantised(char* to, __half2* scales, const Row& row, int head_dim) {
+__device__ __forceinline__ void store_quantised(char* to, __half2* scales, const Values& v,
+                                                const Lanes& lanes, bool inside, bool aligned) {
   constexpr float kMost = float((1 << kKvBits<KV>) - 1);
   float low = INFINITY, high = -INFINITY, check = 0.0f;
 #pragma unroll
-  for (int j = 0; j < kPairs; ++j) {
-    check += row.at[j].x * 0.0f + row.at[j].y * 0.0f;
-    if (Row::index(j) >= head_dim) continue;
-    low = fminf(low, fminf(row.at[j].x, row.at[j].y));
-    high = fmaxf(high, fmaxf(row.at[j].x, row.at[j].y));
+  for (int i = 0; i < 8; ++i) {
+    if (!inside) break;
+    check += v.at[i] * 0.0f;
+    low = fminf(low, v.at[i]);
+    high = fmaxf(high, v.at[i]);
   }
-  low = warp_reduce(low, [](float a, float b) { return fminf(a, b); });
-  high = warp_reduce(high, [](float a, float b) { return fmaxf(a, b); });
-  const __half2 stored = __floats2half2_rn((high - low) / kMost + warp_sum(check), low);
+  low = lanes.reduce(low, [](float a, float b) { return fminf(a, b); });
+  high = lanes.reduce(high, [](float a, float b) { return fmaxf(a, b); });
+  check = lanes.reduce(check, [](float a, float b) { return a + b; });
+  if (!inside) return;
+  const __half2 stored = __floats2half2_rn((high - low) / kMost + check, low);
   const float2 scale = __half22float2(stored);
-  if (threadIdx.x % kWarpSize == 0) *scales = stored;
+  if (lanes.d == 0) *scales = stored;
   const float divisor = scale.x > 0.0f ? scale.x : 1.0f;
-  const auto quantise = [&](float x) { return uint8_t(fminf(fmaxf(rintf((x - scale.y) / divisor), 0.0f), kMost)); };
+  Eight<uint8_t> q;
 #pragma unroll
-  for (int j = 0; j < kPairs; ++j) {
-    const int d = Row::index(j);
-    if (d >= head_dim) continue;
-    const uint8_t x = quantise(row.at[j].x), y = quantise(row.at[j].y);
-    if constexpr (kKvBits<KV> == 4) to[d / 2] = char(x | y << 4);
-    else to[d] = char(x), to[d + 1] = char(y);
+  for (int i = 0; i < 8; ++i)
+    q.at[i] = uint8_t(fminf(fmaxf(rintf((v.at[i] - scale.y) / divisor), 0.0f), kMost));
+  uint8_t* const bytes = reinterpret_cast<uint8_t*>(to) + lanes.d * kKvBits<KV> / 8;
+  if constexpr (kKvBits<KV> == 8) return store_eight(bytes, q, aligned);
+  unsigned word = 0;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) word |= unsigned(q.at[i]) << 4 * i;
+  if (aligned) {
+    *reinterpret_cast<unsigned*>(bytes) = word;
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) bytes[i] = uint8_t(word >> 8 * i);
   }
 }
 
 template <class KV>
-__device__ __forceinline__ void store_kv(const AppendKvParams& p, int side, int head, int64_t slot, const Row& row) {
+__device__ __forceinline__ void store_kv(const AppendKvParams& p, int side, int head, int slot,
+                                         const Values& v, const Lanes& lanes, bool aligned) {
   const KvRows rows = kv_rows<KV>(p, side, head, p.num_kv_heads, p.page_size);
-  const int64_t page = slot / p.page_size;
-  const int offset = int(slot % p.page_size), head_dim = side == 0 ? p.head_dim_qk : p.head_dim_vo;
+  const int page = slot / p.page_size, offset = slot % p.page_size;
+  const bool inside = lanes.d < (side == 0 ? p.head_dim_qk : p.head_dim_vo);
   char* const to = rows.row(page, offset);
-  if constexpr (kIsQuantised<KV>) store_quantised<KV>(to, const_cast<__half2*>(rows.scale(page, offset)), row, head_dim);
-  else store_row(reinterpret_cast<KV*>(to), row, head_dim);
+  if constexpr (kIsQuantised<KV>)
+    store_quantised<KV>(to, const_cast<__half2*>(rows.scale(page, offset)), v, lanes, inside, aligned);
+  else if (inside) store_eight(reinterpret_cast<KV*>(to) + lanes.d, from_values<KV>(v), aligned);
 }
 
-// [2 (min, max), head_dim_qk] of the page and head.
-__device__ __forceinline__ float* stats_of(const AppendKvParams& p, int64_t slot, int head) {
-  return p.key_stats + (slot / p.page_size * p.num_kv_heads + head) * 2 * p.head_dim_qk;
-}
-
-// Rows of a token: q heads, then K heads, then V heads.
-template <class T, class KV>
-__global__ void __launch_bounds__(kBlockThreads) append_kv_kernel(const __grid_constant__ AppendKvParams p, int num_q_rows) {
-  const int rows_per_token = num_q_rows + 2 * p.num_kv_heads;
-  const int64_t warp = int64_t(blockIdx.x) * kRowsPerBlock + threadIdx.x / kWarpSize, token = warp / rows_per_token;
-  if (token >= p.num_tokens) return;
-  int head = int(warp % rows_per_token);
-  if (head < num_q_rows) {
-    T* const q = static_cast<T*>(p.q) + token * p.q_token_stride + head * p.q_head_stride;
-    const Row row = load_rotated(p, q, token);
-    __syncwarp();  // every partner has been read
-    store_row(q, row, p.head_dim_qk);
-    return;
-  }
-  const int64_t slot = p.slot_mapping[token];
-  if (slot < 0) return;
-  head -= num_q_rows;
-  if (head < p.num_kv_heads) {
-    const Row row = load_rotated(p, static_cast<const T*>(p.k) + token * p.k_in_token_stride + head * p.k_in_head_stride, token);
-    store_kv<KV>(p, 0, head, slot, row);
-    if (p.key_stats == nullptr || slot % p.page_size != 0) return;
-    float* const stats = stats_of(p, slot, head);
-    store_row(stats, row, p.head_dim_qk);
-    store_row(stats + p.head_dim_qk, row, p.head_dim_qk);
-  } else {
-    head -= p.num_kv_heads;
-    const T* const v = static_cast<const T*>(p.v) + token * p.v_in_token_stride + head * p.v_in_head_stride;
-    store_kv<KV>(p, 1, head, slot, load_row(v, p.head_dim_vo));
-  }
-}
+// ---- key statistics -------------------------------------------------------------------------------
 
 // Floats of one sign are ordered as their bits; adding 0 makes -0 the +0 that this needs.
 __device__ __forceinline__ void atomic_min(float* p, float v) {
@@ -164,41 +154,110 @@ __device__ __forceinline__ void atomic_max(float* p, float v) {
   else atomicMin(reinterpret_cast<unsigned*>(p), __float_as_uint(v));
 }
 
-// Tokens that are not the first of their page.
-template <class T>
-__global__ void __launch_bounds__(kBlockThreads) key_stats_kernel(const __grid_constant__ AppendKvParams p) {
-  const int64_t warp = int64_t(blockIdx.x) * kRowsPerBlock + threadIdx.x / kWarpSize, token = warp / p.num_kv_heads;
-  if (token >= p.num_tokens) return;
-  const int head = int(warp % p.num_kv_heads);
-  const int64_t slot = p.slot_mapping[token];
-  if (slot < 0 || slot % p.page_size == 0) return;
-  const Row row = load_rotated(p, static_cast<const T*>(p.k) + token * p.k_in_token_stride + head * p.k_in_head_stride, token);
-  float* const low = stats_of(p, slot, head);
-  float* const high = low + p.head_dim_qk;
+// Of a run of keys whose first has this slot.
+__device__ __forceinline__ void store_stats(const AppendKvParams& p, int slot, int head, int d,
+                                            const Values& low, const Values& high) {
+  float* const to =
+      p.key_stats + (int64_t(slot / p.page_size) * p.num_kv_heads + head) * 2 * p.head_dim_qk + d;
 #pragma unroll
-  for (int j = 0; j < kPairs; ++j) {
-    const int d = Row::index(j);
-    if (d >= p.head_dim_qk) continue;
-    atomic_min(low + d, row.at[j].x), atomic_min(low + d + 1, row.at[j].y);
-    atomic_max(high + d, row.at[j].x), atomic_max(high + d + 1, row.at[j].y);
+  for (int i = 0; i < 8; ++i) {
+    if (slot % p.page_size == 0) {
+      to[i] = low.at[i], to[p.head_dim_qk + i] = high.at[i];
+    } else {
+      atomic_min(to + i, low.at[i]);
+      atomic_max(to + p.head_dim_qk + i, high.at[i]);
+    }
   }
 }
 
-LaunchConfig config_of(int64_t num_rows, Stream stream) {
-  return {.grid = unsigned(ceil_div(num_rows, kRowsPerBlock)), .block = kBlockThreads, .stream = stream};
+// Whether token's slot is the one behind that of the token before it, in the same page.
+__device__ __forceinline__ bool continues_run(const AppendKvParams& p, int64_t token) {
+  const int slot = p.slot_mapping[token];
+  return token > 0 && slot % p.page_size != 0 && p.slot_mapping[token - 1] == slot - 1;
+}
+
+// ---- the kernel -----------------------------------------------------------------------------------
+
+// K of one head: this token's, or with statistics those of the run that it starts.
+template <class T, class KV, bool kStats>
+__device__ __forceinline__ void append_keys(const AppendKvParams& p, int64_t token, int head,
+                                            const Lanes& lanes, bool aligned) {
+  const int slot = p.slot_mapping[token];
+  Values low, high;
+#pragma unroll 1
+  for (int64_t t = token; t == token || (kStats && t < p.num_tokens && continues_run(p, t)); ++t) {
+    const T* const k = static_cast<const T*>(p.k) + t * p.k_in_token_stride + head * p.k_in_head_stride;
+    const Values key = load_rotated(p, k, t, lanes.d, aligned);
+    store_kv<KV>(p, 0, head, slot + int(t - token), key, lanes, aligned);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      low.at[i] = t == token ? key.at[i] : fminf(low.at[i], key.at[i]);
+      high.at[i] = t == token ? key.at[i] : fmaxf(high.at[i], key.at[i]);
+    }
+  }
+  if (kStats && lanes.d < p.head_dim_qk) store_stats(p, slot, head, lanes.d, low, high);
+}
+
+// Rows of a token: q heads, then K heads, then V heads. `aligned`: every vector of 8 elements is, and lies on
+// one side of rotary_dim and of its half.
+template <class T, class KV, bool kStats>
+__global__ void __launch_bounds__(kBlockThreads, kStats ? 3 : 5)
+append_kv_kernel(const __grid_constant__ AppendKvParams p, int num_q_rows, int lanes_per_row, bool aligned) {
+  const Lanes lanes(lanes_per_row);
+  const int64_t token = blockIdx.x;
+  int head = int(blockIdx.y * blockDim.x + threadIdx.x) / lanes.num;
+  if (head >= num_q_rows + 2 * p.num_kv_heads) return;
+  if (head < num_q_rows) {
+    T* const q = static_cast<T*>(p.q) + token * p.q_token_stride + head * p.q_head_stride;
+    const Values v = load_rotated(p, q, token, lanes.d, aligned);
+    __syncwarp(lanes.mask);  // every partner has been read
+    if (lanes.d < p.head_dim_qk) store_eight(q + lanes.d, from_values<T>(v), aligned);
+    return;
+  }
+  const int slot = p.slot_mapping[token];
+  if (slot < 0) return;
+  head -= num_q_rows;
+  if (head < p.num_kv_heads) {
+    if (kStats && continues_run(p, token)) return;  // another token's lanes have it
+    return append_keys<T, KV, kStats>(p, token, head, lanes, aligned);
+  }
+  head -= p.num_kv_heads;
+  const T* const v =
+      static_cast<const T*>(p.v) + token * p.v_in_token_stride + head * p.v_in_head_stride + lanes.d;
+  const Values values = lanes.d < p.head_dim_vo ? to_values(load_eight(v, aligned)) : Values{};
+  store_kv<KV>(p, 1, head, slot, values, lanes, aligned);
+}
+
+template <class T, class KV>
+bool is_aligned(const AppendKvParams& p) {
+  const bool angles = p.cos_sin == nullptr ||
+                      (rows_aligned(p.cos_sin, sizeof(float), p.rotary_dim) && p.rotary_dim % 16 == 0);
+  return angles && rows_aligned(p.q, sizeof(T), p.q_token_stride, p.q_head_stride) &&
+         rows_aligned(p.k, sizeof(T), p.k_in_token_stride, p.k_in_head_stride) &&
+         rows_aligned(p.v, sizeof(T), p.v_in_token_stride, p.v_in_head_stride) &&
+         cache_aligned<KV>(p);
 }
 
 }  // namespace
 
 void append_kv(const AppendKvParams& p, Stream stream) {
   require_strided("append_kv", p);
+  const int num_q_rows = p.q != nullptr && p.cos_sin != nullptr ? p.num_qo_heads : 0;
+  int lanes = 2;
+  while (lanes * 8 < max(p.head_dim_qk, p.head_dim_vo)) lanes *= 2;
+  const int threads = int(round_up((num_q_rows + 2 * p.num_kv_heads) * lanes, kWarpSize));  // for a token
+  const int block = min(threads, kBlockThreads);
+  const LaunchConfig config{.grid = {unsigned(p.num_tokens), unsigned(ceil_div(threads, block))},
+                            .block = unsigned(block),
+                            .stream = stream};
   with_element(p.x_dtype, [&](auto element) {
-    using T = decltype(element);
-    const int num_q_rows = p.q != nullptr && p.cos_sin != nullptr ? p.num_qo_heads : 0;
     with_kv(p.kv_dtype, [&](auto kv) {
-      launch(append_kv_kernel<T, decltype(kv)>, config_of(p.num_tokens * (num_q_rows + 2 * p.num_kv_heads), stream), p, num_q_rows);
+      using T = decltype(element);
+      using KV = decltype(kv);
+      const bool aligned = is_aligned<T, KV>(p);
+      p.key_stats == nullptr ? launch(append_kv_kernel<T, KV, false>, config, p, num_q_rows, lanes, aligned)
+                             : launch(append_kv_kernel<T, KV, true>, config, p, num_q_rows, lanes, aligned);
     });
-    if (p.key_stats != nullptr) launch(key_stats_kernel<T>, config_of(p.num_tokens * p.num_kv_heads, stream), p);
   });
 }
 

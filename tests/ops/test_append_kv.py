@@ -209,6 +209,26 @@ def test_key_statistics(backend: testing.Backend, layout: str, kv_dtype: str, se
     testing.assert_within(stats, reference.key_statistics(pages, NUM_PAGES), 1e-6)
 
 
+def odd_strides(x: torch.Tensor) -> torch.Tensor:
+    """A copy whose rows start anywhere."""
+    padded = x.new_empty(*x.shape[:-1], x.shape[-1] + 1)
+    return padded[..., :-1].copy_(x)
+
+
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+@pytest.mark.parametrize("interleaved", [False, True], ids=["neox", "interleaved"])
+def test_alignment_does_not_matter(backend: testing.Backend, interleaved: bool, kv_dtype: str) -> None:
+    case = Case(kv_dtype=kv_dtype, dtype="bfloat16", layout="hnd", head_dim=80, rotary_dim=32)
+    t, results = make_tensors(case), []
+    for place in (torch.clone, odd_strides):
+        cache = make_cache(case)
+        cache = dataclasses.replace(cache, k_cache=place(cache.k_cache), v_cache=place(cache.v_cache))
+        q, k, v = place(t.q), place(t.k), place(t.v)
+        ops.append_kv(q, k, v, t.positions, t.slots, cache, cos_sin=t.cos_sin, interleaved=interleaved)
+        results.append((q, *ops.gather_kv(cache, t.slots[t.slots >= 0])))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 def test_threads_do_not_matter(backend: testing.Backend, set_num_threads) -> None:
     """Neighbouring tokens of a blocked int4 page share bytes: whoever writes them, none is lost."""
     case = Case(num_tokens=NUM_PAGES * 16, kv_dtype="int4", heads=(9, 3))

@@ -141,14 +141,32 @@ def test_ties_and_masked_logits(backend: testing.Backend, filters: dict) -> None
     assert bool((drawn > -math.inf).all())
 
 
+@pytest.mark.simt
+@pytest.mark.parametrize("filters", FILTERS, ids=lambda f: ",".join(f"{k}={v}" for k, v in f.items()) or "plain")
+@pytest.mark.parametrize("vocab_size", [8_193, 20_011])
+def test_rows_that_several_blocks_share(backend: testing.Backend, vocab_size: int, filters: dict) -> None:
+    """The CUDA kernel gives a block 8,192 logits: ties over all of them, masked stretches, all likely tokens in one."""
+    logits = 3 * torch.randn(4, vocab_size + 3)[:, :vocab_size]
+    logits[1] = logits[1].round()
+    logits[2, 1000:7000] = -math.inf
+    logits[2, :300] += 9
+    logits[3, -1] = math.nan
+    case = Case(logits, **filters)
+    assert case.run(3).tokens[3] == -1
+    case.logits = logits[:3]
+    assert case.check(num_top_logprobs=3) >= 2
+
+
+@pytest.mark.simt
 @pytest.mark.parametrize("top_p", [0.05, 0.5, 0.9, 0.99])
-@pytest.mark.parametrize("misleading", [-3.0, 3.0])
-def test_top_p_when_its_guess_is_wrong(backend: testing.Backend, misleading: float, top_p: float) -> None:
-    """The CPU kernel guesses from the first 16 of each 512 logits, which here lie apart from the others."""
-    logits = torch.randn(4, 6000)
-    logits[:, torch.arange(6000) % 512 < 16] += misleading
-    logits[:, torch.arange(6000) % 256 == 100] = 4.0  # lane maxima, so that the first 16 are not
-    assert Case(logits, top_p=top_p).check() >= 3
+@pytest.mark.parametrize("misleading", [-3.0, 0.0, 3.0])
+@pytest.mark.parametrize(("num", "of_each"), [(16, 512), (8, 128)], ids=["cpu's", "cuda's"])
+def test_top_p_when_its_guess_is_wrong(backend: testing.Backend, num: int, of_each: int, misleading: float, top_p: float) -> None:
+    """Both kernels guess from the first few of so many logits, which here lie apart from the others."""
+    logits = torch.randn(2, 6000)
+    logits[:, torch.arange(6000) % of_each < num] += misleading
+    logits[:, torch.arange(6000) % 256 == 100] = 4.0  # lane maxima, so that the first few are not
+    assert Case(logits, top_p=top_p).check() >= 1
 
 
 @pytest.mark.simt

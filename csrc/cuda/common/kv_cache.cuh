@@ -59,6 +59,16 @@ __device__ __forceinline__ float2 kv_scale(const KvRows& side, int64_t page, int
   else return {0.0f, 0.0f};
 }
 
+// Whether 8 neighbours of any row, from a multiple of 8 on, can be loaded and stored at once.
+template <class KV, class Params>
+inline bool cache_aligned(const Params& p) {
+  constexpr int64_t kUnit = kKvBits<KV> == 4 ? 1 : kKvBits<KV> / 8, kBytes = kKvBits<KV> < 16 ? kKvBits<KV> : 16;
+  const int64_t strides = p.k_page_stride | p.k_head_stride | p.k_token_stride | p.v_page_stride |
+                          p.v_head_stride | p.v_token_stride;
+  const auto pointers = reinterpret_cast<uintptr_t>(p.k_cache) | reinterpret_cast<uintptr_t>(p.v_cache);
+  return (strides * kUnit | int64_t(pointers)) % kBytes == 0;
+}
+
 template <class Params>
 inline void require_strided(const char* op, const Params& p) {
   if (p.kv_layout == KvLayout::kStrided) return;

@@ -56,6 +56,31 @@ __device__ __forceinline__ void store_vec(T* p, const Vec<T>& v, int64_t num) {
   }
 }
 
+// Eight neighbours in a row, whatever their type: what a lane takes where one type is turned into another.
+template <class T>
+struct alignas(8 * sizeof(T) < 16 ? 8 * sizeof(T) : 16) Eight {
+  T at[8];
+};
+
+// aligned: p is a multiple of the eight's size, up to 16 bytes.
+template <class T>
+__device__ __forceinline__ Eight<T> load_eight(const T* p, bool aligned) {
+  if (aligned) return *reinterpret_cast<const Eight<T>*>(p);
+  Eight<T> v;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) v.at[i] = p[i];
+  return v;
+}
+template <class T>
+__device__ __forceinline__ void store_eight(T* p, const Eight<T>& v, bool aligned) {
+  if (aligned) {
+    *reinterpret_cast<Eight<T>*>(p) = v;
+  } else {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) p[i] = v.at[i];
+  }
+}
+
 // Whether every row that starts at `p` and goes on by `strides` elements starts at a multiple of 16 bytes.
 template <class... Strides>
 inline bool rows_aligned(const void* p, int64_t element_bytes, Strides... strides) {

@@ -16,7 +16,8 @@ struct AppendKvParams {
   void* v_cache;
   void* kv_scales;        // float16 [num_pages, 2, num_kv_heads, page_size, 2]; int8/int4 only
   float* key_stats;       // [num_pages, num_kv_heads, 2 (min, max), head_dim_qk] of the rotated keys, or null;
-                          // offset 0 of a page starts its statistics afresh
+                          // offset 0 of a page starts its statistics afresh; in a call that writes it, the page's
+                          // other tokens follow it in slot order
   int64_t num_tokens;
   int32_t num_qo_heads, num_kv_heads, head_dim_qk, head_dim_vo, rotary_dim, page_size;
   bool interleaved;       // true: GPT-J pairs (2i, 2i+1); false: NeoX halves

@@ -39,10 +39,7 @@ void sample(const SampleParams& params);
 }  // namespace cpu
 
 namespace cuda {
-// The logits with their penalties.
-inline int64_t workspace_bytes(const SampleParams& p) {
-  return p.repetition_penalty != nullptr ? p.batch_size * p.vocab_size * int64_t(sizeof(float)) : 0;
-}
+int64_t workspace_bytes(const SampleParams& params);
 void sample(const SampleParams& params, Stream stream);
 }  // namespace cuda
 
