@@ -106,6 +106,12 @@ __device__ __forceinline__ void store_quantised(char* to, __half2* scales, const
   }
 }
 
+__device__ __forceinline__ Row divided(Row row, float scale) {
+#pragma unroll
+  for (int j = 0; j < kPairs; ++j) row.at[j].x /= scale, row.at[j].y /= scale;
+  return row;
+}
+
 template <class KV>
 __device__ __forceinline__ void store_kv(const AppendKvParams& p, int side, int head, int64_t slot, const Row& row) {
   const KvRows rows = kv_rows<KV>(p, side, head, p.num_kv_heads, p.page_size);
@@ -113,6 +119,7 @@ __device__ __forceinline__ void store_kv(const AppendKvParams& p, int side, int 
   const int offset = int(slot % p.page_size), head_dim = side == 0 ? p.head_dim_qk : p.head_dim_vo;
   char* const to = rows.row(page, offset);
   if constexpr (kIsQuantised<KV>) store_quantised<KV>(to, const_cast<__half2*>(rows.scale(page, offset)), row, head_dim);
+  else if constexpr (std::is_same_v<KV, __nv_fp8_e4m3>) store_row(reinterpret_cast<KV*>(to), divided(row, side == 0 ? p.k_scale : p.v_scale), head_dim);
   else store_row(reinterpret_cast<KV*>(to), row, head_dim);
 }
 

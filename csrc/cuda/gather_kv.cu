@@ -21,7 +21,9 @@ __global__ void __launch_bounds__(kBlockThreads) gather_kv_kernel(const __grid_c
   const KvRows rows = kv_rows<KV>(p, side, head, p.num_kv_heads, p.page_size);
   const float2 scale = kv_scale<KV>(rows, page, offset);
   float* const out = (side == 0 ? p.k : p.v) + row / 2 * head_dim;
-  for (int d = threadIdx.x % kWarpSize; d < head_dim; d += kWarpSize) out[d] = kv_value<KV>(rows.row(page, offset), d, scale);
+  const float side_scale = side == 0 ? p.k_scale : p.v_scale;  // 1 but for e4m3
+  for (int d = threadIdx.x % kWarpSize; d < head_dim; d += kWarpSize)
+    out[d] = kv_value<KV>(rows.row(page, offset), d, scale) * side_scale;
 }
 
 }  // namespace

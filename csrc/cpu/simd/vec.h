@@ -9,6 +9,8 @@
 //   F load_bf16/load_f16(const uint16_t*), load_u8(const uint8_t*), load_s8(const int8_t*)   16 values
 //   void load_f16_pairs(const uint16_t*, F& first, F& second)                     16 pairs, apart
 //   void store_bf16/store_f16(uint16_t*, F)                                       round to nearest even
+//   F load_e4m3(const uint8_t*), void store_e4m3(uint8_t*, F)                    beyond 448 becomes 448; NaN stays NaN
+//   P e4m3_pairs<i>(B)                         bytes 2 i and 2 i + 1 of every four, exactly
 //   F load_first(const float*, int n), store_first(float*, F, int n)              n in 0..16 lanes; others 0
 //   add sub mul div max min fma(a, b, c) = a * b + c, rounded once where the level has FMA
 //   F where_lt(I a, int n, F yes, F no)        lane-wise a < n ? yes : no;   I iota()
@@ -50,6 +52,33 @@ namespace tilestream::cpu::TILESTREAM_LEVEL {
 constexpr double kFixedPoint = 384.0;
 constexpr int64_t kFixedPointBits = 0x4078000000000000;
 
+// e4m3 by bits: exponent bias 7, no infinity, NaN is the magnitude 0x7f. With the exponent moved to float's bias a
+// magnitude is y; where the exponent field is 0 there is no hidden bit, and 2 y - 2^-6, smaller only there, is meant.
+inline float e4m3_to_float(uint8_t code) {
+  const uint32_t magnitude = code & 0x7f, bits = (magnitude << 20) + (120u << 23);
+  float y;
+  std::memcpy(&y, &bits, 4);
+  const float subnormal = y + (y - 0x1p-6f), value = subnormal < y ? subnormal : y;
+  uint32_t out;
+  std::memcpy(&out, &value, 4);
+  out = (magnitude == 0x7f ? 0x7fc00000u : out) | uint32_t(code & 0x80) << 24;
+  std::memcpy(&y, &out, 4);
+  return y;
+}
+inline uint8_t float_to_e4m3(float f) {
+  uint32_t bits, low;
+  std::memcpy(&bits, &f, 4);
+  const uint32_t magnitude = bits & 0x7fffffff, bounded = magnitude < 0x43e00000u ? magnitude : 0x43e00000u;  // 448
+  // Below 2^-6 codes are 2^-9 apart, as floats above 2^14 are: the addition rounds.
+  float small;
+  std::memcpy(&small, &bounded, 4);
+  small += 0x1p14f;
+  std::memcpy(&low, &small, 4);
+  const uint32_t subnormal = low - 0x46800000u, normal = ((bounded + 0x7ffff + (bounded >> 20 & 1)) >> 20) - (120u << 3);
+  const uint32_t code = bounded < 0x3c800000u ? subnormal : normal;
+  return uint8_t((magnitude > 0x7f800000u ? 0x7f : code) | (bits >> 24 & 0x80));
+}
+
 }  // namespace tilestream::cpu::TILESTREAM_LEVEL
 
 #if defined(__AVX512F__)
@@ -86,6 +115,17 @@ inline F32x16 exp2_weight(F32x16 x) { return exp2(x); }
 template <class V>
 inline V in_register(V a) { return a; }
 #endif
+
+inline F32x16 load_e4m3(const uint8_t* p) {
+  float lanes[16];
+  for (int i = 0; i < 16; ++i) lanes[i] = e4m3_to_float(p[i]);
+  return load(lanes);
+}
+inline void store_e4m3(uint8_t* p, F32x16 a) {
+  float lanes[16];
+  store(lanes, a);
+  for (int i = 0; i < 16; ++i) p[i] = float_to_e4m3(lanes[i]);
+}
 
 inline void load_no_earlier() { asm volatile("" ::: "memory"); }
 

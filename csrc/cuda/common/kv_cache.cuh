@@ -7,13 +7,17 @@
 
 namespace tilestream::cuda {
 
-// What a cache stores, as types: float, __half, __nv_bfloat16, or asymmetric integers (types.h).
+// What a cache stores, as types: float, __half, __nv_bfloat16, __nv_fp8_e4m3, or asymmetric integers (types.h).
 struct Int8 {};
 struct Int4 {};
 template <class KV>
 constexpr bool kIsQuantised = std::is_same_v<KV, Int8> || std::is_same_v<KV, Int4>;
 template <class KV>
 constexpr int kKvBits = std::is_same_v<KV, Int8> ? 8 : std::is_same_v<KV, Int4> ? 4 : 8 * int(sizeof(KV));
+
+__device__ __forceinline__ float to_float(__nv_fp8_e4m3 v) { return float(v); }
+template <>
+__device__ __forceinline__ __nv_fp8_e4m3 from_float<__nv_fp8_e4m3>(float v) { return __nv_fp8_e4m3(v); }  // saturates
 
 // One side (K or V) of a cache, at one kv head. Strides in bytes.
 struct KvRows {
@@ -44,12 +48,32 @@ __device__ __forceinline__ KvRows kv_rows(const Params& p, int side, int head, i
           int64_t(2) * num_kv_heads * page_size};
 }
 
-// Value d of a row.
+// Value d of a row; of e4m3 as it is stored, without k_scale and v_scale.
 template <class KV>
 __device__ __forceinline__ float kv_value(const char* row, int d, float2 scale) {
-  if constexpr (kKvBits<KV> == 8) return fmaf(float(reinterpret_cast<const uint8_t*>(row)[d]), scale.x, scale.y);
+  if constexpr (std::is_same_v<KV, Int8>) return fmaf(float(reinterpret_cast<const uint8_t*>(row)[d]), scale.x, scale.y);
   else if constexpr (kKvBits<KV> == 4) return fmaf(float(reinterpret_cast<const uint8_t*>(row)[d / 2] >> d % 2 * 4 & 15), scale.x, scale.y);
   else return to_float(reinterpret_cast<const KV*>(row)[d]);
+}
+
+// Values d to d + 7 of a row of 8- or 4-bit values, as T.
+template <class KV, class T>
+__device__ __forceinline__ Vec<T> kv_values(const char* row, int d, float2 scale) {
+  static_assert(Vec<T>::kSize == 8);
+  Vec<T> values;
+  if constexpr (std::is_same_v<KV, __nv_fp8_e4m3>) {  // both types hold every e4m3
+    const auto* pairs = reinterpret_cast<const __nv_fp8x2_storage_t*>(row + d);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const __half2 pair = __nv_cvt_fp8x2_to_halfraw2(pairs[i], __NV_E4M3);
+      if constexpr (std::is_same_v<T, __half>) values.at[2 * i] = pair.x, values.at[2 * i + 1] = pair.y;
+      else values.at[2 * i] = from_float<T>(to_float(pair.x)), values.at[2 * i + 1] = from_float<T>(to_float(pair.y));
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) values.at[i] = from_float<T>(kv_value<KV>(row, d + i, scale));
+  }
+  return values;
 }
 
 // (scale, zero) of a row; unused (0, 0) of a cache that is not quantised.
@@ -72,6 +96,7 @@ void with_kv(KvDType dtype, F f) {
     case DType::kFloat32: return f(float{});
     case DType::kFloat16: return f(__half{});
     case DType::kBFloat16: return f(__nv_bfloat16{});
+    case DType::kFloat8E4M3: return f(__nv_fp8_e4m3{});
     case DType::kUInt8: return f(Int8{});
     case DType::kUInt4: return f(Int4{});
   }

@@ -62,6 +62,8 @@ def attention(
         sinks,
         sm_scale=q.size(-1) ** -0.5 if sm_scale is None else sm_scale,
         logits_soft_cap=logits_soft_cap,
+        k_scale=kv_cache.k_scale,
+        v_scale=kv_cache.v_scale,
         blocked=kv_cache.blocked,
         int4=kv_cache.int4,
     )
