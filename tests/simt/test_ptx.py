@@ -71,3 +71,17 @@ def test_rounding(name: str, dtype: torch.dtype, largest: float) -> None:
     data[:1024] = values
     assert torch.equal(run(name, data, 2)[1:1024], values.to(dtype).float()[1:])
     assert run(name, data, 2)[0].isnan()
+
+
+def test_e4m3_by_integers_gives_the_bits_of_the_instructions() -> None:
+    """Every code; floats around every code and every tie between two of them, beyond 448, infinite, NaN and negative."""
+    codes = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    ties = (codes[1:] + codes[:-1]) / 2
+    values = torch.cat([codes, ties, torch.tensor([460.0, 464.0, 465.0, 1e9, float("inf"), 1e-40, 2.0**-10, 2.0**-11])])
+    infinity = torch.tensor(float("inf"))
+    values = torch.cat([values, torch.nextafter(values, infinity), torch.nextafter(values, -infinity)])
+    values = torch.cat([values, -values, torch.tensor([float("nan")])])
+    data = torch.zeros(4096)
+    data[: len(values)] = values
+    assert len(values) < 2048
+    assert torch.equal(run("e4m3_by_integers", data, 0), torch.ones(2048))

@@ -38,13 +38,5 @@ __device__ __forceinline__ unsigned cvt_f16x2(float low, float high) {
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
   return d;
 }
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 890
-// sm_89. Saturates at 448; NaN stays NaN.
-__device__ __forceinline__ unsigned short cvt_e4m3x2(float low, float high) {
-  unsigned short d;
-  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(d) : "f"(high), "f"(low));
-  return d;
-}
-#endif
 
 }  // namespace tilestream::ptx

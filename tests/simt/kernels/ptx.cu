@@ -1,6 +1,8 @@
 // Each matrix wrapper alone, on matrices in row-major order: data[0..] a, data[1024..] b, data[2048..] the result.
 // test_ptx.py has the formulas.
 #include "cases.h"
+#include "cuda/common/fp8.cuh"
+#include "cuda/ptx/fp8.cuh"
 #include "cuda/ptx/ldmatrix.cuh"
 #include "cuda/ptx/math.cuh"
 #include "cuda/ptx/mma.cuh"
@@ -121,6 +123,15 @@ CASE(round_e4m3, .grid = 8, .block = 128) {
   __nv_fp8_e4m3 v;
   v.__x = (unsigned char)(ptx::cvt_e4m3x2(data[i], 0.0f) & 0xff);
   data[2048 + i] = float(v);
+}
+
+// e4m3 without the instructions: 1 where the bits are the instructions', for every code and for the float data[i].
+CASE(e4m3_by_integers, .grid = 16, .block = 128) {
+  const int i = 128 * blockIdx.x + threadIdx.x;
+  const auto code = (unsigned short)(i & 0xff | (255 - i & 0xff) << 8);
+  const bool wide = cuda::e4m3x2_to_f16x2_by_integers(code) == ptx::cvt_f16x2_e4m3x2(code);
+  const bool narrow = cuda::f32_to_e4m3_by_integers(data[i]) == (ptx::cvt_e4m3x2(data[i], 0.0f) & 0xffu);
+  data[2048 + i] = wide && narrow ? 1.0f : 0.0f;
 }
 
 }  // namespace
