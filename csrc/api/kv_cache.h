@@ -25,7 +25,8 @@ inline KvCacheArgs check_kv_cache(const at::Tensor& k, const at::Tensor& v, cons
   }
   check_same_dtype(v, "v_cache", k, "k_cache");
   const int64_t per_byte = int4 ? 2 : 1;
-  KvCacheArgs a{k, v, scales, blocked, int4, float(k_scale), float(v_scale), k.size(0), k.size(1), k.size(2), k.size(3) * per_byte, v.size(3) * per_byte};
+  KvCacheArgs a{k, v, scales, blocked, int4, float(k_scale), float(v_scale), k.size(0), k.size(1), k.size(2), k.size(3) * per_byte,
+                v.size(3) * per_byte};
   for (int dim = 0; dim < 3; ++dim) check_size(v, "v_cache", dim, k.size(dim), "as k_cache: [num_pages, num_kv_heads, page_size, head_dim]");
   TORCH_CHECK_VALUE(a.page_size == 16 || a.page_size == 32 || a.page_size == 64, "k_cache has page_size ", a.page_size,
                     "; supported: 16, 32, 64");

@@ -118,9 +118,12 @@ __device__ __forceinline__ void store_kv(const AppendKvParams& p, int side, int 
   const int64_t page = slot / p.page_size;
   const int offset = int(slot % p.page_size), head_dim = side == 0 ? p.head_dim_qk : p.head_dim_vo;
   char* const to = rows.row(page, offset);
-  if constexpr (kIsQuantised<KV>) store_quantised<KV>(to, const_cast<__half2*>(rows.scale(page, offset)), row, head_dim);
-  else if constexpr (std::is_same_v<KV, __nv_fp8_e4m3>) store_row(reinterpret_cast<KV*>(to), divided(row, side == 0 ? p.k_scale : p.v_scale), head_dim);
-  else store_row(reinterpret_cast<KV*>(to), row, head_dim);
+  if constexpr (kIsQuantised<KV>) {
+    store_quantised<KV>(to, const_cast<__half2*>(rows.scale(page, offset)), row, head_dim);
+  } else {
+    constexpr bool kIsScaled = std::is_same_v<KV, __nv_fp8_e4m3>;
+    store_row(reinterpret_cast<KV*>(to), kIsScaled ? divided(row, side == 0 ? p.k_scale : p.v_scale) : row, head_dim);
+  }
 }
 
 // [2 (min, max), head_dim_qk] of the page and head.

@@ -41,7 +41,7 @@ struct MmaConfig {
 template <class C, bool = C::kQuantised>
 struct RawStages {
   alignas(16) uint8_t bytes[2][2][C::kPasses][C::kThreads][C::kChunkBytes];
-  __half2 scales[2][2][C::kPasses][C::kHasScales ? C::kThreads : 1];
+  __half2 scales[2][2][C::kPasses][C::kHasScales ? C::kThreads : 1];  // unused of e4m3
 };
 template <class C>
 struct RawStages<C, false> {};
@@ -101,8 +101,10 @@ class TileLoader {
         const char* from = sides_[side].row(page, offset) + chunk_ * C::kChunkBytes;
         if constexpr (C::kQuantised) {
           ptx::cp_async<C::kChunkBytes>(smem_.raw.bytes[stage][side][pass][threadIdx.x], from, is_mine ? C::kChunkBytes : 0);
-          if constexpr (C::kHasScales)
-            ptx::cp_async<4>(&smem_.raw.scales[stage][side][pass][threadIdx.x], sides_[side].scale(page, offset), is_mine ? 4 : 0);
+          if constexpr (C::kHasScales) {
+            __half2* const scale = &smem_.raw.scales[stage][side][pass][threadIdx.x];
+            ptx::cp_async<4>(scale, sides_[side].scale(page, offset), is_mine ? 4 : 0);
+          }
         } else {
           ptx::cp_async<16>(chunk_at<C::kMaxDim>(smem_.kv[stage][side], row, chunk_), from, is_mine ? 16 : 0);
         }
@@ -125,7 +127,7 @@ class TileLoader {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           T* const to = chunk_at<C::kMaxDim>(smem_.kv[0][side], pass * C::kRowsPerPass + row_, chunk_ * 2 + half);
-          *reinterpret_cast<Vec<T>*>(to) = kv_values<typename C::KV, T>(bytes, half * 8, scale);
+          unpack_values<typename C::KV>(to, bytes, half * 8, scale);
         }
       }
     }

@@ -161,8 +161,8 @@ def check_every_fp8_code(layout: str, dtype: str = "float32") -> None:
     pages = (stored_pages(k, "fp8", layout, side=0), stored_pages(v, "fp8", layout, side=1))
     kv = testing.PagedKv(ops.KvCache(*pages, blocked=layout == "blocked"), codes.int().unsqueeze(1), k.double(), v.double())
     case = Case(q_lens=(1,) * 256, kv_lens=tuple((1 + codes % 5).tolist()), heads=(1, 1), window_left=0, sm_scale=1.0)
-    t = Tensors(torch.ones(256, 1, 64, dtype=FLOAT_DTYPES[dtype]), kv, torch.arange(257, dtype=torch.int32), torch.tensor(case.kv_lens, dtype=torch.int32),
-                None, None)
+    q, cu_seqlens_q = torch.ones(256, 1, 64, dtype=FLOAT_DTYPES[dtype]), torch.arange(257, dtype=torch.int32)
+    t = Tensors(q, kv, cu_seqlens_q, torch.tensor(case.kv_lens, dtype=torch.int32), None, None)
     out, lse = run(case, t)
     want_out, want_lse = exact(case, t)
     testing.assert_within(out, want_out, 0.0)

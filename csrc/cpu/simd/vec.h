@@ -52,33 +52,6 @@ namespace tilestream::cpu::TILESTREAM_LEVEL {
 constexpr double kFixedPoint = 384.0;
 constexpr int64_t kFixedPointBits = 0x4078000000000000;
 
-// e4m3 by bits: exponent bias 7, no infinity, NaN is the magnitude 0x7f. With the exponent moved to float's bias a
-// magnitude is y; where the exponent field is 0 there is no hidden bit, and 2 y - 2^-6, smaller only there, is meant.
-inline float e4m3_to_float(uint8_t code) {
-  const uint32_t magnitude = code & 0x7f, bits = (magnitude << 20) + (120u << 23);
-  float y;
-  std::memcpy(&y, &bits, 4);
-  const float subnormal = y + (y - 0x1p-6f), value = subnormal < y ? subnormal : y;
-  uint32_t out;
-  std::memcpy(&out, &value, 4);
-  out = (magnitude == 0x7f ? 0x7fc00000u : out) | uint32_t(code & 0x80) << 24;
-  std::memcpy(&y, &out, 4);
-  return y;
-}
-inline uint8_t float_to_e4m3(float f) {
-  uint32_t bits, low;
-  std::memcpy(&bits, &f, 4);
-  const uint32_t magnitude = bits & 0x7fffffff, bounded = magnitude < 0x43e00000u ? magnitude : 0x43e00000u;  // 448
-  // Below 2^-6 codes are 2^-9 apart, as floats above 2^14 are: the addition rounds.
-  float small;
-  std::memcpy(&small, &bounded, 4);
-  small += 0x1p14f;
-  std::memcpy(&low, &small, 4);
-  const uint32_t subnormal = low - 0x46800000u, normal = ((bounded + 0x7ffff + (bounded >> 20 & 1)) >> 20) - (120u << 3);
-  const uint32_t code = bounded < 0x3c800000u ? subnormal : normal;
-  return uint8_t((magnitude > 0x7f800000u ? 0x7f : code) | (bits >> 24 & 0x80));
-}
-
 }  // namespace tilestream::cpu::TILESTREAM_LEVEL
 
 #if defined(__AVX512F__)
@@ -116,15 +89,31 @@ template <class V>
 inline V in_register(V a) { return a; }
 #endif
 
+// e4m3 has 7 for an exponent bias, no infinity, and one NaN, the magnitude 0x7f. With the exponent moved to float's bias a
+// magnitude is y; where the exponent field is 0 there is no hidden bit, and 2 y - 2^-6, smaller only there, is meant.
 inline F32x16 load_e4m3(const uint8_t* p) {
-  float lanes[16];
-  for (int i = 0; i < 16; ++i) lanes[i] = e4m3_to_float(p[i]);
-  return load(lanes);
+  int32_t bits[16];
+  for (int i = 0; i < 16; ++i) bits[i] = ((p[i] & 0x7f) << 20) + (120 << 23);
+  F32x16 y;
+  std::memcpy(&y, bits, sizeof(bits));
+  y = min(y, add(y, sub(y, set1(0x1p-6f))));
+  std::memcpy(bits, &y, sizeof(bits));
+  for (int i = 0; i < 16; ++i) bits[i] |= ((p[i] & 0x7f) == 0x7f ? 0x7fc00000 : 0) | (p[i] & 0x80) << 24;
+  std::memcpy(&y, bits, sizeof(bits));
+  return y;
 }
+// The same backwards. Where the exponent field will be 0, codes are 2^-9 apart, as floats from 2^14 on are: adding that rounds.
 inline void store_e4m3(uint8_t* p, F32x16 a) {
-  float lanes[16];
-  store(lanes, a);
-  for (int i = 0; i < 16; ++i) p[i] = float_to_e4m3(lanes[i]);
+  const F32x16 magnitude = min(abs(a), set1(448.0f));
+  const F32x16 rounded = sub(add(magnitude, set1(0x1p14f)), set1(0x1p14f));
+  const F32x16 y = max(magnitude, mul(add(rounded, set1(0x1p-6f)), set1(0.5f)));
+  int32_t bits[16], given[16];
+  std::memcpy(bits, &y, sizeof(bits));
+  std::memcpy(given, &a, sizeof(given));
+  for (int i = 0; i < 16; ++i) {
+    const int32_t code = ((bits[i] + 0x7ffff + (bits[i] >> 20 & 1)) >> 20) - (120 << 3);
+    p[i] = uint8_t(((given[i] & 0x7fffffff) > 0x7f800000 ? 0x7f : code) | (given[i] >> 24 & 0x80));
+  }
 }
 
 inline void load_no_earlier() { asm volatile("" ::: "memory"); }

@@ -285,7 +285,7 @@ inline void store_digits(int8_t* high, int8_t* low, I32x16 a) {
     low[i] = int8_t(x & 127);
   }
 }
-// As e4m3_to_float() in vec.h. codes: one in the low byte of each lane.
+// As load_e4m3() in vec.h. codes: one in the low byte of each lane.
 inline i32x4 e4m3_bits(i32x4 codes) {
   const i32x4 magnitudes = codes & 0x7f;
   const f32x4 y = (f32x4)((magnitudes << 20) + (120 << 23)), subnormal = y + (y - 0x1p-6f);

@@ -42,7 +42,7 @@ def attention(
         out. A row that sees no key is 0, with lse = -inf.
     Raises:
         ValueError, TypeError: which argument, what it was, what is allowed; page ids are checked too.
-    Error: at most 2x plain torch in the cache's dtype, against reference.attention in float64.
+    Error: at most 2x plain torch in the cache's dtype (fp8: in bfloat16), against reference.attention in float64.
     Source: FlashAttention-2 (2307.08691); stream-K decode, Lean Attention (2405.10480). Reads: KV once per q tile.
     Deterministic: yes; bitwise independent of the batch with a batch-invariant plan.
     """
