@@ -67,13 +67,14 @@ def rounds_for(runs: dict[str, Callable[[], torch.Tensor]]) -> int:
     return 3 if slowest > SLOW_SECONDS else 11
 
 
-@pytest.mark.parametrize("kv_dtype", ["bfloat16", "int8"])
+@pytest.mark.parametrize("kv_dtype", ["bfloat16", "fp8", "int8"])
 @pytest.mark.parametrize("model", MODELS, ids=str)
 @pytest.mark.parametrize(("batch_size", "kv_len"), [(1, 1024), (1, 8192), (1, 32768), (8, 1024), (8, 8192)])
 def test_decode(batch_size: int, kv_len: int, model: tuple[int, int, int], kv_dtype: str, report: Report) -> None:
     case = Case(batch_size, 1, kv_len, model)
     runs = case.candidates(kv_dtype)
-    num_bytes = case.kv_bytes * (1 if kv_dtype == "bfloat16" else (case.head_dim + 4) / (2 * case.head_dim))
+    row_bytes = {"bfloat16": 2 * case.head_dim, "fp8": case.head_dim, "int8": case.head_dim + 4}[kv_dtype]
+    num_bytes = case.kv_bytes * row_bytes / (2 * case.head_dim)
     num_ops = 4 * batch_size * case.num_qo_heads * kv_len * case.head_dim
     times = interleave(runs, rounds=rounds_for(runs))
     what = f"{batch_size} x {kv_len}, heads {model}"

@@ -49,7 +49,7 @@ def llama_perplexity(windows: list[list[int]]) -> float:
 
 @pytest.mark.parametrize(
     ("dtype", "kv_dtype"),
-    [("float32", "float32"), ("auto", "float32"), ("auto", "bfloat16"), ("auto", "int8"), ("auto", "int4")],
+    [("float32", "float32"), ("auto", "float32"), ("auto", "bfloat16"), ("auto", "fp8"), ("auto", "int8"), ("auto", "int4")],
 )
 def test_perplexity(windows, llama_perplexity: float, report, benchmark, dtype: str, kv_dtype: str) -> None:
     llm = LLM(dtype=dtype, kv_cache_tokens=4096)

@@ -26,9 +26,9 @@ const int32_t* check_slots(const at::Tensor& slot_mapping, int64_t num_tokens, c
 
 void append_kv(const std::optional<at::Tensor>& q, const at::Tensor& k, const at::Tensor& v, const std::optional<at::Tensor>& cos_sin,
                const at::Tensor& positions, const at::Tensor& slot_mapping, const at::Tensor& k_cache, const at::Tensor& v_cache,
-               const std::optional<at::Tensor>& kv_scales, const std::optional<at::Tensor>& key_stats, bool interleaved, bool blocked,
-               bool int4) {
-  const KvCacheArgs cache = check_kv_cache(k_cache, v_cache, kv_scales, blocked, int4);
+               const std::optional<at::Tensor>& kv_scales, const std::optional<at::Tensor>& key_stats, bool interleaved, double k_scale,
+               double v_scale, bool blocked, bool int4) {
+  const KvCacheArgs cache = check_kv_cache(k_cache, v_cache, kv_scales, k_scale, v_scale, blocked, int4);
   check_tensor(k, "k", kFloatTypes, 3);
   check_tensor(v, "v", kFloatTypes, 3);
   check_same_dtype(v, "v", k, "k");
@@ -71,6 +71,7 @@ void append_kv(const std::optional<at::Tensor>& q, const at::Tensor& k, const at
   p.v = v.const_data_ptr();
   p.num_tokens = num_tokens;
   p.num_kv_heads = int32_t(cache.num_kv_heads);
+  p.k_scale = cache.k_scale, p.v_scale = cache.v_scale;
   p.page_size = int32_t(cache.page_size);
   p.interleaved = interleaved;
   p.x_dtype = dtype_of(k);
@@ -80,8 +81,8 @@ void append_kv(const std::optional<at::Tensor>& q, const at::Tensor& k, const at
 }
 
 void gather_kv(const at::Tensor& k_cache, const at::Tensor& v_cache, const std::optional<at::Tensor>& kv_scales, const at::Tensor& slot_mapping,
-               const at::Tensor& k, const at::Tensor& v, bool blocked, bool int4) {
-  const KvCacheArgs cache = check_kv_cache(k_cache, v_cache, kv_scales, blocked, int4);
+               const at::Tensor& k, const at::Tensor& v, double k_scale, double v_scale, bool blocked, bool int4) {
+  const KvCacheArgs cache = check_kv_cache(k_cache, v_cache, kv_scales, k_scale, v_scale, blocked, int4);
   const int64_t num_tokens = slot_mapping.size(0);
   check_tensor(k, "k", {at::kFloat}, 3);
   check_tensor(v, "v", {at::kFloat}, 3);
@@ -96,6 +97,7 @@ void gather_kv(const at::Tensor& k_cache, const at::Tensor& v_cache, const std::
   p.v = v.mutable_data_ptr<float>();
   p.num_tokens = num_tokens;
   p.num_kv_heads = int32_t(cache.num_kv_heads);
+  p.k_scale = cache.k_scale, p.v_scale = cache.v_scale;
   p.page_size = int32_t(cache.page_size);
   launch(k, cpu::gather_kv, cuda::gather_kv, p);
 }
@@ -110,10 +112,11 @@ void implement(torch::Library& m) {
 TORCH_LIBRARY_FRAGMENT(tilestream, m) {
   m.def(
       "append_kv(Tensor(a!)? q, Tensor k, Tensor v, Tensor? cos_sin, Tensor positions, Tensor slot_mapping, Tensor(b!) k_cache, "
-      "Tensor(c!) v_cache, Tensor(d!)? kv_scales, Tensor(e!)? key_stats, *, bool interleaved, bool blocked, bool int4) -> ()");
+      "Tensor(c!) v_cache, Tensor(d!)? kv_scales, Tensor(e!)? key_stats, *, bool interleaved, "
+      "float k_scale=1.0, float v_scale=1.0, bool blocked, bool int4) -> ()");
   m.def(
       "gather_kv(Tensor k_cache, Tensor v_cache, Tensor? kv_scales, Tensor slot_mapping, Tensor(a!) k, Tensor(b!) v, *, "
-      "bool blocked, bool int4) -> ()");
+      "float k_scale=1.0, float v_scale=1.0, bool blocked, bool int4) -> ()");
 }
 TORCH_LIBRARY_IMPL(tilestream, CPU, m) { implement(m); }
 TORCH_LIBRARY_IMPL(tilestream, CUDA, m) { implement(m); }

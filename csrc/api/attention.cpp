@@ -53,11 +53,12 @@ void check_per_head(const std::optional<at::Tensor>& t, const char* name, int64_
 
 void attention(const at::Tensor& q, const at::Tensor& k_cache, const at::Tensor& v_cache, const std::optional<at::Tensor>& kv_scales,
                const at::Tensor& block_table, const at::Tensor& plan, const at::Tensor& host_plan, const at::Tensor& workspace,
-               const at::Tensor& out, const std::optional<at::Tensor>& lse, const std::optional<at::Tensor>& alibi_slopes, const std::optional<at::Tensor>& sinks,
-               double sm_scale, double logits_soft_cap, bool blocked, bool int4) {
+               const at::Tensor& out, const std::optional<at::Tensor>& lse, const std::optional<at::Tensor>& alibi_slopes,
+               const std::optional<at::Tensor>& sinks, double sm_scale, double logits_soft_cap, double k_scale, double v_scale,
+               bool blocked, bool int4) {
   check_tensor(q, "q", kFloatTypes, 3);
   check_tensor(block_table, "block_table", {at::kInt}, 2);
-  const KvCacheArgs cache = check_kv_cache(k_cache, v_cache, kv_scales, blocked, int4);
+  const KvCacheArgs cache = check_kv_cache(k_cache, v_cache, kv_scales, k_scale, v_scale, blocked, int4);
   check_size(q, "q", 2, cache.head_dim_qk, "head_dim of k_cache");
   check_plan(plan, host_plan, q, block_table, cache);
   check_tensor(out, "out", kFloatTypes, 3);
@@ -94,7 +95,8 @@ void attention(const at::Tensor& q, const at::Tensor& k_cache, const at::Tensor&
   p.plan = PlanView{plan.const_data_ptr<int32_t>()};
   p.num_pages = int32_t(cache.num_pages);
   p.q_dtype = dtype_of(q);
-  p.sm_scale = float(sm_scale);
+  p.sm_scale = float(sm_scale * k_scale);
+  p.v_scale = cache.v_scale;
   p.logits_soft_cap = float(logits_soft_cap);
   p.q_token_stride = q.stride(0), p.q_head_stride = q.stride(1);
   p.out_token_stride = out.stride(0), p.out_head_stride = out.stride(1);
@@ -135,7 +137,7 @@ TORCH_LIBRARY_FRAGMENT(tilestream, m) {
   m.def(
       "attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor? kv_scales, Tensor block_table, Tensor plan, "
       "Tensor host_plan, Tensor(a!) workspace, Tensor(b!) out, Tensor(c!)? lse, Tensor? alibi_slopes, Tensor? sinks, *, float sm_scale, "
-      "float logits_soft_cap, bool blocked, bool int4) -> ()");
+      "float logits_soft_cap, float k_scale=1.0, float v_scale=1.0, bool blocked, bool int4) -> ()");
   m.def("merge_states(Tensor v, Tensor lse, Tensor(a!) out, Tensor(b!) out_lse) -> ()");
 }
 TORCH_LIBRARY_IMPL(tilestream, CPU, m) { implement(m); }

@@ -72,12 +72,14 @@ void quantise(const float* row, int num, int most, uint8_t* q, uint16_t* scale_z
 template <class Order>
 void write_row(const AppendKvParams& p, const KvSide& side, int64_t page, int64_t head, int64_t offset, const float* row) {
   typename Order::Element stored[kMaxHeadDim];
-  if constexpr (Order::kPair == 4) {
+  if constexpr (kHasScales<Order>) {
     auto* scales = static_cast<uint16_t*>(p.kv_scales) +
                    kv_scale_index(side, page, head, offset, p.num_kv_heads, p.page_size);
     quantise(row, side.head_dim, Order::kNibbles ? 15 : 255, stored, scales);
   } else {
+    const F32x16 scale = set1(side.is_k ? p.k_scale : p.v_scale);
     for (int d = 0; d < side.head_dim; d += 16) {
+      if constexpr (std::is_same_v<Order, Float8Order>) store_e4m3(stored + d, div(load(row + d), scale));
       if constexpr (std::is_same_v<Order, Float32Order>) store(stored + d, load(row + d));
       if constexpr (std::is_same_v<Order, Float16Order>) store_f16(stored + d, load(row + d));
       if constexpr (std::is_same_v<Order, BFloat16Order>) store_bf16(stored + d, load(row + d));

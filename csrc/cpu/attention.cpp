@@ -5,8 +5,8 @@
 // groups of up to kMaxRows rows over each tile: scores = q . K^T, one online-softmax step, out = alpha * out + P . V.
 // A tile of K and V (32 KB at head_dim 64 in bfloat16) stays in L1/L2 while the groups pass over it; q, out and the
 // running max and sum of a job stay in L2.
-// Arithmetic: bfloat16 caches round q and the weights to bfloat16; float caches compute in float32; int8 and int4
-// caches in exact integers (attention_digits.h), under a float32 q as floats. Sums are float32. Decode is
+// Arithmetic: bfloat16 and float8 caches round q and the weights to bfloat16; other float caches compute in float32;
+// int8 and int4 caches in exact integers (attention_digits.h), under a float32 q as floats. Sums are float32. Decode is
 // bound by reading K and V, prefill by the multiply-adds.
 // A row's bits depend on its own q, its job's keys and its mask, and on nothing else.
 // Source: FlashAttention-2 (2307.08691), online softmax (1805.02867).
@@ -73,7 +73,7 @@ void write_merged(const Launch& launch, int token, int head, int num_parts, Part
     denominator += weight;
     for (int d = 0; d < p.head_dim_vo; d += 16) store(sum + d, fma(load(values + d), set1(weight), load(sum + d)));
   }
-  const F32x16 divisor = set1(denominator == 0.0f ? 1.0f : denominator);
+  const F32x16 divisor = set1(denominator == 0.0f ? 1.0f : denominator / p.v_scale);
   with_element(p.q_dtype, [&](auto element) {
     using E = decltype(element);
     auto* out = static_cast<typename E::Storage*>(p.out) + token * p.out_token_stride + head * p.out_head_stride;
@@ -339,6 +339,7 @@ void attention(const AttentionParams& p) {
     case DType::kFloat32: return run_launch<Float32Cache>(p);
     case DType::kFloat16: return run_launch<Float16Cache>(p);
     case DType::kBFloat16: return run_launch<BFloat16Cache>(p);
+    case DType::kFloat8E4M3: return run_launch<Float8Cache>(p);
     case DType::kUInt8: return float32_q ? run_launch<FloatInt8Cache>(p) : run_launch<Int8Cache>(p);
     case DType::kUInt4: return float32_q ? run_launch<FloatInt4Cache>(p) : run_launch<Int4Cache>(p);
   }

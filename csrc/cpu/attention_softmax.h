@@ -88,7 +88,7 @@ inline float row_max(float* scores, const LogitRule& rule, const RowView& row) {
   return reduce_max(s[0]);
 }
 
-// Weights exp2(logit - max) of scores [rows][kTileKeys]: bfloat16 pairs for a bfloat16 cache, else in place.
+// Weights exp2(logit - max) of scores [rows][kTileKeys]: pairs for products in bfloat16, else in place.
 // alpha[r] (16 floats): the factor on what row r has accumulated so far.
 template <class C>
 __attribute__((noinline)) void softmax_step(int rows, float* scores, const LogitRule& rule, const RowView* views,
@@ -110,7 +110,7 @@ __attribute__((noinline)) void softmax_step(int rows, float* scores, const Logit
     F32x16 w[kTileBlocks];
 #pragma GCC unroll 8
     for (int b = 0; b < kTileBlocks; ++b) w[b] = exp2_weight(mul(sub(load(s + 16 * b), largest), scale));
-    if constexpr (std::is_same_v<C, BFloat16Cache>) {
+    if constexpr (std::is_base_of_v<BFloat16Product, C>) {
 #pragma GCC unroll 4
       for (int b = 0; b < kTileBlocks; b += 2) {
         store_bf16x32(pairs + r * num_units<C>(kTileKeys) + 8 * b, cvt_bf16x32(w[b], w[b + 1]));

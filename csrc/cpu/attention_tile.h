@@ -54,13 +54,25 @@ struct Float16Cache : Float16Order, FloatProduct {
   static Vec read(const char* p) { return load_f16(reinterpret_cast<const uint16_t*>(p)); }
   static F32x16 part(Vec v, int) { return v; }
 };
-struct BFloat16Cache : BFloat16Order, FloatProduct {
-  using Vec = Bf16x32;
+
+// Pairs in bfloat16.
+struct BFloat16Product : FloatProduct {
   static constexpr int kUnit = 2;
-  static Vec read(const char* p) { return load_bf16x32(p); }
-  static Bf16x32 part(Vec v, int) { return v; }
   static Bf16x32 unit(const uint32_t* u) { return set1_bf16_pair(*u); }
   static Acc multiply_add(Acc acc, Bf16x32 v, Bf16x32 u) { return dot_bf16(acc, v, u); }
+};
+struct BFloat16Cache : BFloat16Order, BFloat16Product {
+  using Vec = Bf16x32;
+  static Vec read(const char* p) { return load_bf16x32(p); }
+  static Bf16x32 part(Vec v, int) { return v; }
+};
+
+// bfloat16 holds every e4m3, and what it rounds of q is a thirtieth of what e4m3 rounded of K.
+struct Float8Cache : Float8Order, BFloat16Product {
+  using Vec = U8x64;
+  static constexpr int kParts = 2;
+  static Vec read(const char* p) { return load_u8x64(p); }
+  static Bf16x32 part(Vec v, int part) { return part == 0 ? e4m3_pairs<0>(v) : e4m3_pairs<1>(v); }
 };
 
 // Integers under a 16-bit q: exact integer products with q and the weights as two digits (attention_digits.h).

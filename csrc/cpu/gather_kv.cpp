@@ -18,13 +18,15 @@ void gather_row(const GatherKvParams& p, const KvSide& side, int64_t slot, int64
   const int64_t page = slot / p.page_size, offset = slot % p.page_size;
   typename Order::Element stored[kMaxHeadDim];
   read_kv_row<Order>(side, page, head, offset, stored);
-  if constexpr (Order::kPair == 4) {
+  if constexpr (kHasScales<Order>) {
     const auto* scales = static_cast<const uint16_t*>(p.kv_scales) +
                          kv_scale_index(side, page, head, offset, p.num_kv_heads, p.page_size);
     const F32x16 scale = set1(f16_to_float(scales[0])), shift = set1(f16_to_float(scales[1]));
     for (int d = 0; d < side.head_dim; d += 16) store(out + d, fma(load_u8(stored + d), scale, shift));
   } else {
+    const F32x16 scale = set1(side.is_k ? p.k_scale : p.v_scale);
     for (int d = 0; d < side.head_dim; d += 16) {
+      if constexpr (std::is_same_v<Order, Float8Order>) store(out + d, mul(load_e4m3(stored + d), scale));
       if constexpr (std::is_same_v<Order, Float32Order>) store(out + d, load(stored + d));
       if constexpr (std::is_same_v<Order, Float16Order>) store(out + d, load_f16(stored + d));
       if constexpr (std::is_same_v<Order, BFloat16Order>) store(out + d, load_bf16(stored + d));

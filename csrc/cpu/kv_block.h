@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstring>
+#include <type_traits>
 
 #include "cpu/simd/vec.h"
 #include "tilestream/types.h"
@@ -143,8 +144,11 @@ inline int64_t kv_scale_index(const KvSide& side, int64_t page, int64_t head, in
 using Float32Order = BlockOrder<float, 1, false>;
 using Float16Order = BlockOrder<uint16_t, 1, false>;
 using BFloat16Order = BlockOrder<uint16_t, 2, false>;
+struct Float8Order : BlockOrder<uint8_t, 4, false> {};  // e4m3
 using Int8Order = BlockOrder<uint8_t, 4, false>;
 using Int4Order = BlockOrder<uint8_t, 4, true>;
+template <class Order>
+constexpr bool kHasScales = std::is_same_v<Order, Int8Order> || std::is_same_v<Order, Int4Order>;
 
 // f(Order{}) for a cache of `dtype`.
 template <class Fn>
@@ -152,6 +156,7 @@ inline void with_block_order(KvDType dtype, Fn&& f) {
   switch (dtype) {
     case DType::kFloat16: return f(Float16Order{});
     case DType::kBFloat16: return f(BFloat16Order{});
+    case DType::kFloat8E4M3: return f(Float8Order{});
     case DType::kUInt8: return f(Int8Order{});
     case DType::kUInt4: return f(Int4Order{});
     default: return f(Float32Order{});

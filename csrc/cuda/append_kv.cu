@@ -128,6 +128,12 @@ __device__ __forceinline__ void store_quantised(char* to, __half2* scales, const
   }
 }
 
+__device__ __forceinline__ Values divided(Values v, float scale) {
+#pragma unroll
+  for (int i = 0; i < 8; ++i) v.at[i] /= scale;
+  return v;
+}
+
 template <class KV>
 __device__ __forceinline__ void store_kv(const AppendKvParams& p, int side, int head, int slot,
                                          const Values& v, const Lanes& lanes, bool aligned) {
@@ -135,9 +141,13 @@ __device__ __forceinline__ void store_kv(const AppendKvParams& p, int side, int 
   const int page = slot / p.page_size, offset = slot % p.page_size;
   const bool inside = lanes.d < (side == 0 ? p.head_dim_qk : p.head_dim_vo);
   char* const to = rows.row(page, offset);
-  if constexpr (kIsQuantised<KV>)
+  if constexpr (kIsQuantised<KV>) {
     store_quantised<KV>(to, const_cast<__half2*>(rows.scale(page, offset)), v, lanes, inside, aligned);
-  else if (inside) store_eight(reinterpret_cast<KV*>(to) + lanes.d, from_values<KV>(v), aligned);
+  } else if (inside) {
+    constexpr bool kIsScaled = std::is_same_v<KV, __nv_fp8_e4m3>;
+    const Values stored = kIsScaled ? divided(v, side == 0 ? p.k_scale : p.v_scale) : v;
+    store_eight(reinterpret_cast<KV*>(to) + lanes.d, from_values<KV>(stored), aligned);
+  }
 }
 
 // ---- key statistics -------------------------------------------------------------------------------

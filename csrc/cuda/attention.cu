@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(kMergeThreads) merge_kernel(const __grid_const
         if (d < p.head_dim_vo) sum[c] = fmaf(partials.out[row * p.head_dim_vo + d], weight, sum[c]);
       }
     }
-    const float divisor = denominator == 0.0f ? 1.0f : denominator;
+    const float divisor = denominator == 0.0f ? 1.0f : denominator / p.v_scale;
     const int64_t begin = merge.token * p.out_token_stride + head * p.out_head_stride;
 #pragma unroll
     for (int c = 0; c < kColumnsPerLane; ++c) {
@@ -78,11 +78,14 @@ struct Row {
 #define MMA_ROWS(kv, q, T, KV) \
   {DType::kv, DType::q, 64, launch_mma<T, KV, 64>}, {DType::kv, DType::q, 128, launch_mma<T, KV, 128>}, {DType::kv, DType::q, 256, launch_mma<T, KV, 256>}
 constexpr Row kTable[] = {
-    // A bfloat16 cache rounds q to bfloat16, whatever its dtype.
+    // A bfloat16 cache rounds q to bfloat16, whatever its dtype; so does a float8 one, unless q is float16.
     MMA_ROWS(kBFloat16, kBFloat16, __nv_bfloat16, __nv_bfloat16),
     MMA_ROWS(kBFloat16, kFloat16, __nv_bfloat16, __nv_bfloat16),
     MMA_ROWS(kBFloat16, kFloat32, __nv_bfloat16, __nv_bfloat16),
     MMA_ROWS(kFloat16, kFloat16, __half, __half),
+    MMA_ROWS(kFloat8E4M3, kBFloat16, __nv_bfloat16, __nv_fp8_e4m3),
+    MMA_ROWS(kFloat8E4M3, kFloat16, __half, __nv_fp8_e4m3),
+    MMA_ROWS(kFloat8E4M3, kFloat32, __nv_bfloat16, __nv_fp8_e4m3),
     MMA_ROWS(kUInt8, kBFloat16, __nv_bfloat16, Int8),
     MMA_ROWS(kUInt8, kFloat16, __half, Int8),
     MMA_ROWS(kUInt4, kBFloat16, __nv_bfloat16, Int4),

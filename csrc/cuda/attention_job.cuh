@@ -151,7 +151,7 @@ class RowWriter {
     const float sink = sink_log2(p, head), most = larger_or_nan(sink, lse_log2);
     weight_ = part_weight(lse_log2, most);
     const float denominator = part_weight(sink, most) + weight_;
-    divisor_ = denominator == 0.0f ? 1.0f : denominator;
+    divisor_ = denominator == 0.0f ? 1.0f : denominator / p.v_scale;
     if (first) store_lse(p, token, head, most, denominator);
   }
   __device__ __forceinline__ void store(int d, float v) const {

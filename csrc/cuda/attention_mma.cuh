@@ -5,7 +5,7 @@
 // this one is computed; warp w has rows 16 w to 16 w + 15 of the row tile and all its keys.
 //   scores = q . K^T (mma m16n8k16), an online-softmax step in base 2, out = alpha * out + P . V
 // with P as it is stored for the second product, whose sum is taken by the same tensor core: a column of ones beside V.
-// Quantised caches are copied as they are; each thread then turns the bytes that it copied itself into T.
+// Caches of 8 or 4 bits are copied as they are; each thread then turns the bytes that it copied itself into T.
 // A row's bits depend on its own q, its job's keys and its mask, and on nothing else: tiles begin at multiples of
 // kTileKeys, and a tile in which a row sees no key leaves its state as it was.
 // Decode is bound by reading K and V; prefill by mma. Shared memory: Q tile + 2 stages of K and V (see SharedStorage).
@@ -29,8 +29,8 @@ struct MmaConfig {
   static constexpr int kWarps = 4, kThreads = kWarps * kWarpSize, kRows = 16 * kWarps;
   static constexpr int kTileKeys = kMaxDim == 256 ? 32 : 64;  // 99 KB of shared memory are all that sm_86 and sm_89 have
   static constexpr int kTileElements = kTileKeys * kMaxDim;
-  // A copy: 16 values of a quantised row with their (scale, zero), 8 of another.
-  static constexpr bool kQuantised = kIsQuantised<KV>;
+  // A copy: 16 values of 8 or 4 bits, of integers with their (scale, zero); 8 values of a wider row.
+  static constexpr bool kQuantised = kKvBits<KV> <= 8, kHasScales = kIsQuantised<KV>;
   static constexpr int kChunkValues = kQuantised ? 16 : 8, kChunkBytes = kChunkValues * kKvBits<KV> / 8;
   static constexpr int kChunksPerRow = kMaxDim / kChunkValues, kRowsPerPass = kThreads / kChunksPerRow;
   static constexpr int kPasses = kTileKeys / kRowsPerPass;
@@ -41,7 +41,7 @@ struct MmaConfig {
 template <class C, bool = C::kQuantised>
 struct RawStages {
   alignas(16) uint8_t bytes[2][2][C::kPasses][C::kThreads][C::kChunkBytes];
-  __half2 scales[2][2][C::kPasses][C::kThreads];
+  __half2 scales[2][2][C::kPasses][C::kHasScales ? C::kThreads : 1];  // unused of e4m3
 };
 template <class C>
 struct RawStages<C, false> {};
@@ -101,7 +101,10 @@ class TileLoader {
         const char* from = sides_[side].row(page, offset) + chunk_ * C::kChunkBytes;
         if constexpr (C::kQuantised) {
           ptx::cp_async<C::kChunkBytes>(smem_.raw.bytes[stage][side][pass][threadIdx.x], from, is_mine ? C::kChunkBytes : 0);
-          ptx::cp_async<4>(&smem_.raw.scales[stage][side][pass][threadIdx.x], sides_[side].scale(page, offset), is_mine ? 4 : 0);
+          if constexpr (C::kHasScales) {
+            __half2* const scale = &smem_.raw.scales[stage][side][pass][threadIdx.x];
+            ptx::cp_async<4>(scale, sides_[side].scale(page, offset), is_mine ? 4 : 0);
+          }
         } else {
           ptx::cp_async<16>(chunk_at<C::kMaxDim>(smem_.kv[stage][side], row, chunk_), from, is_mine ? 16 : 0);
         }
@@ -118,15 +121,13 @@ class TileLoader {
 #pragma unroll
       for (int side = 0; side < 2; ++side) {
         if (!has_chunk_[side]) continue;
-        const float2 scale = __half22float2(smem_.raw.scales[stage][side][pass][threadIdx.x]);
+        float2 scale{};
+        if constexpr (C::kHasScales) scale = __half22float2(smem_.raw.scales[stage][side][pass][threadIdx.x]);
         const char* bytes = reinterpret_cast<const char*>(smem_.raw.bytes[stage][side][pass][threadIdx.x]);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          Vec<T> values;
-#pragma unroll
-          for (int k = 0; k < 8; ++k) values.at[k] = from_float<T>(kv_value<typename C::KV>(bytes, half * 8 + k, scale));
           T* const to = chunk_at<C::kMaxDim>(smem_.kv[0][side], pass * C::kRowsPerPass + row_, chunk_ * 2 + half);
-          *reinterpret_cast<Vec<T>*>(to) = values;
+          unpack_values<typename C::KV>(to, bytes, half * 8, scale);
         }
       }
     }

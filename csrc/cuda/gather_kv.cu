@@ -39,9 +39,10 @@ __global__ void __launch_bounds__(kBlockThreads)
 #pragma unroll
     for (int i = 0; i < kKvBits<KV>; ++i) stored.at[i] = from[i];
   }
+  const float side_scale = side == 0 ? p.k_scale : p.v_scale;  // 1 but for e4m3
   Eight<float> values;
 #pragma unroll
-  for (int i = 0; i < 8; ++i) values.at[i] = kv_value<KV>(stored.at, i, scale);
+  for (int i = 0; i < 8; ++i) values.at[i] = kv_value<KV>(stored.at, i, scale) * side_scale;
   store_eight((side == 0 ? p.k : p.v) + row / 2 * head_dim + d, values, aligned);
 }
 

@@ -65,7 +65,7 @@ class LLM:
         model: "smollm2-135m-instruct", a GGUF file, a Hugging Face directory, or a hub id.
         device: "cpu", "cuda" or "cuda:<index>".
         dtype: "auto" (a GGUF's own quantised weights; bfloat16 for others), "float32" or "bfloat16".
-        kv_dtype: "auto" (float32 with dtype="float32", else bfloat16), float32, float16, bfloat16, int8 or int4.
+        kv_dtype: "auto" (float32 with dtype="float32", else bfloat16), float32, float16, bfloat16, fp8, int8 or int4.
         page_size: tokens per KV page: 16, 32 or 64.
         kv_cache_tokens: tokens the KV cache holds; None: a quarter of the free memory (of a GPU nine tenths of what its
             weights leave), at most 16 full contexts.

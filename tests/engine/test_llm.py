@@ -9,6 +9,7 @@ import pytest
 from tilestream import LLM, SamplingParams
 from tilestream.engine.errors import PromptTooLongError
 from tilestream.models import ModelLoadError
+from tilestream.ops.kv_cache import KV_DTYPES
 
 GREEDY = SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True)
 
@@ -24,6 +25,13 @@ def test_stream_is_generate(llm: LLM) -> None:
     assert "".join(delta.text for delta in deltas) == whole.text
     assert [t for delta in deltas for t in delta.token_ids] == whole.token_ids
     assert deltas[-1].finish_reason == whole.finish_reason == "length"
+
+
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+def test_every_kv_dtype(kv_dtype: str) -> None:
+    llm = LLM(kv_dtype=kv_dtype, kv_cache_tokens=256)
+    assert llm.engine.runner.kv_caches[0].k_cache.dtype == KV_DTYPES[kv_dtype]
+    assert "Paris" in llm.generate("The capital of France is", GREEDY)[0].text
 
 
 def test_more_prompts_than_the_queue_holds(llm: LLM) -> None:

@@ -34,6 +34,8 @@ class Case:
     sm_scale: float | None = None
     alibi: bool = False
     sinks: bool = False
+    k_scale: float = 1.0
+    v_scale: float = 1.0
     prefix_groups: tuple[tuple[int, tuple[int, ...]], ...] = ()
     lists_per_head: bool = False
     batch_invariant: bool = False
@@ -70,6 +72,7 @@ def make_tensors(case: Case) -> Tensors:
     kv = testing.paged_kv(
         lists, num_kv_heads=num_kv_heads, head_dim=case.head_dim, head_dim_vo=case.head_dim_vo, page_size=case.page_size,
         kv_dtype=case.kv_dtype, layout=layout_or_own(case.layout), shared_prefix=(prefix[0], list(prefix[1])) if prefix else None,
+        k_scale=case.k_scale, v_scale=case.v_scale,
     )
     # The heads of a fused QKV projection: neither dimension but the last is contiguous.
     q = testing.Guarded((num_tokens, num_qo_heads, case.head_dim), case.torch_dtype,
@@ -133,11 +136,13 @@ def plain_one_group(q, k, v, mask, *, shuffle, dtype, sm_scale, logits_soft_cap,
 
 
 def plain(case: Case, t: Tensors, want: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Plain torch in the coarser of q's and the cache's dtype (quantised caches: over the values they represent).
+    """Plain torch in the coarser of q's and the cache's dtype (quantised caches: over the values they represent; fp8 has no
+    arithmetic of its own and counts as bfloat16).
 
     One order of summation may happen to round well, so each element is the worst of four.
     """
-    dtype = max(t.q.dtype, FLOAT_DTYPES.get(case.kv_dtype, t.q.dtype), key=lambda d: torch.finfo(d).eps)
+    computes = {**FLOAT_DTYPES, "fp8": torch.bfloat16}
+    dtype = max(t.q.dtype, computes.get(case.kv_dtype, t.q.dtype), key=lambda d: torch.finfo(d).eps)
     orders = [functools.partial(plain_one_group, shuffle=attempt > 0, dtype=dtype) for attempt in range(4)]
     outs, lses = zip(*[exact(case, t, one_group) for one_group in orders], strict=True)
     return testing.worst_of(list(outs), want[0]), testing.worst_of(list(lses), want[1])

@@ -11,11 +11,11 @@ import torch
 from tests.ops.layouts import layout_or_own
 from tilestream import ops, testing
 from tilestream.reference import append_kv as reference
-from tilestream.testing.paged import FLOAT_DTYPES, KV_BITS, stored_pages
+from tilestream.testing.paged import FLOAT_DTYPES, KV_BITS, KV_FLOAT_DTYPES, stored_pages
 
 pytestmark = pytest.mark.simt
 NUM_PAGES, MAX_POSITION = 7, 50
-KV_DTYPES = ["float32", "float16", "bfloat16", "int8", "int4"]
+KV_DTYPES = ["float32", "float16", "bfloat16", "fp8", "int8", "int4"]
 LAYOUTS = ["hnd", "nhd", "blocked"]
 
 
@@ -65,7 +65,7 @@ def make_cache(case: Case) -> ops.KvCache:
         if case.kv_dtype in KV_BITS:
             values = torch.full(shape, 0xB5 if case.kv_dtype == "int8" else 0x5, dtype=torch.uint8)
         else:
-            values = torch.full(shape, math.nan, dtype=FLOAT_DTYPES[case.kv_dtype])
+            values = torch.full(shape, math.nan, dtype=KV_FLOAT_DTYPES[case.kv_dtype])
         sides.append(stored_pages(values, case.kv_dtype, layout, side=side).clone(memory_format=torch.preserve_format))
     scales = None
     if case.kv_dtype in KV_BITS:
@@ -83,7 +83,7 @@ def check_values(case: Case, got: torch.Tensor, want: torch.Tensor, exact_input:
     """Within one rounding to the cache's dtype, or half a step of its own quantisation, plus float32 arithmetic."""
     arithmetic = 0.0 if exact_input else 3 * testing.unit_roundoff(torch.float32) * float(want.abs().max())
     if case.kv_dtype not in KV_BITS:
-        bound = testing.unit_roundoff(FLOAT_DTYPES[case.kv_dtype]) * float(want.abs().max()) + arithmetic
+        bound = testing.unit_roundoff(KV_FLOAT_DTYPES[case.kv_dtype]) * float(want.abs().max()) + arithmetic
         testing.assert_within(got, want, bound)
         return
     # scale and zero are float16: they move a value by at most (levels * scale + |zero|) * 2^-11.
@@ -130,14 +130,14 @@ def test_every_simd_level(simd_level: str, layout: str, kv_dtype: str) -> None:
 @pytest.mark.parametrize("interleaved", [False, True], ids=["neox", "interleaved"])
 @pytest.mark.parametrize(("head_dim", "rotary_dim"), [(64, 0), (64, 2), (64, 32), (80, 80), (96, 24), (128, 128), (256, 64)])
 def test_rotary(backend: testing.Backend, head_dim: int, rotary_dim: int, interleaved: bool) -> None:
-    for kv_dtype in ("float32", "bfloat16", "int8"):
+    for kv_dtype in ("float32", "bfloat16", "fp8", "int8"):
         check(Case(head_dim=head_dim, rotary_dim=rotary_dim, interleaved=interleaved, kv_dtype=kv_dtype))
 
 
 @pytest.mark.parametrize("num_tokens", [0, 1, 2, 100])
 @pytest.mark.parametrize("heads", [(1, 1), (9, 3), (8, 8)])
 def test_sizes(backend: testing.Backend, heads: tuple[int, int], num_tokens: int) -> None:
-    for kv_dtype in ("bfloat16", "int4"):
+    for kv_dtype in ("bfloat16", "fp8", "int4"):
         check(Case(num_tokens=num_tokens, heads=heads, kv_dtype=kv_dtype))
 
 
@@ -178,6 +178,51 @@ def test_quantisation_rule(backend: testing.Backend, kv_dtype: str) -> None:
     moved = (cache.kv_scales[slots // 16, 0, :, slots % 16, 0].double() - want.scale[written]).abs() * 2 ** KV_BITS[kv_dtype]
     same = (k.double() - want.dequantise()[written]).abs() <= (1e-3 * want.scale[written] + moved).unsqueeze(-1)
     assert float(same.double().mean()) >= 0.999
+
+
+FP8_CODES = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+
+
+def check_fp8_rounding(layout: str | None, k_scale: float, v_scale: float) -> None:
+    """The bits of torch's cast, after saturation: every code, every tie, their neighbours in float32, and what overflows."""
+    finite = FP8_CODES[FP8_CODES.isfinite()].unique()  # sorted
+    ties = (finite[1:] + finite[:-1]) / 2
+    edges = torch.cat([finite, ties])
+    x = torch.cat([
+        edges, edges.nextafter(torch.tensor(math.inf)), edges.nextafter(torch.tensor(-math.inf)), torch.randn(200),
+        torch.tensor([-0.0, 449, 463.9, 464, 465, 480, 1e9, -464, -1e30, math.inf, -math.inf, 1e-40, -1e-40, math.nan]),
+    ])
+    x = torch.nn.functional.pad(x, (0, -len(x) % 64)).view(-1, 1, 64)
+    num_pages = -(-len(x) // 16)
+    blocked = layout_or_own(layout) == "blocked"
+    cache = ops.KvCache.allocate(num_pages, 1, 16, 64, kv_dtype="fp8", blocked=blocked, k_scale=k_scale, v_scale=v_scale)
+    slots = torch.randperm(num_pages * 16)[: len(x)].int()
+    ops.append_kv(None, x * k_scale, x * v_scale, torch.zeros_like(slots), slots, cache)
+    for got, scale in zip(ops.gather_kv(cache, slots), (k_scale, v_scale), strict=True):
+        # Dividing again: where x * scale / scale is not x, the operand of the cast is not x either.
+        want = (x * scale / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale
+        assert torch.equal(got.isnan(), want.isnan())
+        same = torch.where(want.isnan(), 0.0, got).view(torch.int32) == torch.where(want.isnan(), 0.0, want).view(torch.int32)
+        assert bool(same.all()), f"{x[~same][:4]} at scale {scale} became {got[~same][:4]}, expected {want[~same][:4]}"
+
+
+@pytest.mark.parametrize(("k_scale", "v_scale"), [(1.0, 1.0), (0.25, 3.0)])
+@pytest.mark.parametrize("layout", ["hnd", "blocked"])
+def test_fp8_rounding_on_every_simd_level(simd_level: str, layout: str, k_scale: float, v_scale: float) -> None:
+    check_fp8_rounding(layout, k_scale, v_scale)
+
+
+@pytest.mark.parametrize(("k_scale", "v_scale"), [(1.0, 1.0), (0.25, 3.0)])
+def test_fp8_rounding(backend: testing.Backend, k_scale: float, v_scale: float) -> None:
+    check_fp8_rounding(None, k_scale, v_scale)
+
+
+def test_every_fp8_code_is_read_back(backend: testing.Backend) -> None:
+    pages = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).view(1, 1, 16, 16)
+    cache = ops.KvCache(pages, pages, k_scale=2.0)
+    k, v = ops.gather_kv(cache, torch.arange(16, dtype=torch.int32))
+    assert torch.equal(v.flatten().nan_to_num(1e9), FP8_CODES.nan_to_num(1e9))
+    assert torch.equal(k.flatten().nan_to_num(1e9), (2 * FP8_CODES).nan_to_num(1e9))
 
 
 def test_constant_rows_survive_quantisation(backend: testing.Backend) -> None:

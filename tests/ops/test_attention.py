@@ -8,8 +8,9 @@ import math
 import pytest
 import torch
 
-from tests.ops.attention_case import Case, check, exact, make_plan, make_tensors, run
+from tests.ops.attention_case import Case, Tensors, check, exact, make_plan, make_tensors, run
 from tilestream import ops, testing
+from tilestream.testing.paged import FLOAT_DTYPES, stored_pages
 
 pytestmark = pytest.mark.simt
 DTYPES = [  # (q and out, cache)
@@ -17,6 +18,9 @@ DTYPES = [  # (q and out, cache)
     ("float16", "float16"),
     ("bfloat16", "bfloat16"),
     ("float32", "bfloat16"),
+    ("bfloat16", "fp8"),
+    ("float32", "fp8"),
+    ("float16", "fp8"),
     ("bfloat16", "int8"),
     ("bfloat16", "int4"),
     ("float32", "int8"),
@@ -46,7 +50,7 @@ def test_heads(backend: testing.Backend, heads: tuple[int, int], dtype: str, kv_
     check(Case(q_lens=(1, 5), kv_lens=(40, 5), heads=heads, dtype=dtype, kv_dtype=kv_dtype))
 
 
-@pytest.mark.parametrize("kv_dtype", ["bfloat16", "int4"])
+@pytest.mark.parametrize("kv_dtype", ["bfloat16", "fp8", "int4"])
 @pytest.mark.parametrize("page_size", [16, 64])
 def test_lengths_around_a_page(backend: testing.Backend, page_size: int, kv_dtype: str) -> None:
     lengths = (1, 15, 16, 17, page_size - 1, page_size, page_size + 1, 2 * page_size - 1, 2 * page_size, 200)
@@ -104,7 +108,7 @@ def test_every_simd_level(simd_level: str, layout: str, dtype: str, kv_dtype: st
 
 def test_unequal_head_dims(backend: testing.Backend) -> None:
     for dims in ((192, 128), (64, 128)):
-        for kv_dtype in ("bfloat16", "int8"):
+        for kv_dtype in ("bfloat16", "fp8", "int8"):
             check(Case(q_lens=(1, 6), kv_lens=(50, 40), head_dim=dims[0], head_dim_vo=dims[1], dtype="bfloat16",
                        kv_dtype=kv_dtype))
 
@@ -125,7 +129,7 @@ def test_large_logits(backend: testing.Backend, dtype: str, kv_dtype: str) -> No
 
 
 def test_a_nan_in_one_request_stays_there(backend: testing.Backend) -> None:
-    for kv_dtype in ("float32", "bfloat16", "int8"):
+    for kv_dtype in ("float32", "bfloat16", "fp8", "int8"):
         case = Case(q_lens=(1, 4, 2), kv_lens=(40, 50, 60), kv_dtype=kv_dtype, layout="hnd")
         t = make_tensors(case)
         clean, _ = run(case, t)
@@ -134,6 +138,46 @@ def test_a_nan_in_one_request_stays_there(backend: testing.Backend) -> None:
         others = [i for i in range(7) if i != 2]
         assert torch.equal(out[others], clean[others])
         assert bool(out[2].isnan().all()) and bool(lse[2].isnan().all())
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("variant", [{}, {"sinks": True}, {"soft_cap": 5.0, "causal": False}], ids=str)
+def test_scales_of_an_fp8_cache(backend: testing.Backend, variant: dict, dtype: str) -> None:
+    """k_scale joins sm_scale, v_scale the division by the sum; of partial results too."""
+    for num_workers in (1, 5):
+        check(dataclasses.replace(MIXED, dtype=dtype, kv_dtype="fp8", k_scale=0.375, v_scale=3.0, num_workers=num_workers, **variant))
+
+
+def check_every_fp8_code(layout: str, dtype: str = "float32") -> None:
+    """Request c sees one key, of which one element is code c, and one value, with 64 codes: lse and out are these.
+
+    The key's offset in its page and the element's place in the key change from request to request.
+    """
+    codes = torch.arange(256)
+    k, v = torch.zeros(2, 256, 1, 16, 64, dtype=torch.uint8)
+    k[codes, 0, codes % 5, codes * 7 % 64] = codes.byte()
+    v[codes, 0, codes % 5] = (codes.unsqueeze(1) + torch.arange(64)).byte()
+    k, v = k.view(torch.float8_e4m3fn), v.view(torch.float8_e4m3fn)
+    pages = (stored_pages(k, "fp8", layout, side=0), stored_pages(v, "fp8", layout, side=1))
+    kv = testing.PagedKv(ops.KvCache(*pages, blocked=layout == "blocked"), codes.int().unsqueeze(1), k.double(), v.double())
+    case = Case(q_lens=(1,) * 256, kv_lens=tuple((1 + codes % 5).tolist()), heads=(1, 1), window_left=0, sm_scale=1.0)
+    q, cu_seqlens_q = torch.ones(256, 1, 64, dtype=FLOAT_DTYPES[dtype]), torch.arange(257, dtype=torch.int32)
+    t = Tensors(q, kv, cu_seqlens_q, torch.tensor(case.kv_lens, dtype=torch.int32), None, None)
+    out, lse = run(case, t)
+    want_out, want_lse = exact(case, t)
+    testing.assert_within(out, want_out, 0.0)
+    testing.assert_same_special(lse, want_lse)
+    assert bool(((lse - want_lse).abs() <= 1e-6 * want_lse.abs())[want_lse.isfinite()].all())
+
+
+@pytest.mark.parametrize("layout", ["hnd", "blocked"])
+def test_every_fp8_code_on_every_simd_level(simd_level: str, layout: str) -> None:
+    check_every_fp8_code(layout)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_every_fp8_code(backend: testing.Backend, dtype: str) -> None:
+    check_every_fp8_code("hnd", dtype)
 
 
 def test_second_call_on_the_same_workspace(backend: testing.Backend) -> None:
@@ -237,6 +281,12 @@ BAD_CACHE = {
     "sides": ({"cache": ops.KvCache(torch.zeros(9, 2, 16, 64), torch.zeros(8, 2, 16, 64))}, ValueError, "v_cache has shape"),
     "dtypes": ({"cache": ops.KvCache(torch.zeros(9, 2, 16, 64), torch.zeros(9, 2, 16, 64).half())}, TypeError,
                "v_cache has dtype Half; it must be Float as k_cache"),
+    "k_scale of a wide cache": ({"cache": ops.KvCache(*[torch.zeros(9, 2, 16, 64)] * 2, k_scale=0.5)}, ValueError,
+                                "k_scale is 0.5 for a Float cache; only a Float8_e4m3fn cache has one"),
+    "v_scale": ({"cache": ops.KvCache(*[torch.zeros(9, 2, 16, 64).to(torch.float8_e4m3fn)] * 2, v_scale=0.0)}, ValueError,
+                "v_scale is 0; allowed: positive and finite"),
+    "int4 of fp8": ({"cache": ops.KvCache(*[torch.zeros(9, 2, 16, 64).to(torch.float8_e4m3fn)] * 2, int4=True)}, TypeError,
+                    "k_cache has dtype Float8_e4m3fn; an int4 cache is stored as Byte"),
     "scales": ({"cache": ops.KvCache(*[torch.zeros(9, 2, 16, 64, dtype=torch.uint8)] * 2)}, ValueError, "kv_scales is missing"),
 }
 

@@ -14,7 +14,7 @@ from tests.ops.attention_case import Case, Tensors, check, make_plan, make_tenso
 from tilestream import ops, testing
 
 STEP = Case(q_lens=(1, 40, 1, 3, 1), kv_lens=(300, 40, 1, 150, 65), dtype="bfloat16", kv_dtype="bfloat16")
-KV_DTYPES = ["float32", "bfloat16", "int8", "int4"]
+KV_DTYPES = ["float32", "bfloat16", "fp8", "int8", "int4"]
 
 
 @pytest.mark.simt

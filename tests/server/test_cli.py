@@ -87,7 +87,7 @@ def test_help(run: Callable[..., Done], arguments: list[str], words: list[str]) 
         (["generate"], 2, ["prompt is empty"]),
         (["generate", "--model", "no/such/file.gguf", "x"], 1, ["no/such/file.gguf"]),
         (["serve", "--port", "70000"], 2, ["--port", "65535"]),
-        (["serve", "--kv-dtype", "int3"], 2, ["int3", "int4"]),
+        (["serve", "--kv-dtype", "int3"], 2, ["int3", "fp8", "int4"]),
         (["serve", "--host", "203.0.113.1"], 1, ["203.0.113.1"]),
         (["bench", "--batch-sizes", "1,zero"], 2, ["1,zero", "1,8,32"]),
         (["bench", "--load-tokens", "256x64"], 2, ["256x64", "256/64"]),

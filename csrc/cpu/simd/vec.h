@@ -9,6 +9,8 @@
 //   F load_bf16/load_f16(const uint16_t*), load_u8(const uint8_t*), load_s8(const int8_t*)   16 values
 //   void load_f16_pairs(const uint16_t*, F& first, F& second)                     16 pairs, apart
 //   void store_bf16/store_f16(uint16_t*, F)                                       round to nearest even
+//   F load_e4m3(const uint8_t*), void store_e4m3(uint8_t*, F)                    beyond 448 becomes 448; NaN stays NaN
+//   P e4m3_pairs<i>(B)                         bytes 2 i and 2 i + 1 of every four, exactly
 //   F load_first(const float*, int n), store_first(float*, F, int n)              n in 0..16 lanes; others 0
 //   add sub mul div max min fma(a, b, c) = a * b + c, rounded once where the level has FMA
 //   F where_lt(I a, int n, F yes, F no)        lane-wise a < n ? yes : no;   I iota()
@@ -86,6 +88,33 @@ inline F32x16 exp2_weight(F32x16 x) { return exp2(x); }
 template <class V>
 inline V in_register(V a) { return a; }
 #endif
+
+// e4m3 has 7 for an exponent bias, no infinity, and one NaN, the magnitude 0x7f. With the exponent moved to float's bias a
+// magnitude is y; where the exponent field is 0 there is no hidden bit, and 2 y - 2^-6, smaller only there, is meant.
+inline F32x16 load_e4m3(const uint8_t* p) {
+  int32_t bits[16];
+  for (int i = 0; i < 16; ++i) bits[i] = ((p[i] & 0x7f) << 20) + (120 << 23);
+  F32x16 y;
+  std::memcpy(&y, bits, sizeof(bits));
+  y = min(y, add(y, sub(y, set1(0x1p-6f))));
+  std::memcpy(bits, &y, sizeof(bits));
+  for (int i = 0; i < 16; ++i) bits[i] |= ((p[i] & 0x7f) == 0x7f ? 0x7fc00000 : 0) | (p[i] & 0x80) << 24;
+  std::memcpy(&y, bits, sizeof(bits));
+  return y;
+}
+// The same backwards. Where the exponent field will be 0, codes are 2^-9 apart, as floats from 2^14 on are: adding that rounds.
+inline void store_e4m3(uint8_t* p, F32x16 a) {
+  const F32x16 magnitude = min(abs(a), set1(448.0f));
+  const F32x16 rounded = sub(add(magnitude, set1(0x1p14f)), set1(0x1p14f));
+  const F32x16 y = max(magnitude, mul(add(rounded, set1(0x1p-6f)), set1(0.5f)));
+  int32_t bits[16], given[16];
+  std::memcpy(bits, &y, sizeof(bits));
+  std::memcpy(given, &a, sizeof(given));
+  for (int i = 0; i < 16; ++i) {
+    const int32_t code = ((bits[i] + 0x7ffff + (bits[i] >> 20 & 1)) >> 20) - (120 << 3);
+    p[i] = uint8_t(((given[i] & 0x7fffffff) > 0x7f800000 ? 0x7f : code) | (given[i] >> 24 & 0x80));
+  }
+}
 
 inline void load_no_earlier() { asm volatile("" ::: "memory"); }
 

@@ -255,6 +255,25 @@ inline void store_digits(int8_t* high, int8_t* low, I32x16 a) {
   store_s8(high, {_mm256_srai_epi32(a.lo, 7), _mm256_srai_epi32(a.hi, 7)});
   store_s8(low, {_mm256_and_si256(a.lo, m), _mm256_and_si256(a.hi, m)});
 }
+// Exponent and mantissa shifted into place, 120 added to the exponent. A table holds what has to be flipped for codes 0 to 7,
+// low bytes first: of the others vpshufb sees an index with its highest bit set, and gives 0.
+template <int kPair>
+inline __m256i e4m3_pairs(__m256i a) {
+  constexpr int kBytes = 0x01010000 + 2 * kPair * 0x01010101, kLane = 0x04040404;
+  const __m128i twice = _mm_setr_epi32(kBytes, kBytes + kLane, kBytes + 2 * kLane, kBytes + 3 * kLane);
+  const __m128i flips = _mm_setr_epi8(0, 0x10, char(0xa0), char(0xf0), 0x40, 0x70, 0x20, 0x10, 0x3c, 7, 7, 7, 0, 0, 0, 0);
+  const __m256i codes = _mm256_shuffle_epi8(a, _mm256_broadcastsi128_si256(twice));
+  const __m256i magnitudes = _mm256_slli_epi16(codes, 9);
+  const __m256i normal = _mm256_add_epi16(_mm256_srli_epi16(magnitudes, 5), _mm256_set1_epi16(120 << 7));
+  const __m256i above_7 = _mm256_add_epi8(_mm256_and_si256(codes, _mm256_set1_epi8(0x7f)), _mm256_set1_epi8(0x78));
+  const __m256i index = _mm256_xor_si256(above_7, _mm256_set1_epi16(8));
+  const __m256i flipped = _mm256_xor_si256(normal, _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(flips), index));
+  const __m256i nan = _mm256_cmpeq_epi16(magnitudes, _mm256_set1_epi16(int16_t(0xfe00)));
+  const __m256i sign = _mm256_and_si256(codes, _mm256_set1_epi16(int16_t(0x8000)));
+  return _mm256_or_si256(_mm256_or_si256(flipped, nan), sign);
+}
+template <int kPair>
+inline Bf16x32 e4m3_pairs(U8x64 a) { return {e4m3_pairs<kPair>(a.lo), e4m3_pairs<kPair>(a.hi)}; }
 template <int kByte>
 inline __m256 byte_minus(__m256i a, int n) {  // a byte in the low bits of 2^23 is a float
   const __m256i byte = _mm256_and_si256(_mm256_srli_epi32(a, 8 * kByte), _mm256_set1_epi32(0xff));

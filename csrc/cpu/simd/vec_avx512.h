@@ -227,6 +227,32 @@ inline void store_digits(int8_t* high, int8_t* low, I32x16 a) {
   store_s8(high, _mm512_srai_epi32(a, 7));
   store_s8(low, _mm512_and_si512(a, _mm512_set1_epi32(127)));
 }
+// The magnitudes of e4m3 as bfloat16.
+struct E4m3Table {
+  alignas(64) uint16_t at[128];
+  constexpr E4m3Table() : at() {
+    for (int n = 8; n < 127; ++n) at[n] = uint16_t((n << 4) + (120 << 7));
+    for (int n = 1; n < 8; ++n) {  // subnormals: n 2^-9
+      const int high = n >= 4 ? 2 : n >= 2 ? 1 : 0;
+      at[n] = uint16_t(((118 + high) << 7) + ((n << (7 - high)) & 0x7f));
+    }
+    at[127] = 0x7fff;
+  }
+};
+inline constexpr E4m3Table kE4m3;
+
+// Looked up: a word of two registers by the low six bits of the code, and one of two such words by the next bit.
+template <int kPair>
+inline Bf16x32 e4m3_pairs(U8x64 a) {
+  constexpr int kBytes = 0x01010000 + 2 * kPair * 0x01010101, kLane = 0x04040404;
+  const __m512i twice = _mm512_broadcast_i32x4(_mm_setr_epi32(kBytes, kBytes + kLane, kBytes + 2 * kLane, kBytes + 3 * kLane));
+  const auto table = [](int i) { return _mm512_load_si512(kE4m3.at + 32 * i); };
+  const __m512i codes = _mm512_shuffle_epi8(a.v, twice);  // twice in each word: once for the sign
+  const __m512i low = _mm512_permutex2var_epi16(table(0), codes, table(1));
+  const __m512i high = _mm512_permutex2var_epi16(table(2), codes, table(3));
+  const __m512i magnitudes = _mm512_mask_blend_epi16(_mm512_test_epi16_mask(codes, _mm512_set1_epi16(0x40)), low, high);
+  return {_mm512_ternarylogic_epi32(magnitudes, codes, _mm512_set1_epi16(int16_t(0x8000)), 0xd8)};
+}
 template <int kByte>
 inline F32x16 byte_minus(U8x64 a, int n) {  // a byte in the low bits of 2^23 is a float
   const __m512i shifted = kByte == 0 ? a.v : _mm512_srli_epi32(a.v, 8 * kByte);

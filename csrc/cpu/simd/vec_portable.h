@@ -285,6 +285,24 @@ inline void store_digits(int8_t* high, int8_t* low, I32x16 a) {
     low[i] = int8_t(x & 127);
   }
 }
+// As load_e4m3() in vec.h. codes: one in the low byte of each lane.
+inline i32x4 e4m3_bits(i32x4 codes) {
+  const i32x4 magnitudes = codes & 0x7f;
+  const f32x4 y = (f32x4)((magnitudes << 20) + (120 << 23)), subnormal = y + (y - 0x1p-6f);
+  return (i32x4)(subnormal < y ? subnormal : y) | ((magnitudes == 0x7f) & 0x7fff0000) | (codes & 0x80) << 24;
+}
+template <int kPair>
+inline Bf16x32 e4m3_pairs(U8x64 a) {
+  Bf16x32 r;
+  for (int i = 0; i < 4; ++i) {
+    i32x4 quads;
+    std::memcpy(&quads, a.v + 16 * i, 16);
+    quads >>= 16 * kPair;
+    const i32x4 first = e4m3_bits(quads), second = e4m3_bits(quads >> 8), lanes = ((first >> 16) & 0xffff) | second;
+    std::memcpy(r.v + 8 * i, &lanes, 16);
+  }
+  return r;
+}
 template <int kByte>
 inline F32x16 byte_minus(U8x64 a, int n) {
   F32x16 r;

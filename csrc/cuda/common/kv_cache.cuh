@@ -3,17 +3,30 @@
 
 #include <type_traits>
 
+#include "cuda/common/fp8.cuh"
 #include "cuda/common/vec.cuh"
 
 namespace tilestream::cuda {
 
-// What a cache stores, as types: float, __half, __nv_bfloat16, or asymmetric integers (types.h).
+// What a cache stores, as types: float, __half, __nv_bfloat16, __nv_fp8_e4m3, or Int8 and Int4 (types.h).
 struct Int8 {};
 struct Int4 {};
 template <class KV>
 constexpr bool kIsQuantised = std::is_same_v<KV, Int8> || std::is_same_v<KV, Int4>;
 template <class KV>
 constexpr int kKvBits = std::is_same_v<KV, Int8> ? 8 : std::is_same_v<KV, Int4> ? 4 : 8 * int(sizeof(KV));
+
+__device__ __forceinline__ __half2 half2_of_e4m3(unsigned short pair) {
+  const unsigned halves = e4m3x2_to_f16x2(pair);
+  return reinterpret_cast<const __half2&>(halves);
+}
+__device__ __forceinline__ float to_float(__nv_fp8_e4m3 v) { return to_float(half2_of_e4m3(v.__x).x); }
+template <>
+__device__ __forceinline__ __nv_fp8_e4m3 from_float<__nv_fp8_e4m3>(float v) {
+  __nv_fp8_e4m3 r;
+  r.__x = (unsigned char)f32_to_e4m3x2(v, 0.0f);
+  return r;
+}
 
 // One side (K or V) of a cache, at one kv head. Strides in bytes.
 struct KvRows {
@@ -44,12 +57,37 @@ __device__ __forceinline__ KvRows kv_rows(const Params& p, int side, int head, i
           int64_t(2) * num_kv_heads * page_size};
 }
 
-// Value d of a row.
+// Value d of a row; of e4m3 as it is stored, without k_scale and v_scale.
 template <class KV>
 __device__ __forceinline__ float kv_value(const char* row, int d, float2 scale) {
-  if constexpr (kKvBits<KV> == 8) return fmaf(float(reinterpret_cast<const uint8_t*>(row)[d]), scale.x, scale.y);
-  else if constexpr (kKvBits<KV> == 4) return fmaf(float(reinterpret_cast<const uint8_t*>(row)[d / 2] >> d % 2 * 4 & 15), scale.x, scale.y);
+  const auto* bytes = reinterpret_cast<const uint8_t*>(row);
+  if constexpr (std::is_same_v<KV, Int8>) return fmaf(float(bytes[d]), scale.x, scale.y);
+  else if constexpr (kKvBits<KV> == 4) return fmaf(float(bytes[d / 2] >> d % 2 * 4 & 15), scale.x, scale.y);
   else return to_float(reinterpret_cast<const KV*>(row)[d]);
+}
+
+// Writes values d to d + 7 of a row of 8- or 4-bit values as T, 16 bytes. Both T hold every e4m3.
+template <class KV, class T>
+__device__ __forceinline__ void unpack_values(T* to, const char* row, int d, float2 scale) {
+  if constexpr (std::is_same_v<KV, __nv_fp8_e4m3>) {
+    const auto* pairs = reinterpret_cast<const unsigned short*>(row + d);
+    Vec<unsigned> words;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if constexpr (std::is_same_v<T, __half>) {
+        words.at[i] = e4m3x2_to_f16x2(pairs[i]);
+      } else {
+        const float2 pair = __half22float2(half2_of_e4m3(pairs[i]));
+        words.at[i] = ptx::cvt_bf16x2(pair.x, pair.y);
+      }
+    }
+    *reinterpret_cast<Vec<unsigned>*>(to) = words;
+  } else {
+    Vec<T> values;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) values.at[i] = from_float<T>(kv_value<KV>(row, d + i, scale));
+    *reinterpret_cast<Vec<T>*>(to) = values;
+  }
 }
 
 // (scale, zero) of a row; unused (0, 0) of a cache that is not quantised.
@@ -82,6 +120,7 @@ void with_kv(KvDType dtype, F f) {
     case DType::kFloat32: return f(float{});
     case DType::kFloat16: return f(__half{});
     case DType::kBFloat16: return f(__nv_bfloat16{});
+    case DType::kFloat8E4M3: return f(__nv_fp8_e4m3{});
     case DType::kUInt8: return f(Int8{});
     case DType::kUInt4: return f(Int4{});
   }

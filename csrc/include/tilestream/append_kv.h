@@ -18,6 +18,7 @@ struct AppendKvParams {
   float* key_stats;       // [num_pages, num_kv_heads, 2 (min, max), head_dim_qk] of the rotated keys, or null;
                           // offset 0 of a page starts its statistics afresh; in a call that writes it, the page's
                           // other tokens follow it in slot order
+  float k_scale, v_scale;       // k / k_scale and v / v_scale are what is stored (types.h)
   int64_t num_tokens;
   int32_t num_qo_heads, num_kv_heads, head_dim_qk, head_dim_vo, rotary_dim, page_size;
   bool interleaved;       // true: GPT-J pairs (2i, 2i+1); false: NeoX halves
@@ -37,6 +38,7 @@ struct GatherKvParams {
   const int32_t* slot_mapping;  // [num_tokens]
   float* k;                     // [num_tokens, num_kv_heads, head_dim_qk]
   float* v;                     // [num_tokens, num_kv_heads, head_dim_vo]
+  float k_scale, v_scale;
   int64_t num_tokens;
   int32_t num_kv_heads, head_dim_qk, head_dim_vo, page_size;
   KvDType kv_dtype;

@@ -26,7 +26,8 @@ struct AttentionParams {
   DType q_dtype;
   KvDType kv_dtype;
   KvLayout kv_layout;
-  float sm_scale;
+  float sm_scale;         // k_scale of a float8 cache included
+  float v_scale;          // out is multiplied by it
   float logits_soft_cap;  // 0: off; s <- cap * tanh(s / cap) after sm_scale, before masks
 
   // In elements; for kUInt4 in bytes. token stride is unused when kv_layout is kBlocked.

@@ -43,6 +43,7 @@ class KvDtype(str, Enum):
     float32 = "float32"
     float16 = "float16"
     bfloat16 = "bfloat16"
+    fp8 = "fp8"
     int8 = "int8"
     int4 = "int4"
 

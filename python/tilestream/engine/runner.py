@@ -30,7 +30,7 @@ class ModelRunner:
     Args:
         model: config, placement and forward(step, kv_caches) (tilestream.models).
         config: the engine's limits.
-        kv_dtype: float32, float16, bfloat16, int8 or int4.
+        kv_dtype: float32, float16, bfloat16, fp8, int8 or int4.
     """
 
     def __init__(self, model, config: EngineConfig, *, kv_dtype: str = "bfloat16") -> None:

@@ -58,12 +58,14 @@ class Attention:
             self.k_norm(k)
         self._append(
             q, k, buf.v, self.rope.table, step.positions, step.slot_mapping, k_cache, v_cache, scales, None,
-            interleaved=self.interleaved, blocked=cache.blocked, int4=cache.int4,
+            interleaved=self.interleaved, k_scale=cache.k_scale, v_scale=cache.v_scale, blocked=cache.blocked,
+            int4=cache.int4,
         )
         plan = step.plans[self.window_left]
         self._attend(
             q, k_cache, v_cache, scales, step.block_table, plan.plan, plan.host_plan, plan.workspace, buf.heads,
             None, None, None, sm_scale=self.sm_scale, logits_soft_cap=self.logits_soft_cap,
+            k_scale=cache.k_scale, v_scale=cache.v_scale,
             blocked=cache.blocked, int4=cache.int4,
         )
         self.o(buf.heads_flat, buf.x)

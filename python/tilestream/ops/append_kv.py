@@ -26,7 +26,8 @@ def append_kv(
         k: [num_tokens, num_kv_heads, head_dim], as q; v: [num_tokens, num_kv_heads, head_dim_vo], as k.
         positions: [num_tokens], int32, rows of cos_sin.
         slot_mapping: [num_tokens], int32, page * page_size + offset; -1 writes nothing.
-        kv_cache: written in place. int8 and int4: asymmetric per token and head, value = q * scale + zero.
+        kv_cache: written in place. int8 and int4: asymmetric per token and head, value = q * scale + zero; fp8: k / k_scale
+            and v / v_scale to the nearest e4m3, at most 448 in magnitude.
         cos_sin: [max_position, rotary_dim], float32, cosines then sines; None: no rotation.
         interleaved: True rotates pairs (2i, 2i + 1) (GPT-J), False halves (NeoX).
         key_stats: [num_pages, num_kv_heads, 2, head_dim], float32: per-page minimum and maximum of the rotated keys,
@@ -49,6 +50,8 @@ def append_kv(
         kv_cache.kv_scales,
         key_stats,
         interleaved=interleaved,
+        k_scale=kv_cache.k_scale,
+        v_scale=kv_cache.v_scale,
         blocked=kv_cache.blocked,
         int4=kv_cache.int4,
     )
@@ -71,6 +74,15 @@ def gather_kv(kv_cache: KvCache, slot_mapping: torch.Tensor) -> tuple[torch.Tens
     k = torch.empty(num_tokens, num_kv_heads, head_dim, device=device)
     v = torch.empty(num_tokens, num_kv_heads, kv_cache.head_dim_vo, device=device)
     torch.ops.tilestream.gather_kv(
-        kv_cache.k_cache, kv_cache.v_cache, kv_cache.kv_scales, slot_mapping, k, v, blocked=kv_cache.blocked, int4=kv_cache.int4
+        kv_cache.k_cache,
+        kv_cache.v_cache,
+        kv_cache.kv_scales,
+        slot_mapping,
+        k,
+        v,
+        k_scale=kv_cache.k_scale,
+        v_scale=kv_cache.v_scale,
+        blocked=kv_cache.blocked,
+        int4=kv_cache.int4,
     )
     return k, v

@@ -43,7 +43,7 @@ def attention(
     Raises:
         ValueError, TypeError: which argument, what it was, what is allowed; on the CPU page ids are checked too.
         RuntimeError: a CUDA graph is being captured, and the plan is not of a planner with reserved buffers.
-    Error: at most 2x plain torch in the cache's dtype, against reference.attention in float64.
+    Error: at most 2x plain torch in the cache's dtype (fp8: in bfloat16), against reference.attention in float64.
     Source: FlashAttention-2 (2307.08691); stream-K decode, Lean Attention (2405.10480). Reads: KV once per q tile.
     Deterministic: yes; bitwise independent of the batch with a batch-invariant plan.
     """
@@ -69,6 +69,8 @@ def attention(
         sinks,
         sm_scale=q.size(-1) ** -0.5 if sm_scale is None else sm_scale,
         logits_soft_cap=logits_soft_cap,
+        k_scale=kv_cache.k_scale,
+        v_scale=kv_cache.v_scale,
         blocked=kv_cache.blocked,
         int4=kv_cache.int4,
     )

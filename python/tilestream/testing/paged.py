@@ -10,6 +10,7 @@ import torch
 from tilestream.ops import KvCache
 
 FLOAT_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+KV_FLOAT_DTYPES = FLOAT_DTYPES | {"fp8": torch.float8_e4m3fn}
 KV_BITS = {"int8": 8, "int4": 4}
 UNUSED_PAGE = 1 << 30  # block_table entry that must never be followed
 
@@ -29,7 +30,7 @@ class PagedKv:
 
 
 # Neighbours of the reduced axis (head_dim for K, tokens for V) that share a 32-bit lane of a blocked page.
-_LANE_VALUES = {"float32": 1, "float16": 1, "bfloat16": 2, "int8": 4, "int4": 4}
+_LANE_VALUES = {"float32": 1, "float16": 1, "bfloat16": 2, "fp8": 4, "int8": 4, "int4": 4}
 
 
 def blocked_pages(values: torch.Tensor, kv_dtype: str, *, side: int) -> torch.Tensor:
@@ -37,7 +38,7 @@ def blocked_pages(values: torch.Tensor, kv_dtype: str, *, side: int) -> torch.Te
 
     Args:
         values: [num_pages, num_kv_heads, page_size, head_dim], stored values (int4: 0..15, one per element).
-        kv_dtype: float32, float16, bfloat16, int8 or int4.
+        kv_dtype: float32, float16, bfloat16, fp8, int8 or int4.
         side: 0 for keys, 1 for values.
     Returns:
         [num_pages, num_kv_heads, page_size, head_dim] (int4: head_dim / 2 bytes), contiguous; the elements of each block
@@ -95,16 +96,19 @@ def paged_kv(
     layout: str = "hnd",
     shared_prefix: tuple[int, list[int]] | None = None,
     spare_pages: int = 3,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
 ) -> PagedKv:
     """A cache with one page list per entry of `list_lens`, filled with random values.
 
     Args:
         list_lens: tokens of each list.
-        kv_dtype: float32, float16, bfloat16, int8 or int4.
+        kv_dtype: float32, float16, bfloat16, fp8, int8 or int4.
         head_dim_vo: of the values; default head_dim.
         layout: hnd, nhd or blocked.
         shared_prefix: (tokens, lists): these lists have the same first pages.
         spare_pages: pages that nobody owns, all NaN.
+        k_scale, v_scale: of an fp8 cache; what is stored is as large whatever they are.
     """
     counts = [-(-length // page_size) for length in list_lens]
     num_pages = sum(counts) + spare_pages
@@ -124,9 +128,9 @@ def paged_kv(
     sides = [torch.randn(*shape, dim, dtype=torch.float64) for dim in (head_dim, head_dim_vo or head_dim)]
     stored, values, scales = [], [], []
     for side, random in enumerate(sides):
-        if kv_dtype in FLOAT_DTYPES:
-            pages = torch.where(owned, random, math.nan).to(FLOAT_DTYPES[kv_dtype])
-            values.append(pages.double())
+        if kv_dtype in KV_FLOAT_DTYPES:
+            pages = torch.where(owned, random, math.nan).to(KV_FLOAT_DTYPES[kv_dtype])
+            values.append(pages.double() * (k_scale, v_scale)[side])
         else:
             pages, scale = quantise(random, KV_BITS[kv_dtype])
             scale = torch.where(owned, scale, math.nan)
@@ -134,5 +138,5 @@ def paged_kv(
             values.append(dequantise(pages, scale))
         stored.append(stored_pages(pages, kv_dtype, layout, side=side))
     kv_scales = torch.stack(scales, 1) if scales else None
-    cache = KvCache(stored[0], stored[1], kv_scales, layout == "blocked", kv_dtype == "int4")
+    cache = KvCache(stored[0], stored[1], kv_scales, layout == "blocked", kv_dtype == "int4", k_scale, v_scale)
     return PagedKv(cache, table, values[0], values[1])
