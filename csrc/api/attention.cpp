@@ -3,6 +3,9 @@
 
 #include <torch/library.h>
 
+#include <cmath>
+#include <limits>
+
 #include "api/kv_cache.h"
 #include "api/program.h"
 
@@ -47,7 +50,7 @@ void check_per_head(const std::optional<at::Tensor>& t, const char* name, int64_
 void attention(const at::Tensor& q, const at::Tensor& k_cache, const at::Tensor& v_cache, const std::optional<at::Tensor>& kv_scales,
                const at::Tensor& block_table, const at::Tensor& plan, const at::Tensor& workspace, const at::Tensor& out,
                const std::optional<at::Tensor>& lse, const std::optional<at::Tensor>& alibi_slopes, const std::optional<at::Tensor>& sinks,
-               double sm_scale, double logits_soft_cap, bool blocked, bool int4) {
+               double sm_scale, double logits_soft_cap, bool blocked, bool int4, std::optional<double> unified_max) {
   check_tensor(q, "q", kFloatTypes, 3);
   check_tensor(block_table, "block_table", {at::kInt}, 2);
   const KvCacheArgs cache = check_kv_cache(k_cache, v_cache, kv_scales, blocked, int4);
@@ -67,6 +70,7 @@ void attention(const at::Tensor& q, const at::Tensor& k_cache, const at::Tensor&
     check_size(*lse, "lse", 1, q.size(1), "num_qo_heads");
   }
   TORCH_CHECK_VALUE(logits_soft_cap >= 0, "logits_soft_cap is ", logits_soft_cap, "; allowed: 0 (off) or positive");
+  TORCH_CHECK_VALUE(std::isfinite(unified_max.value_or(0)), "unified_max is ", *unified_max, "; allowed: a finite number, or None");
   const PlanView view{plan.const_data_ptr<int32_t>()};
   TORCH_CHECK_VALUE(!alibi_slopes.has_value() || (view.header().num_groups == 0 && !view.header().lists_per_head),
                     "alibi_slopes need query positions: not with prefix groups or per-head page lists in the plan");
@@ -89,6 +93,7 @@ void attention(const at::Tensor& q, const at::Tensor& k_cache, const at::Tensor&
   p.q_dtype = dtype_of(q);
   p.sm_scale = float(sm_scale);
   p.logits_soft_cap = float(logits_soft_cap);
+  p.unified_max = float(unified_max.value_or(std::numeric_limits<double>::quiet_NaN()));
   p.q_token_stride = q.stride(0), p.q_head_stride = q.stride(1);
   p.out_token_stride = out.stride(0), p.out_head_stride = out.stride(1);
   p.block_table_stride = block_table.stride(0);
@@ -123,7 +128,7 @@ TORCH_LIBRARY_FRAGMENT(tilestream, m) {
   m.def(
       "attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor? kv_scales, Tensor block_table, Tensor plan, "
       "Tensor(a!) workspace, Tensor(b!) out, Tensor(c!)? lse, Tensor? alibi_slopes, Tensor? sinks, *, float sm_scale, "
-      "float logits_soft_cap, bool blocked, bool int4) -> ()");
+      "float logits_soft_cap, bool blocked, bool int4, float? unified_max=None) -> ()");
   m.def("merge_states(Tensor v, Tensor lse, Tensor(a!) out, Tensor(b!) out_lse) -> ()");
 }
 TORCH_LIBRARY_IMPL(tilestream, CPU, m) {

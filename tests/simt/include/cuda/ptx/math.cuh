@@ -19,5 +19,6 @@ SIMT_TWIN unsigned cvt_f16x2(float low, float high) { return simt::narrow<5, 10>
 SIMT_TWIN unsigned short cvt_e4m3x2(float low, float high) {
   return (unsigned short)(simt::narrow_e4m3(low) | simt::narrow_e4m3(high) << 8);
 }
+SIMT_TWIN unsigned opaque(unsigned x) { return x; }
 
 }  // namespace tilestream::ptx
