@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -67,6 +68,15 @@ def command(
         ),
     ] = True,
     batch_invariant: options.BatchInvariant = False,
+    softmax_ranges: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            help="Ranges of the layers' softmax maxima (tilestream.calibrate): decodes on CUDA then do not look for them.",
+            rich_help_panel="Engine",
+        ),
+    ] = None,
     num_threads: options.NumThreads = None,
 ) -> None:
     """Serve a model over HTTP with OpenAI's API, streaming, and Prometheus metrics.
@@ -90,6 +100,7 @@ def command(
             max_model_len=max_model_len,
             enable_prefix_caching=prefix_caching,
             batch_invariant=batch_invariant,
+            softmax_ranges=softmax_ranges,
             num_threads=num_threads,
             progress=progress,
         )
