@@ -111,10 +111,13 @@ class KvPipe {
     else return chunk_at<C::kMaxDim>(reinterpret_cast<T*>(smem_.ring[slot]), row, chunk_);
   }
 
+  // Chunks 4 apart would lie in the same banks of the tile: a thread begins with its first half or with its second.
   template <int kSide>
   __device__ __forceinline__ void unpack(int slot) const {
     using Words = std::conditional_t<C::kChunkBytes == 16, uint4, uint2>;
+    constexpr int kHalfWords = C::kChunkBytes / 8;
     if (!has_chunk(kSide)) return;
+    const int first_half = chunk_ / 4 % 2;
 #pragma unroll
     for (int pass = 0; pass < C::kPasses; ++pass) {
       const int row = pass * C::kRowsPerPass + row_;
@@ -122,9 +125,12 @@ class KvPipe {
       if constexpr (C::kHasScales) scale = __half22float2(smem_.scales[slot][row]);
       const Words words = *static_cast<const Words*>(chunk(slot, row));
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const unsigned* from = reinterpret_cast<const unsigned*>(&words) + half * C::kChunkBytes / 8;
-        T* const to = chunk_at<C::kMaxDim>(smem_.unpacked, row, chunk_ * 2 + half);
+      for (int i = 0; i < 2; ++i) {
+        const unsigned* halves = reinterpret_cast<const unsigned*>(&words);
+        unsigned from[kHalfWords];
+#pragma unroll
+        for (int w = 0; w < kHalfWords; ++w) from[w] = first_half == i ? halves[w] : halves[kHalfWords + w];
+        T* const to = chunk_at<C::kMaxDim>(smem_.unpacked, row, chunk_ * 2 + (first_half ^ i));
         *reinterpret_cast<Vec<T>*>(to) = kv_values<typename C::KV, T>(from, scale);
       }
     }
