@@ -3,6 +3,9 @@
 
 #include <torch/library.h>
 
+#include <cmath>
+#include <limits>
+
 #include "api/kv_cache.h"
 #include "api/launch.h"
 #include "api/one_device.h"
@@ -55,7 +58,7 @@ void attention(const at::Tensor& q, const at::Tensor& k_cache, const at::Tensor&
                const at::Tensor& block_table, const at::Tensor& plan, const at::Tensor& host_plan, const at::Tensor& workspace,
                const at::Tensor& out, const std::optional<at::Tensor>& lse, const std::optional<at::Tensor>& alibi_slopes,
                const std::optional<at::Tensor>& sinks, double sm_scale, double logits_soft_cap, double k_scale, double v_scale,
-               bool blocked, bool int4) {
+               bool blocked, bool int4, std::optional<double> unified_max) {
   check_tensor(q, "q", kFloatTypes, 3);
   check_tensor(block_table, "block_table", {at::kInt}, 2);
   const KvCacheArgs cache = check_kv_cache(k_cache, v_cache, kv_scales, k_scale, v_scale, blocked, int4);
@@ -75,6 +78,7 @@ void attention(const at::Tensor& q, const at::Tensor& k_cache, const at::Tensor&
     check_size(*lse, "lse", 1, q.size(1), "num_qo_heads");
   }
   TORCH_CHECK_VALUE(logits_soft_cap >= 0, "logits_soft_cap is ", logits_soft_cap, "; allowed: 0 (off) or positive");
+  TORCH_CHECK_VALUE(std::isfinite(unified_max.value_or(0)), "unified_max is ", *unified_max, "; allowed: a finite number, or None");
   const PlanView host_view{host_plan.const_data_ptr<int32_t>()};
   TORCH_CHECK_VALUE(!alibi_slopes.has_value() || (host_view.header().num_groups == 0 && !host_view.header().lists_per_head),
                     "alibi_slopes need query positions: not with prefix groups or per-head page lists in the plan");
@@ -98,6 +102,7 @@ void attention(const at::Tensor& q, const at::Tensor& k_cache, const at::Tensor&
   p.sm_scale = float(sm_scale * k_scale);
   p.v_scale = cache.v_scale;
   p.logits_soft_cap = float(logits_soft_cap);
+  p.unified_max = float(unified_max.value_or(std::numeric_limits<double>::quiet_NaN()));
   p.q_token_stride = q.stride(0), p.q_head_stride = q.stride(1);
   p.out_token_stride = out.stride(0), p.out_head_stride = out.stride(1);
   p.block_table_stride = block_table.stride(0);
@@ -137,7 +142,7 @@ TORCH_LIBRARY_FRAGMENT(tilestream, m) {
   m.def(
       "attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor? kv_scales, Tensor block_table, Tensor plan, "
       "Tensor host_plan, Tensor(a!) workspace, Tensor(b!) out, Tensor(c!)? lse, Tensor? alibi_slopes, Tensor? sinks, *, float sm_scale, "
-      "float logits_soft_cap, float k_scale=1.0, float v_scale=1.0, bool blocked, bool int4) -> ()");
+      "float logits_soft_cap, float k_scale=1.0, float v_scale=1.0, bool blocked, bool int4, float? unified_max=None) -> ()");
   m.def("merge_states(Tensor v, Tensor lse, Tensor(a!) out, Tensor(b!) out_lse) -> ()");
 }
 TORCH_LIBRARY_IMPL(tilestream, CPU, m) { implement(m); }

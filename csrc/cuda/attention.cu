@@ -40,12 +40,12 @@ __global__ void __launch_bounds__(kMergeThreads) merge_kernel(const __grid_const
         if (d < p.head_dim_vo) sum[c] = fmaf(partials.out[row * p.head_dim_vo + d], weight, sum[c]);
       }
     }
-    const float divisor = denominator == 0.0f ? 1.0f : denominator / p.v_scale;
+    const float scale = p.v_scale / (denominator == 0.0f ? 1.0f : denominator);
     const int64_t begin = merge.token * p.out_token_stride + head * p.out_head_stride;
 #pragma unroll
     for (int c = 0; c < kColumnsPerLane; ++c) {
       const int d = c * kWarpSize + lane;
-      if (d < p.head_dim_vo) store_element(p.q_dtype, p.out, begin + d, sum[c] / divisor);
+      if (d < p.head_dim_vo) store_element(p.q_dtype, p.out, begin + d, sum[c] * scale);
     }
     if (lane == 0) store_lse(p, merge.token, head, most, denominator);
   }
@@ -56,6 +56,7 @@ using Launcher = void (*)(const AttentionParams&, Stream);
 template <class T, class KV, int kMaxDim>
 void launch_mma(const AttentionParams& p, Stream stream) {
   using C = MmaConfig<T, KV, kMaxDim>;
+  static_assert(sizeof(SharedStorage<C>) <= 99 * 1024, "more than sm_86 and sm_89 have");
   const auto kernel = attention_mma_kernel<C>;
   const unsigned grid = resident_blocks(kernel, C::kThreads, sizeof(SharedStorage<C>));
   launch(kernel, {.grid = grid, .block = C::kThreads, .smem_bytes = sizeof(SharedStorage<C>), .stream = stream}, p, make_logit_rule(p));
@@ -118,6 +119,7 @@ void attention(const AttentionParams& p, Stream stream) {
   require_strided("attention", p);
   require_aligned("k_cache", p.k_cache, p.kv_dtype, p.k_page_stride, p.k_head_stride, p.k_token_stride);
   require_aligned("v_cache", p.v_cache, p.kv_dtype, p.v_page_stride, p.v_head_stride, p.v_token_stride);
+  if (reinterpret_cast<uintptr_t>(p.workspace) % 16 != 0) throw std::invalid_argument("attention: workspace does not begin at a multiple of 16 bytes");
   for (const Row& row : kTable) {
     if (row.kv_dtype != p.kv_dtype || row.q_dtype != p.q_dtype || row.max_dim < p.head_dim_qk || row.max_dim < p.head_dim_vo) continue;
     row.launcher(p, stream);

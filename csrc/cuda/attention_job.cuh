@@ -28,10 +28,14 @@ inline LogitRule make_logit_rule(const AttentionParams& p) {
   return rule;
 }
 
+__device__ __forceinline__ float capped(float s, const LogitRule& rule) { return tanhf(s * rule.cap_scale); }
 // distance: key position - query position. slope_log2: of ALiBi.
+__device__ __forceinline__ float with_alibi(float s, const LogitRule& rule, float slope_log2, int distance) {
+  return fmaf(s, rule.scale, slope_log2 * float(distance));
+}
 __device__ __forceinline__ float logit(float s, const LogitRule& rule, float slope_log2, int distance) {
-  if (rule.cap_scale != 0.0f) s = tanhf(s * rule.cap_scale);
-  return rule.alibi ? fmaf(s, rule.scale, slope_log2 * float(distance)) : s;
+  if (rule.cap_scale != 0.0f) s = capped(s, rule);
+  return rule.alibi ? with_alibi(s, rule, slope_log2, distance) : s;
 }
 
 // A job and what of the launch concerns it. One for the block, in shared memory: registers are for accumulators.
@@ -94,6 +98,33 @@ __device__ __forceinline__ float load_q(const AttentionParams& p, int64_t token,
   return load_element(p.q_dtype, p.q, token * p.q_token_stride + head * p.q_head_stride + d) * sign;
 }
 
+// Eight neighbours of q or out. is_aligned: they begin at a multiple of 16 bytes.
+struct Floats8 { float at[8]; };
+template <class Q>
+__device__ __forceinline__ Floats8 load_floats(const void* p, int64_t begin, bool is_aligned) {
+  Floats8 floats;
+#pragma unroll
+  for (int k = 0; k < 8; k += Vec<Q>::kSize) {
+    const Q* const from = static_cast<const Q*>(p) + begin + k;
+    const Vec<Q> v = is_aligned ? load_vec<true>(from, Vec<Q>::kSize) : load_vec<false>(from, Vec<Q>::kSize);
+#pragma unroll
+    for (int j = 0; j < Vec<Q>::kSize; ++j) floats.at[k + j] = to_float(v.at[j]);
+  }
+  return floats;
+}
+template <class Q>
+__device__ __forceinline__ void store_floats(void* p, int64_t begin, const Floats8& floats, bool is_aligned) {
+#pragma unroll
+  for (int k = 0; k < 8; k += Vec<Q>::kSize) {
+    Q* const to = static_cast<Q*>(p) + begin + k;
+    Vec<Q> v;
+#pragma unroll
+    for (int j = 0; j < Vec<Q>::kSize; ++j) v.at[j] = from_float<Q>(floats.at[k + j]);
+    if (is_aligned) store_vec<true>(to, v, Vec<Q>::kSize);
+    else store_vec<false>(to, v, Vec<Q>::kSize);
+  }
+}
+
 // A row's partial results, in the workspace: outputs of all rows, then their base-2 log-sum-exps.
 struct Partials {
   float* out;
@@ -132,8 +163,8 @@ __device__ __forceinline__ void walk_jobs(const AttentionParams& p, Job& job, Ru
   }
 }
 
-// Where a row's normalised output goes, one element at a time: to its partial row, or, with the sink's share of the
-// weight, to the final output, by the arithmetic that merges a single part.
+// Where a row's normalised output goes: to its partial row, or, with the sink's share of the weight, to the final output,
+// by the arithmetic that merges a single part.
 class RowWriter {
  public:
   // lanes that are not `first` write outputs only
@@ -151,12 +182,23 @@ class RowWriter {
     const float sink = sink_log2(p, head), most = larger_or_nan(sink, lse_log2);
     weight_ = part_weight(lse_log2, most);
     const float denominator = part_weight(sink, most) + weight_;
-    divisor_ = denominator == 0.0f ? 1.0f : denominator / p.v_scale;
+    scale_ = p.v_scale / (denominator == 0.0f ? 1.0f : denominator);
     if (first) store_lse(p, token, head, most, denominator);
   }
   __device__ __forceinline__ void store(int d, float v) const {
     if (is_partial_) partial_[d] = v;
-    else store_element(p_.q_dtype, p_.out, begin_ + d, v * weight_ / divisor_);
+    else store_element(p_.q_dtype, p_.out, begin_ + d, v * weight_ * scale_);
+  }
+  // Columns d to d + 7, d a multiple of 8.
+  __device__ __forceinline__ void store_8(int d, const Floats8& v) const {
+    if (is_partial_) return store_floats<float>(partial_, d, v, true);
+    Floats8 out;
+#pragma unroll
+    for (int k = 0; k < 8; ++k) out.at[k] = v.at[k] * weight_ * scale_;
+    const bool is_aligned = rows_aligned(p_.out, dtype_bytes(p_.q_dtype, 1), p_.out_token_stride, p_.out_head_stride);
+    if (p_.q_dtype == DType::kFloat32) store_floats<float>(p_.out, begin_ + d, out, is_aligned);
+    else if (p_.q_dtype == DType::kFloat16) store_floats<__half>(p_.out, begin_ + d, out, is_aligned);
+    else store_floats<__nv_bfloat16>(p_.out, begin_ + d, out, is_aligned);
   }
 
  private:
@@ -164,7 +206,7 @@ class RowWriter {
   const bool is_partial_;
   float* partial_ = nullptr;
   int64_t begin_ = 0;
-  float weight_ = 1.0f, divisor_ = 1.0f;
+  float weight_ = 1.0f, scale_ = 1.0f;
 };
 
 }  // namespace tilestream::cuda

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from tilestream._native import _C
+from tilestream.calibrate import use_softmax_ranges
 from tilestream.engine.async_engine import AsyncEngine
 from tilestream.engine.config import EngineConfig
 from tilestream.engine.engine import Engine
@@ -71,6 +72,8 @@ class LLM:
             weights leave), at most 16 full contexts.
         max_model_len: most tokens of one request; None: the model's context length, or the cache if smaller.
         max_num_seqs, token_budget, max_queued_requests, enable_prefix_caching, batch_invariant, seed: see EngineConfig.
+        softmax_ranges: a file of tilestream.calibrate, from which layers get the maximum that decodes on CUDA weigh by;
+            None: the online softmax.
         num_threads: CPU threads; None: TILESTREAM_NUM_THREADS, or one for every core this process may use.
         progress: called with (done, total) bytes while loading.
     Raises:
@@ -94,6 +97,7 @@ class LLM:
         enable_prefix_caching: bool = True,
         batch_invariant: bool = False,
         seed: int | None = None,
+        softmax_ranges: str | os.PathLike | None = None,
         num_threads: int | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
@@ -105,6 +109,8 @@ class LLM:
             raise ValueError(f"kv_dtype is {kv_dtype!r}; supported: auto, {', '.join(KV_DTYPES)}")
         placement = Placement.of(device)
         loaded = load_model(os.fspath(model), dtype=dtype, progress=progress, placement=placement)
+        if softmax_ranges is not None:
+            use_softmax_ranges(loaded.model, softmax_ranges, kv_dtype=kv_dtype)
         m = loaded.model.config
         if kv_cache_tokens is None:
             kv_cache_tokens = _default_kv_cache_tokens(m, kv_dtype, page_size, placement.device)

@@ -36,6 +36,7 @@ class Case:
     sinks: bool = False
     k_scale: float = 1.0
     v_scale: float = 1.0
+    unified_max: float | None = None
     prefix_groups: tuple[tuple[int, tuple[int, ...]], ...] = ()
     lists_per_head: bool = False
     batch_invariant: bool = False
@@ -100,7 +101,8 @@ def run(case: Case, t: Tensors, plan: ops.AttentionPlan | None = None) -> tuple[
     lse, lse_memory = testing.guarded_contiguous((t.q.size(0), t.q.size(1)), torch.float32)
     ops.attention(
         t.q, t.kv.cache, t.kv.block_table, make_plan(case, t) if plan is None else plan, sm_scale=case.sm_scale,
-        logits_soft_cap=case.soft_cap, alibi_slopes=t.alibi_slopes, sinks=t.sinks, out=out.tensor, lse=lse,
+        logits_soft_cap=case.soft_cap, alibi_slopes=t.alibi_slopes, sinks=t.sinks, unified_max=case.unified_max,
+        out=out.tensor, lse=lse,
     )
     out.assert_untouched_outside()
     testing.assert_margins(lse_memory)

@@ -189,6 +189,18 @@ def test_second_call_on_the_same_workspace(backend: testing.Backend) -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_rows_at_any_address(backend: testing.Backend, dtype: str) -> None:
+    """Rows of q and out that begin at no multiple of 16 bytes."""
+    kv_dtype = "float16" if dtype == "float16" else "bfloat16"
+    case = Case(q_lens=(1, 40), kv_lens=(70, 40), dtype=dtype, kv_dtype=kv_dtype, num_workers=1)
+    t = make_tensors(case)
+    want, _ = run(case, t)
+    q, out = (torch.zeros(41 * 4 * 65 + 1, dtype=t.q.dtype)[1:].view(41, 4, 65)[..., :64] for _ in range(2))
+    ops.attention(q.copy_(t.q), t.kv.cache, t.kv.block_table, make_plan(case, t), out=out)
+    assert torch.equal(out, want)
+
+
 def test_lse_is_optional(backend: testing.Backend) -> None:
     case = dataclasses.replace(MIXED, num_workers=3)
     t = make_tensors(case)

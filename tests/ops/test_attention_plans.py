@@ -144,6 +144,23 @@ def test_chunking_invariance(backend: testing.Backend, group: tuple[int, int], v
             assert torch.equal(part[1], lse[begin:end])
 
 
+@pytest.mark.simt
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+@pytest.mark.parametrize("variant", [{}, {"window_left": 37, "sinks": True}], ids=str)
+def test_rows_of_a_job_do_not_matter(backend: testing.Backend, variant: dict, kv_dtype: str) -> None:
+    """However many rows a job has, and however a kernel divides them among its warps, a row's bits are the same."""
+    num_tokens = 70
+    case = dataclasses.replace(
+        INVARIANT, q_lens=(num_tokens,), kv_lens=(num_tokens,), kv_dtype=kv_dtype, head_dim=80,
+        planner=(("tile_rows", 128), ("tile_keys", 16), ("split_tokens", 48)), **variant)
+    t = make_tensors(case)
+    out, lse = run(case, t)  # jobs of 128 and of 12 rows
+    for begin, end in ((0, 1), (69, 70), (47, 49), (30, 38), (20, 29), (10, 50), (5, 70)):  # of 2, 4, 16, 18, 80, 130 rows
+        part = run(case, request_of(t, 0, slice(begin, end), end))
+        assert torch.equal(part[0], out[begin:end]), f"tokens {begin} to {end}"
+        assert torch.equal(part[1], lse[begin:end])
+
+
 def test_planner_rejects(backend: testing.Backend) -> None:
     with pytest.raises(ValueError, match="num_qo_heads"):
         ops.AttentionPlanner(5, 2, 64)

@@ -66,30 +66,6 @@ __device__ __forceinline__ float kv_value(const char* row, int d, float2 scale) 
   else return to_float(reinterpret_cast<const KV*>(row)[d]);
 }
 
-// Writes values d to d + 7 of a row of 8- or 4-bit values as T, 16 bytes. Both T hold every e4m3.
-template <class KV, class T>
-__device__ __forceinline__ void unpack_values(T* to, const char* row, int d, float2 scale) {
-  if constexpr (std::is_same_v<KV, __nv_fp8_e4m3>) {
-    const auto* pairs = reinterpret_cast<const unsigned short*>(row + d);
-    Vec<unsigned> words;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if constexpr (std::is_same_v<T, __half>) {
-        words.at[i] = e4m3x2_to_f16x2(pairs[i]);
-      } else {
-        const float2 pair = __half22float2(half2_of_e4m3(pairs[i]));
-        words.at[i] = ptx::cvt_bf16x2(pair.x, pair.y);
-      }
-    }
-    *reinterpret_cast<Vec<unsigned>*>(to) = words;
-  } else {
-    Vec<T> values;
-#pragma unroll
-    for (int i = 0; i < 8; ++i) values.at[i] = from_float<T>(kv_value<KV>(row, d + i, scale));
-    *reinterpret_cast<Vec<T>*>(to) = values;
-  }
-}
-
 // (scale, zero) of a row; unused (0, 0) of a cache that is not quantised.
 template <class KV>
 __device__ __forceinline__ float2 kv_scale(const KvRows& side, int64_t page, int offset) {

@@ -83,7 +83,7 @@ __device__ __forceinline__ void store_eight(T* p, const Eight<T>& v, bool aligne
 
 // Whether every row that starts at `p` and goes on by `strides` elements starts at a multiple of 16 bytes.
 template <class... Strides>
-inline bool rows_aligned(const void* p, int64_t element_bytes, Strides... strides) {
+TILESTREAM_HOST_DEVICE bool rows_aligned(const void* p, int64_t element_bytes, Strides... strides) {
   return reinterpret_cast<uintptr_t>(p) % 16 == 0 && ((int64_t(strides) * element_bytes % 16 == 0) && ...);
 }
 

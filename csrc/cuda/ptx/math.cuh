@@ -39,4 +39,11 @@ __device__ __forceinline__ unsigned cvt_f16x2(float low, float high) {
   return d;
 }
 
+// x, of which the compiler does not know where it comes from: what one loop derives from it is not kept in registers
+// through another. No instruction; volatile, so that two of them stay two.
+__device__ __forceinline__ unsigned opaque(unsigned x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 }  // namespace tilestream::ptx

@@ -29,6 +29,7 @@ struct AttentionParams {
   float sm_scale;         // k_scale of a float8 cache included
   float v_scale;          // out is multiplied by it
   float logits_soft_cap;  // 0: off; s <- cap * tanh(s / cap) after sm_scale, before masks
+  float unified_max;      // about the largest logit of a row, where a decode need not look for it; NaN: unknown
 
   // In elements; for kUInt4 in bytes. token stride is unused when kv_layout is kBlocked.
   int64_t q_token_stride, q_head_stride, out_token_stride, out_head_stride;

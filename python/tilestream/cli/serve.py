@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -68,6 +69,15 @@ def command(
     ] = True,
     batch_invariant: options.BatchInvariant = False,
     device: options.Device = "cpu",
+    softmax_ranges: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            help="Ranges of the layers' softmax maxima (tilestream.calibrate): decodes on CUDA then do not look for them.",
+            rich_help_panel="Engine",
+        ),
+    ] = None,
     num_threads: options.NumThreads = None,
 ) -> None:
     """Serve a model over HTTP with OpenAI's API, streaming, and Prometheus metrics.
@@ -92,6 +102,7 @@ def command(
             enable_prefix_caching=prefix_caching,
             batch_invariant=batch_invariant,
             device=device,
+            softmax_ranges=softmax_ranges,
             num_threads=num_threads,
             progress=progress,
         )

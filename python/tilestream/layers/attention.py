@@ -28,6 +28,8 @@ class Attention:
         window_left: greatest distance a query looks back; -1: no limit. Picks the step's plan.
         sm_scale: multiplies q . k.
         logits_soft_cap: soft cap of the scores; 0: off.
+
+    `unified_max` may be set afterwards, from calibration (tilestream.calibrate), before the first step.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class Attention:
         self.qkv, self.o, self.q_norm, self.k_norm = qkv, o, q_norm, k_norm
         self.rope, self.interleaved, self.window_left = rope, rope.config.interleaved, window_left
         self.sm_scale, self.logits_soft_cap = sm_scale, logits_soft_cap
+        self.unified_max: float | None = None
         self._append, self._attend = torch.ops.tilestream.append_kv.default, torch.ops.tilestream.attention.default
 
     def __call__(
@@ -65,7 +68,7 @@ class Attention:
         self._attend(
             q, k_cache, v_cache, scales, step.block_table, plan.plan, plan.host_plan, plan.workspace, buf.heads,
             None, None, None, sm_scale=self.sm_scale, logits_soft_cap=self.logits_soft_cap,
-            k_scale=cache.k_scale, v_scale=cache.v_scale,
-            blocked=cache.blocked, int4=cache.int4,
+            k_scale=cache.k_scale, v_scale=cache.v_scale, blocked=cache.blocked, int4=cache.int4,
+            unified_max=self.unified_max,
         )
         self.o(buf.heads_flat, buf.x)

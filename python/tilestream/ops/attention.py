@@ -18,6 +18,7 @@ def attention(
     logits_soft_cap: float = 0.0,
     alibi_slopes: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
+    unified_max: float | None = None,
     out: torch.Tensor | None = None,
     lse: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -36,6 +37,12 @@ def attention(
         logits_soft_cap: s <- cap * tanh(s / cap) after sm_scale and before masks; 0 is off.
         alibi_slopes: [num_qo_heads], float32: adds slope * (key position - query position).
         sinks: [num_qo_heads], float32: exp(sink) joins the denominator, and the lse.
+        unified_max: about the largest logit (after sm_scale, soft cap and ALiBi) of every row, known beforehand, as
+            calibration gives it. CUDA decodes with a float16 or bfloat16 product then neither look for the maximum nor
+            rescale: they weigh by exp(logit - unified_max), and a job with a row whose largest logit turns out to be too
+            far from it for the weights' range is done again with the online softmax. The result is the same but for
+            rounding. Not used with a batch-invariant plan; the CPU backend always keeps the online softmax, whose
+            rescaling is not what binds it.
         out: [num_tokens, num_qo_heads, head_dim_vo], as q; allocated when None.
         lse: [num_tokens, num_qo_heads], float32, written when given: natural log of the denominator.
     Returns:
@@ -44,7 +51,8 @@ def attention(
         ValueError, TypeError: which argument, what it was, what is allowed; on the CPU page ids are checked too.
         RuntimeError: a CUDA graph is being captured, and the plan is not of a planner with reserved buffers.
     Error: at most 2x plain torch in the cache's dtype (fp8: in bfloat16), against reference.attention in float64.
-    Source: FlashAttention-2 (2307.08691); stream-K decode, Lean Attention (2405.10480). Reads: KV once per q tile.
+    Source: FlashAttention-2 (2307.08691); stream-K decode, Lean Attention (2405.10480); unified maximum,
+    FlashDecoding++ (2311.01282), section 3. Reads: KV once per q tile.
     Deterministic: yes; bitwise independent of the batch with a batch-invariant plan.
     """
     if q.is_cuda and not plan.fixed and torch.cuda.is_current_stream_capturing():
@@ -73,6 +81,7 @@ def attention(
         v_scale=kv_cache.v_scale,
         blocked=kv_cache.blocked,
         int4=kv_cache.int4,
+        unified_max=unified_max,
     )
     return out
 

@@ -16,5 +16,6 @@ SIMT_TWIN unsigned lop3(unsigned a, unsigned b, unsigned c) {
 SIMT_TWIN unsigned prmt(unsigned a, unsigned b, unsigned selector) { return __byte_perm(a, b, selector); }
 SIMT_TWIN unsigned cvt_bf16x2(float low, float high) { return simt::narrow<8, 7>(low) | simt::narrow<8, 7>(high) << 16; }
 SIMT_TWIN unsigned cvt_f16x2(float low, float high) { return simt::narrow<5, 10>(low) | simt::narrow<5, 10>(high) << 16; }
+SIMT_TWIN unsigned opaque(unsigned x) { return x; }
 
 }  // namespace tilestream::ptx
