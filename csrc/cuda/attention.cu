@@ -1,12 +1,16 @@
-// Paged attention from a plan (contract: tilestream/attention.h): the table of kernels, and the merge of partial results.
+// Paged attention from a plan (contract: tilestream/attention.h): the choice of a kernel, and the merge of partial results.
 //
-// Two launches: the workers' jobs (attention_mma.cuh, attention_float.cuh), then the merges, a warp for each (token,
+// Two launches: the workers' jobs (by the first fitting row of attention_{16bit,fp8,int,float}.cu, compiled apart so that a
+// build runs in parallel), then the merges, a warp for each (token,
 // q head). Grids are what the device holds at once; blocks read how much there is to do from the plan, which lies in
 // device memory: the host does not read it, and a captured graph replays with another plan.
 #include "tilestream/attention.h"
 
-#include "cuda/attention_float.cuh"
-#include "cuda/attention_mma.cuh"
+#include <span>
+
+#include "cuda/attention_job.cuh"
+#include "cuda/attention_row.h"
+#include "cuda/common/reduce.cuh"
 #include "cuda/runtime.cuh"
 
 namespace tilestream::cuda {
@@ -51,57 +55,6 @@ __global__ void __launch_bounds__(kMergeThreads) merge_kernel(const __grid_const
   }
 }
 
-using Launcher = void (*)(const AttentionParams&, Stream);
-
-template <class T, class KV, int kMaxDim>
-void launch_mma(const AttentionParams& p, Stream stream) {
-  using C = MmaConfig<T, KV, kMaxDim>;
-  static_assert(sizeof(SharedStorage<C>) <= 99 * 1024, "more than sm_86 and sm_89 have");
-  const auto kernel = attention_mma_kernel<C>;
-  const unsigned grid = resident_blocks(kernel, C::kThreads, sizeof(SharedStorage<C>));
-  launch(kernel, {.grid = grid, .block = C::kThreads, .smem_bytes = sizeof(SharedStorage<C>), .stream = stream}, p, make_logit_rule(p));
-}
-
-template <class KV>
-void launch_float(const AttentionParams& p, Stream stream) {
-  constexpr unsigned kThreads = kFloatWarps * kWarpSize;
-  const auto kernel = attention_float_kernel<KV>;
-  const unsigned grid = resident_blocks(kernel, kThreads, sizeof(FloatSharedStorage));
-  launch(kernel, {.grid = grid, .block = kThreads, .smem_bytes = sizeof(FloatSharedStorage), .stream = stream}, p, make_logit_rule(p));
-}
-
-// Every kernel that exists. The first row that fits is taken.
-struct Row {
-  DType kv_dtype, q_dtype;
-  int max_dim;  // of q, K and V
-  Launcher launcher;
-};
-#define MMA_ROWS(kv, q, T, KV) \
-  {DType::kv, DType::q, 64, launch_mma<T, KV, 64>}, {DType::kv, DType::q, 128, launch_mma<T, KV, 128>}, {DType::kv, DType::q, 256, launch_mma<T, KV, 256>}
-constexpr Row kTable[] = {
-    // A bfloat16 cache rounds q to bfloat16, whatever its dtype; so does a float8 one, unless q is float16.
-    MMA_ROWS(kBFloat16, kBFloat16, __nv_bfloat16, __nv_bfloat16),
-    MMA_ROWS(kBFloat16, kFloat16, __nv_bfloat16, __nv_bfloat16),
-    MMA_ROWS(kBFloat16, kFloat32, __nv_bfloat16, __nv_bfloat16),
-    MMA_ROWS(kFloat16, kFloat16, __half, __half),
-    MMA_ROWS(kFloat8E4M3, kBFloat16, __nv_bfloat16, __nv_fp8_e4m3),
-    MMA_ROWS(kFloat8E4M3, kFloat16, __half, __nv_fp8_e4m3),
-    MMA_ROWS(kFloat8E4M3, kFloat32, __nv_bfloat16, __nv_fp8_e4m3),
-    MMA_ROWS(kUInt8, kBFloat16, __nv_bfloat16, Int8),
-    MMA_ROWS(kUInt8, kFloat16, __half, Int8),
-    MMA_ROWS(kUInt4, kBFloat16, __nv_bfloat16, Int4),
-    MMA_ROWS(kUInt4, kFloat16, __half, Int4),
-    // float16 holds neither bfloat16's range nor float32's precision.
-    {DType::kFloat16, DType::kBFloat16, 256, launch_float<__half>},
-    {DType::kFloat16, DType::kFloat32, 256, launch_float<__half>},
-    {DType::kFloat32, DType::kFloat32, 256, launch_float<float>},
-    {DType::kFloat32, DType::kFloat16, 256, launch_float<float>},
-    {DType::kFloat32, DType::kBFloat16, 256, launch_float<float>},
-    {DType::kUInt8, DType::kFloat32, 256, launch_float<Int8>},
-    {DType::kUInt4, DType::kFloat32, 256, launch_float<Int4>},
-};
-#undef MMA_ROWS
-
 // cp.async copies 16 bytes, of int4 rows 8.
 void require_aligned(const char* name, const void* cache, DType dtype, int64_t page_stride, int64_t head_stride, int64_t token_stride) {
   const int64_t stride_bytes = dtype == DType::kUInt4 ? 1 : dtype_bytes(dtype, 1), unit = dtype == DType::kUInt4 ? 8 : 16;
@@ -120,12 +73,14 @@ void attention(const AttentionParams& p, Stream stream) {
   require_aligned("k_cache", p.k_cache, p.kv_dtype, p.k_page_stride, p.k_head_stride, p.k_token_stride);
   require_aligned("v_cache", p.v_cache, p.kv_dtype, p.v_page_stride, p.v_head_stride, p.v_token_stride);
   if (reinterpret_cast<uintptr_t>(p.workspace) % 16 != 0) throw std::invalid_argument("attention: workspace does not begin at a multiple of 16 bytes");
-  for (const Row& row : kTable) {
-    if (row.kv_dtype != p.kv_dtype || row.q_dtype != p.q_dtype || row.max_dim < p.head_dim_qk || row.max_dim < p.head_dim_vo) continue;
-    row.launcher(p, stream);
-    const unsigned grid = resident_blocks(merge_kernel, kMergeThreads, 0);
-    launch(merge_kernel, {.grid = grid, .block = kMergeThreads, .stream = stream}, p);
-    return;
+  for (const std::span<const AttentionRow> rows : {attention_rows_of_16bit(), attention_rows_of_fp8(), attention_rows_of_int(), attention_rows_of_float()}) {
+    for (const AttentionRow& row : rows) {
+      if (row.kv_dtype != p.kv_dtype || row.q_dtype != p.q_dtype || row.max_dim < p.head_dim_qk || row.max_dim < p.head_dim_vo) continue;
+      row.launch(p, stream);
+      const unsigned grid = resident_blocks(merge_kernel, kMergeThreads, 0);
+      launch(merge_kernel, {.grid = grid, .block = kMergeThreads, .stream = stream}, p);
+      return;
+    }
   }
   throw std::invalid_argument("attention: no CUDA kernel for q dtype " + std::to_string(int(p.q_dtype)) + ", cache dtype " +
                               std::to_string(int(p.kv_dtype)) + ", head dims " + std::to_string(p.head_dim_qk) + " and " +

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "cuda/attention_job.cuh"
+#include "cuda/attention_row.h"
 #include "cuda/common/reduce.cuh"
 
 namespace tilestream::cuda {
@@ -90,6 +91,16 @@ __global__ void __launch_bounds__(kFloatWarps* kWarpSize, 4)
     for (int row = warp; row < smem.job.num_rows; row += kFloatWarps)
       run_float_row<KV>(p, rule, smem.job, row, smem.q[warp], smem.weights[warp]);
   });
+}
+
+template <class KV>
+void launch_attention_float(const AttentionParams& p, Stream stream) {
+  constexpr unsigned kThreads = kFloatWarps * kWarpSize;
+  constexpr size_t kSmemBytes = sizeof(FloatSharedStorage);
+  const auto kernel = attention_float_kernel<KV>;
+  const unsigned grid = resident_blocks(kernel, kThreads, kSmemBytes);
+  const LaunchConfig config{.grid = grid, .block = kThreads, .smem_bytes = kSmemBytes, .stream = stream};
+  launch(kernel, config, p, make_logit_rule(p));
 }
 
 }  // namespace tilestream::cuda

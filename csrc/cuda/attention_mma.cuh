@@ -18,6 +18,7 @@
 #pragma once
 
 #include "cuda/attention_pipe.cuh"
+#include "cuda/attention_row.h"
 #include "cuda/attention_rows.cuh"
 
 namespace tilestream::cuda {
@@ -105,5 +106,22 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm)
     }
   });
 }
+
+template <class T, class KV, int kMaxDim>
+void launch_attention_mma(const AttentionParams& p, Stream stream) {
+  using C = MmaConfig<T, KV, kMaxDim>;
+  constexpr size_t kSmemBytes = sizeof(SharedStorage<C>);
+  static_assert(kSmemBytes <= 99 * 1024, "more than sm_86 and sm_89 have");
+  const auto kernel = attention_mma_kernel<C>;
+  const unsigned grid = resident_blocks(kernel, C::kThreads, kSmemBytes);
+  const LaunchConfig config{.grid = grid, .block = C::kThreads, .smem_bytes = kSmemBytes, .stream = stream};
+  launch(kernel, config, p, make_logit_rule(p));
+}
+
+// Rows for one pair of dtypes. T: element of the products.
+#define ATTENTION_MMA_ROWS(kv, q, T, KV)                         \
+  {DType::kv, DType::q, 64, launch_attention_mma<T, KV, 64>},    \
+  {DType::kv, DType::q, 128, launch_attention_mma<T, KV, 128>},  \
+  {DType::kv, DType::q, 256, launch_attention_mma<T, KV, 256>}
 
 }  // namespace tilestream::cuda

@@ -1,0 +1,21 @@
+// The table of attention kernels: its rows stand in attention_{16bit,fp8,int,float}.cu.
+#pragma once
+
+#include <span>
+
+#include "tilestream/attention.h"
+
+namespace tilestream::cuda {
+
+struct AttentionRow {
+  DType kv_dtype, q_dtype;
+  int max_dim;  // of q, K and V
+  void (*launch)(const AttentionParams&, Stream);
+};
+
+std::span<const AttentionRow> attention_rows_of_16bit();
+std::span<const AttentionRow> attention_rows_of_fp8();
+std::span<const AttentionRow> attention_rows_of_int();
+std::span<const AttentionRow> attention_rows_of_float();
+
+}  // namespace tilestream::cuda
