@@ -10,6 +10,8 @@ from gguf import GGMLQuantizationType as Type
 from tilestream.layers.embedding import Embedding
 from tilestream.models.gguf_reader import GgufFile
 from tilestream.models.weights import WeightLoader
+from tilestream.ops import PackedFormat
+from tilestream.placement import Placement
 
 from .gguf_files import finish
 
@@ -67,6 +69,17 @@ def test_round_trip(kind, dtype, tmp_path):
     error = np.abs(got.numpy() - expected)
     bound = _bound(kind, blocks, dtype == "auto")
     assert (error <= bound).all(), (error.max(), np.max(bound))
+
+
+def test_bfloat16_weights_are_row_major_beside_bfloat16_activations(tmp_path):
+    blocks = _blocks(Type.BF16)
+    writer = gguf.GGUFWriter(tmp_path / "w.gguf", "llama")
+    writer.add_tensor("token_embd.weight", blocks, raw_dtype=Type.BF16)
+    finish(writer)
+    gpu_like = Placement(torch.device("cpu"), torch.bfloat16, blocked_kv=False)
+    weight = WeightLoader(GgufFile(tmp_path / "w.gguf"), "auto", None, 0, gpu_like).linear("token_embd", N, K).weight
+    assert weight.format == PackedFormat.ROWS_BFLOAT16
+    assert np.array_equal(weight.matrix.float().numpy(), gguf.quants.dequantize(blocks, Type.BF16))
 
 
 def test_stacked_weights_equal_separate_ones(tmp_path):

@@ -98,7 +98,10 @@ class WeightLoader:
         return parts[0] if len(parts) == 1 else StackedLinear(parts)
 
     def _packed_format(self, raw: RawTensor) -> PackedFormat:
-        return _OWN_FORMATS[raw.type] if self._format is None else self._format
+        format = _OWN_FORMATS[raw.type] if self._format is None else self._format
+        # A GPU's activations are bfloat16, and such weights are best left as cuBLAS takes them too.
+        as_rows = self.placement.dtype == torch.bfloat16 and raw.num_columns % 8 == 0
+        return PackedFormat.ROWS_BFLOAT16 if format == PackedFormat.BFLOAT16 and as_rows else format
 
     def _raw(self, name: str, n: int, k: int) -> RawTensor:
         raw = self.checkpoint.tensor(name + ".weight")
