@@ -67,6 +67,10 @@ __device__ __forceinline__ bool run_row_tile(const AttentionParams& p, const Log
   KvPipe<C> pipe(p, job, begin, end, smem.tiles);
   load_q_tile<C>(p, job, rule.q_sign, row_begin, kRows, smem.tiles.q);
   WarpRows<C, kFragments, kShared> rows(p, rule, row_begin, unified, smem);
+  if constexpr (kShared) {
+    __syncthreads();
+    rows.keep_q();
+  }
   for (int tile = begin; tile < end; tile += C::kTileKeys) {
     typename WarpRows<C, kFragments, kShared>::Weights weights;
     const bool sees = rows.sees(tile);

@@ -124,7 +124,7 @@ class KvPipe {
     else return chunk_at<C::kMaxDim>(reinterpret_cast<T*>(smem_.ring[slot]), row, chunk_);
   }
 
-  // Chunks 4 apart would lie in the same banks of the tile: a thread begins with its first half or with its second.
+  // Chunks 4 apart would lie in the same banks of the tile: a thread begins with its first half or its second.
   template <int kSide>
   __device__ __forceinline__ void unpack(int slot) const {
     using Words = std::conditional_t<C::kChunkBytes == 16, uint4, uint2>;

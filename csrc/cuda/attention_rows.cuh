@@ -53,6 +53,16 @@ class WarpRows {
       max_[f][0] = max_[f][1] = unified_ ? p.unified_max * kLog2E : -INFINITY;
   }
 
+  // Shared rows: every warp needs all of q for every tile, and has registers for it. q lies in shared memory;
+  // columns past head_dim_qk hold anything and are not used.
+  __device__ __forceinline__ void keep_q() {
+    static_assert(kShared);
+    const int q_lane = matrix_row<C::kMaxDim>(lane_ % 16, lane_ / 16);
+#pragma unroll
+    for (int kc = 0; kc < C::kMaxDim / 16; ++kc)
+      ptx::ldmatrix_x4(q_[kc], chunks_at<C::kMaxDim>(smem_.tiles.q, 0, q_lane, kc));
+  }
+
   // The weights of the keys whose scores this warp takes, as fragments a of the second product.
   struct Weights {
     unsigned a[kFragments][kShared ? 1 : C::kTileKeys / 16][4];
@@ -175,8 +185,14 @@ class WarpRows {
       if (kc >= num_chunks) break;
       unsigned a[kFragments][4], b[4];
 #pragma unroll
-      for (int f = 0; f < kFragments; ++f)
-        ptx::ldmatrix_x4(a[f], chunks_at<C::kMaxDim>(smem_.tiles.q, q_row(f), q_lane, kc));
+      for (int f = 0; f < kFragments; ++f) {
+        if constexpr (kShared) {
+#pragma unroll
+          for (int e = 0; e < 4; ++e) a[f][e] = q_[kc][e];
+        } else {
+          ptx::ldmatrix_x4(a[f], chunks_at<C::kMaxDim>(smem_.tiles.q, q_row(f), q_lane, kc));
+        }
+      }
 #pragma unroll
       for (int n = 0; n < kKeys / 16; ++n) {
         ptx::ldmatrix_x4(b, chunks_at<C::kMaxDim>(k, first_key() + n * 16, k_lane, kc));
@@ -295,6 +311,7 @@ class WarpRows {
   const bool unified_;
   int any_begin_ = 0, any_end_ = 0;  // the keys that any row of the warp sees
   int all_begin_ = 0, all_end_ = 0;  // the keys that all see
+  unsigned q_[kShared ? C::kMaxDim / 16 : 1][4];  // shared rows: fragments a of the first product
   float max_[kFragments][2];         // in base 2, of rows g and g + 8 of each fragment
   float largest_[2] = {-INFINITY, -INFINITY};  // unified: the largest logits
   float sum_[kFragments][4] = {};    // of the weights: [0] for row g, [2] for row g + 8

@@ -129,7 +129,7 @@ def cases() -> dict[str, Case]:
 
     flip = np.zeros(4096, np.float32)
     flip[:256] = np.arange(256)
-    for name in ("bulk_pipeline", "cluster", "registers", "dependent_launch", "grid_barrier"):
+    for name in ("bulk_pipeline", "cp_async_mbarrier", "cluster", "registers", "dependent_launch", "grid_barrier"):
         all_cases[name] = Case(name, flip.view(np.uint32), 2048, 2048 + 256)
     return all_cases
 

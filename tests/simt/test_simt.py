@@ -19,6 +19,7 @@ WRONG = {
     "overwritten_tile": "race in shared memory: .* with no barrier between",
     "missing_cp_async_wait": "an asynchronous operation that .* issued at wrong.cu:.* nobody has waited for",
     "wrong_cp_async_group": "an asynchronous operation that .* issued at wrong.cu:.* nobody has waited for",
+    "copy_behind_its_arrival": "an asynchronous operation that .* issued at wrong.cu:.* nobody has waited for",
     "overwritten_stage": "race in shared memory: .*",
     "divergent_shuffle": "divergent __shfl_(xor|down)_sync",
     "shuffle_with_returned_lane": "__shfl_xor_sync with mask ffffffff waits for lane 5, which has returned",
@@ -63,8 +64,8 @@ WRONG = {
     "registers_increased_downwards": "setmaxnreg.inc to 24 registers of a warpgroup that has 256",
     "returned_before_the_store_has_read": "returned from the kernel while a bulk store may still read",
 }
-RIGHT = ["barrier", "several_blocks", "cp_async_pipeline", "named_barriers", "bulk_pipeline", "cluster", "last_block", "grid_barrier",
-         "registers", "dependent_launch"]  # fmt: skip
+RIGHT = ["barrier", "several_blocks", "cp_async_pipeline", "named_barriers", "bulk_pipeline", "cp_async_mbarrier", "cluster",
+         "last_block", "grid_barrier", "registers", "dependent_launch"]  # fmt: skip
 
 
 @functools.cache

@@ -37,6 +37,13 @@ __device__ __forceinline__ void mbarrier_arrive_remote(uint64_t* bar, unsigned r
                ::"r"(unsigned(__cvta_generic_to_shared(bar))), "r"(rank) : "memory");
 }
 
+// Arrives when every cp.async (cp_async.cuh) that this thread has issued so far has written. The barrier's count includes it.
+// The consumer's wait then orders the data; the producer waits for nothing.
+__device__ __forceinline__ void cp_async_mbarrier_arrive_noinc(uint64_t* bar) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];"
+               ::"r"(unsigned(__cvta_generic_to_shared(bar))) : "memory");
+}
+
 // Whether the phase of this parity has completed; may wait a while before it says no. Acquire, when yes.
 __device__ __forceinline__ bool mbarrier_try_wait_parity(uint64_t* bar, unsigned parity) {
   unsigned done;

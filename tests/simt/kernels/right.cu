@@ -98,6 +98,29 @@ CASE(bulk_pipeline, .grid = 1, .block = 64, .smem_bytes = sizeof(Storage)) {
   }
 }
 
+// Warp 0 loads by cp.async and goes on; its copies arrive by themselves.
+CASE(cp_async_mbarrier, .grid = 1, .block = 64, .smem_bytes = sizeof(Storage)) {
+  Storage& s = storage();
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < 2; ++i) ptx::mbarrier_init(&s.full[i], 32), ptx::mbarrier_init(&s.empty[i], 32);
+    ptx::fence_mbarrier_init();
+  }
+  __syncthreads();
+  const int lane = threadIdx.x % 32;
+  for (int step = 0; step < 4; ++step) {
+    const int stage = step % 2, parity = step / 2 % 2;
+    if (threadIdx.x < 32) {
+      ptx::mbarrier_wait_parity(&s.empty[stage], parity ^ 1);
+      ptx::cp_async<8>(&s.tile[stage][2 * lane], data + 64 * step + 2 * lane);
+      ptx::cp_async_mbarrier_arrive_noinc(&s.full[stage]);
+    } else {
+      ptx::mbarrier_wait_parity(&s.full[stage], parity);
+      for (int i = lane; i < 64; i += 32) data[2048 + 255 - (64 * step + i)] = s.tile[stage][i];
+      ptx::mbarrier_arrive(&s.empty[stage]);
+    }
+  }
+}
+
 CASE(cluster, .grid = 2, .block = 128, .smem_bytes = sizeof(Storage), .cluster = 2) {
   Storage& s = storage();
   const unsigned rank = ptx::cluster_ctarank();

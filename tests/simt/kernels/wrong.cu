@@ -163,6 +163,17 @@ CASE(wrong_expected_bytes, .grid = 1, .block = 32, .smem_bytes = sizeof(Storage)
   ptx::mbarrier_wait_parity(&s.full[0], 0);
 }
 
+// The copy behind the arrival is not part of it.
+CASE(copy_behind_its_arrival, .grid = 1, .block = 32, .smem_bytes = sizeof(Storage)) {
+  Storage& s = storage();
+  if (threadIdx.x == 0) ptx::mbarrier_init(&s.full[0], 32), ptx::fence_mbarrier_init();
+  __syncwarp();
+  ptx::cp_async_mbarrier_arrive_noinc(&s.full[0]);
+  ptx::cp_async<16>(&s.tile[0][4 * threadIdx.x], data + 4 * threadIdx.x);
+  ptx::mbarrier_wait_parity(&s.full[0], 0);
+  data[threadIdx.x] = s.tile[0][4 * (31 - threadIdx.x)];
+}
+
 CASE(mbarrier_used_before_its_init_is_ordered, .grid = 1, .block = 64, .smem_bytes = sizeof(Storage)) {
   Storage& s = storage();
   if (threadIdx.x == 0) ptx::mbarrier_init(&s.full[0], 64);

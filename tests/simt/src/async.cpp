@@ -42,6 +42,27 @@ void cp_async_wait_group(int pending) {
   machine.wait_group(AsyncOp::kCpAsync, pending, *machine.current);
 }
 
+void cp_async_mbarrier_arrive(uint64_t* address) {
+  Machine& machine = Machine::of_this_thread();
+  Thread& me = *machine.current;
+  Mbarrier& bar = find_mbarrier("cp.async.mbarrier.arrive", address);
+  const int agent = me.owner->cluster->shadow->agent_of(me.tid, AsyncOp::kCpAsync);
+  auto op = std::make_shared<AsyncOp>();
+  op->issuer = &me;
+  op->kind = AsyncOp::kCpAsync;
+  op->group = int(me.group_epochs[AsyncOp::kCpAsync].size());
+  op->effect = [&machine, &bar, agent, epoch = me.async_now[AsyncOp::kCpAsync], seen = me.seen, before = me.pending] {
+    for (const auto& copy : before) {
+      if (copy->kind == AsyncOp::kCpAsync) machine.force(*copy);
+    }
+    join(bar.clock, *seen);
+    bar.clock[agent] = std::max(bar.clock[agent], epoch);
+    --bar.pending;
+    bar.complete_if_full();
+  };
+  machine.issue(std::move(op));
+}
+
 // Makes every operation of the current thread's older groups happen, and orders the thread after them. `issuer` holds the
 // operations: the thread itself, or the first of its warpgroup. `only_read`: they have read shared memory, no more.
 void Machine::wait_group(AsyncOp::Kind kind, int pending, const Thread& issuer, bool only_read) {

@@ -306,6 +306,7 @@ void Machine::force(AsyncOp& op) {
     }
   }
   const auto keep = std::find_if(async_.begin(), async_.end(), [&](const auto& p) { return p.get() == &op; });
+  if (keep == async_.end()) return;  // it has happened
   const std::shared_ptr<AsyncOp> alive = *keep;
   async_.erase(keep);
   std::erase(op.issuer->pending, alive);

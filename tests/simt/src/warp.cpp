@@ -43,7 +43,9 @@ void meet(std::vector<Rendezvous>& under_way, const char* what, uint32_t mask, u
     const Rendezvous all = std::move(meeting);
     under_way.erase(under_way.begin() + at);
     if (orders_memory) order_memory(all.waiting);
+    kernel_runs = false;  // what it touches are the lanes' arguments
     body(all.arguments);
+    kernel_runs = true;
     for (Thread* t : all.waiting) machine.wake(t);
   }
   machine.block_current(what, pc, format("mask %08x", mask));

@@ -10,6 +10,7 @@ namespace simt {
 void cp_async(void* dst, const void* src, int bytes, int src_bytes);
 void cp_async_commit_group();
 void cp_async_wait_group(int pending);
+void cp_async_mbarrier_arrive(uint64_t* bar);  // by those issued so far
 
 void mbarrier_init(uint64_t* bar, unsigned count);
 void mbarrier_arrive(const char* what, uint64_t* bar, unsigned expect_bytes);

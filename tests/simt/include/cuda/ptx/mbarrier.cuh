@@ -16,6 +16,7 @@ SIMT_TWIN void mbarrier_arrive_expect_tx(uint64_t* bar, unsigned bytes) {
 SIMT_TWIN void mbarrier_arrive_remote(uint64_t* bar, unsigned rank) {
   simt::mbarrier_arrive("mbarrier.arrive", static_cast<uint64_t*>(simt::map_shared(bar, rank)), 0);
 }
+SIMT_TWIN void cp_async_mbarrier_arrive_noinc(uint64_t* bar) { simt::cp_async_mbarrier_arrive(bar); }
 SIMT_TWIN bool mbarrier_try_wait_parity(uint64_t* bar, unsigned parity) { return simt::mbarrier_try_wait(bar, parity); }
 SIMT_TWIN void mbarrier_wait_parity(uint64_t* bar, unsigned parity) {
   while (!mbarrier_try_wait_parity(bar, parity)) {
