@@ -98,7 +98,7 @@ class KvPipe {
     if (copy_tile_ < tiles_end_) {
       const KvRows side =
           kv_rows<typename C::KV>(p_, kSide, job_.at.kv_head, job_.num_kv_heads, job_.page_size);
-#pragma unroll
+#pragma unroll 2  // all at once, addresses would take the registers that out and the scores need
       for (int pass = 0; pass < C::kPasses; ++pass) {
         const int row = pass * C::kRowsPerPass + row_, key = copy_tile_ + row;
         const bool is_mine = key >= job_.at.kv_begin && key < job_.at.kv_end;
