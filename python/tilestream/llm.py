@@ -107,7 +107,7 @@ class LLM:
             kv_dtype = "float32" if dtype == "float32" else "bfloat16"
         if kv_dtype not in KV_DTYPES:
             raise ValueError(f"kv_dtype is {kv_dtype!r}; supported: auto, {', '.join(KV_DTYPES)}")
-        placement = Placement.of(device)
+        placement = Placement.of(device, batch_invariant=batch_invariant)
         loaded = load_model(os.fspath(model), dtype=dtype, progress=progress, placement=placement)
         if softmax_ranges is not None:
             use_softmax_ranges(loaded.model, softmax_ranges, kv_dtype=kv_dtype)

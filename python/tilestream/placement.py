@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from tilestream._native import _C
+from tilestream.ops.linear_choice import LinearKernel
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,17 +21,23 @@ class Placement:
         blocked_kv: pages are in the CPU kernels' own order (csrc/include/tilestream/types.h).
         asynchronous: kernels run behind the host. Then a step is launched while the one before runs, and decode steps are
             padded to few sizes, each of which is captured in a graph.
+        linear_kernel: the one kernel for row-major weights, where a row's bits must not depend on the batch; None: the
+            fastest for each number of rows.
     """
 
     device: torch.device
     dtype: torch.dtype
     blocked_kv: bool
     asynchronous: bool
+    linear_kernel: LinearKernel | None = None
 
     @staticmethod
-    def of(device: str) -> Placement:
+    def of(device: str, *, batch_invariant: bool = False) -> Placement:
         """The placement for "cpu", "cuda" or "cuda:<index>": float32 activations on the CPU, bfloat16 on a GPU.
 
+        Args:
+            device: its name.
+            batch_invariant: a row's bits must not depend on the batch.
         Raises:
             ValueError: no such device here, or no kernels for it in this build; says which and what is there.
         """
@@ -49,7 +56,8 @@ class Placement:
                 f"device is {device!r}, but torch {torch.__version__} sees {num_devices} GPUs here; allowed: cpu"
                 + "".join(f", cuda:{i}" for i in range(num_devices))
             )
-        return Placement(torch.device("cuda", index), torch.bfloat16, blocked_kv=False, asynchronous=True)
+        kernel = LinearKernel.FLAT if batch_invariant else None
+        return Placement(torch.device("cuda", index), torch.bfloat16, False, asynchronous=True, linear_kernel=kernel)
 
 
 CPU = Placement(torch.device("cpu"), torch.float32, blocked_kv=True, asynchronous=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 
 import pytest
@@ -16,6 +17,7 @@ from tilestream.engine.config import EngineConfig
 from tilestream.engine.engine import Engine
 from tilestream.engine.runner import ModelRunner
 from tilestream.models import load_model
+from tilestream.ops.linear_choice import LinearKernel
 from tilestream.placement import CPU, Placement
 from tilestream.testing import Backend
 
@@ -99,3 +101,27 @@ def test_unknown_devices_are_refused(device: str) -> None:
 def test_a_gpu_that_is_not_there_is_refused() -> None:
     with pytest.raises(ValueError, match="sees 0 GPUs here; allowed: cpu$|this build has no CUDA kernels"):
         Placement.of("cuda")
+
+
+@pytest.mark.simt
+def test_batch_invariant_bits(backend: Backend, hf_model, prompts) -> None:
+    """A request's log-probabilities are the same bits alone and in a batch, whatever the chunks of its prompt."""
+    placement = placement_on(backend, torch.bfloat16)
+    if backend.name != "cpu":
+        placement = dataclasses.replace(placement, linear_kernel=LinearKernel.FLAT)
+    loaded = load_model(hf_model("llama")[1], dtype="bfloat16", placement=placement)
+
+    def logprobs(requests: list[list[int]], token_budget: int) -> list[list[float]]:
+        config = dataclasses.replace(CONFIG, batch_invariant=True, token_budget=token_budget)
+        engine = Engine(ModelRunner(loaded.model, config), loaded.tokenizer, config)
+        params = SamplingParams(temperature=0.0, max_tokens=3, ignore_eos=True, logprobs=0)
+        found: dict[str, list[float]] = {str(i): [] for i in range(len(requests))}
+        for i, prompt in enumerate(requests):
+            engine.add_request(str(i), prompt, params)
+        while engine.has_work():
+            for delta in engine.step():
+                found[delta.request_id] += [entry.logprob for entry in delta.logprobs]
+        return list(found.values())
+
+    together = logprobs(prompts, 24)
+    assert together == [logprobs([prompt], budget)[0] for prompt, budget in zip(prompts, (24, 11, 64), strict=True)]

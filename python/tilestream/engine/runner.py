@@ -54,6 +54,7 @@ class ModelRunner:
                 window_left=window_left,
                 batch_invariant=config.batch_invariant,
                 device=placement.device,
+                kv_dtype=kv_dtype,
             )
             for window_left in sorted(set(m.window_left))
         }

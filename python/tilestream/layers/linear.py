@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from tilestream.ops.linear import PackedWeight, linear
+from tilestream.ops.linear_choice import LinearKernel
 from tilestream.ops.quantise import QuantisedRows
 
 
@@ -16,10 +17,13 @@ class Linear:
     Args:
         weight: packed [n, k].
         bias: [n] float32, or None.
+        kernel: for a row-major weight, the one to use; None: by the number of rows.
     """
 
-    def __init__(self, weight: PackedWeight, bias: torch.Tensor | None = None) -> None:
-        self.weight, self.bias = weight, bias
+    def __init__(
+        self, weight: PackedWeight, bias: torch.Tensor | None = None, kernel: LinearKernel | None = None
+    ) -> None:
+        self.weight, self.bias, self._kernel = weight, bias, kernel
         self.n, self.k = weight.n, weight.k
         self.takes_int8 = weight.format.is_quantised
         self._data, self._format = weight.data, int(weight.format)
@@ -30,7 +34,7 @@ class Linear:
         if isinstance(x, QuantisedRows):
             self._quant_op(x.q, x.scale, x.sum, self._data, self.bias, out, n=self.n, format=self._format)
         elif self.weight.format.is_row_major:
-            linear(x, self.weight, self.bias, out=out)
+            linear(x, self.weight, self.bias, out=out, kernel=self._kernel)
         else:
             self._op(x, self._data, self.bias, out, n=self.n, format=self._format)
 

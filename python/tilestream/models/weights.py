@@ -126,7 +126,8 @@ class WeightLoader:
             )
             row += raw.num_rows
             self._advance(raw.rows.numel())
-        return Linear(packed.to(self.placement.device), self._bias(names, [raw.num_rows for raw in raws]))
+        bias = self._bias(names, [raw.num_rows for raw in raws])
+        return Linear(packed.to(self.placement.device), bias, self.placement.linear_kernel)
 
     def _bias(self, names: Sequence[str], sizes: Sequence[int]) -> torch.Tensor | None:
         if not any(self.has(name + ".bias") for name in names):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -37,8 +38,9 @@ class AttentionPlanner:
         num_qo_heads, num_kv_heads: heads; num_qo_heads must be a multiple of num_kv_heads.
         head_dim_vo: elements of one output head (sizes the workspace).
         page_size: tokens per page: 16, 32 or 64.
-        num_workers: workers the tiles are dealt to; default: the device's (CPU: threads; CUDA: two blocks for each SM).
+        num_workers: workers the tiles are dealt to; default: the device's (CPU: threads; CUDA: the blocks that its SMs hold).
         device: where the attention runs: "cpu", "cuda", "cuda:1".
+        kv_dtype: of the cache, on CUDA: there its kernels differ in tiles and blocks.
         causal: a query sees keys up to its own position (bottom-right aligned).
         window_left: -1: off; otherwise keys at distance 0..window_left are seen.
         batch_invariant: cut only at multiples of `split_tokens`, so that a request's result is bitwise the same
@@ -60,22 +62,24 @@ class AttentionPlanner:
         window_left: int = -1,
         batch_invariant: bool = False,
         device: torch.device | str = "cpu",
+        kv_dtype: str = "bfloat16",
         tile_rows: int | None = None,
         tile_keys: int | None = None,
         split_tokens: int = 1024,
         cost_tile: int = 4,
         cost_row: int = 1,
     ) -> None:
-        on_cpu = torch.device(device).type == "cpu"
+        device = torch.device(device)
+        default = _cpu_shares() if device.type == "cpu" else _cuda_shares(device, head_dim_vo, kv_dtype)
         group_size = max(1, num_qo_heads // max(1, num_kv_heads))
         self.row_floats = group_size * (head_dim_vo + 1)
         self.planner = _C.Planner(
             num_qo_heads=num_qo_heads,
             num_kv_heads=num_kv_heads,
             page_size=page_size,
-            num_workers=_default_workers(torch.device(device)) if num_workers is None else num_workers,
-            tile_rows=max(96 if on_cpu else 64, group_size) if tile_rows is None else tile_rows,
-            tile_keys=(128 if on_cpu else 64) if tile_keys is None else tile_keys,
+            num_workers=default.num_workers if num_workers is None else num_workers,
+            tile_rows=max(default.tile_rows, group_size) if tile_rows is None else tile_rows,
+            tile_keys=default.tile_keys if tile_keys is None else tile_keys,
             split_tokens=split_tokens,
             window_left=window_left,
             causal=causal,
@@ -139,7 +143,20 @@ class AttentionPlanner:
         return AttentionPlan(self._upload(plan), plan, self.workspace, self._reserved is not None)
 
 
-def _default_workers(device: torch.device) -> int:
-    if device.type == "cpu":
-        return _C.num_threads()
-    return 2 * torch.cuda.get_device_properties(device).multi_processor_count
+class _Shares(NamedTuple):
+    """How the work of a step is cut for a device."""
+
+    num_workers: int
+    tile_rows: int
+    tile_keys: int
+
+
+def _cpu_shares() -> _Shares:
+    return _Shares(_C.num_threads(), tile_rows=96, tile_keys=128)
+
+
+def _cuda_shares(device: torch.device, head_dim: int, kv_dtype: str) -> _Shares:
+    """As MmaConfig of csrc/cuda/attention_config.cuh has it: what an SM holds, and the rows of a tile."""
+    num_sms, narrow = torch.cuda.get_device_properties(device).multi_processor_count, kv_dtype in ("fp8", "int8", "int4")
+    blocks_per_sm = 3 if narrow and head_dim <= 128 else 2
+    return _Shares(num_sms * blocks_per_sm, tile_rows=64 if narrow or head_dim > 128 else 128, tile_keys=64)
