@@ -40,6 +40,22 @@ def test_assembly_stands_in_the_ptx_folder() -> None:
     assert [line for line in found if line not in barriers + pauses[:1]] == []
 
 
+def wrappers(path: Path) -> set[str]:
+    """Names of the functions that a header of the PTX layer, or its twin, gives to kernels."""
+    text = path.read_text()
+    functions = re.findall(r"^(?:__device__ __forceinline__|SIMT_TWIN|inline)\b[^;{]*?(\w+)\(", text, re.MULTILINE)
+    return set(functions) | set(re.findall(r"^(?:TILESTREAM|SIMT)_W?G?MMA\((\w+),", text, re.MULTILINE))
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "csrc/cuda/ptx").glob("*.cuh")), ids=lambda path: path.stem)
+def test_every_ptx_wrapper_has_its_twin(path: Path) -> None:
+    twin = ROOT / "tests/simt/include/cuda/ptx" / path.name
+    assert twin.exists() or "asm" not in path.read_text()
+    if twin.exists():
+        assert wrappers(path) - {"pin"} <= wrappers(twin)
+        assert wrappers(path) - {"pin"}
+
+
 def test_torch_stands_in_api_and_bindings() -> None:
     others = [path for path in sources("csrc") if path.parent.name != "api" and path.name != "bindings.cpp"]
     assert matches(r'#include\s*[<"](torch|ATen|c10)/', others) == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import re
 
 import pytest
 import torch
@@ -64,6 +65,10 @@ WRONG = {
     "registers_increased_downwards": "setmaxnreg.inc to 24 registers of a warpgroup that has 256",
     "returned_before_the_store_has_read": "returned from the kernel while a bulk store may still read",
 }
+# ... under seed 0, which lets things happen as late as they may
+WRONG_LATE = {
+    "box_that_nobody_waits_for": "the block has ended while a bulk load that nobody waits for still writes",
+}
 RIGHT = ["barrier", "several_blocks", "cp_async_pipeline", "named_barriers", "bulk_pipeline", "cp_async_mbarrier", "cluster",
          "last_block", "grid_barrier", "registers", "dependent_launch"]  # fmt: skip
 
@@ -91,6 +96,12 @@ def test_wrong_kernels_are_caught_and_named(name: str, seed: int) -> None:
         report, _ = run(name, seed)
         raise RuntimeError(report)
     assert "wrong" in report and ".cu" in report
+
+
+@pytest.mark.parametrize("name", WRONG_LATE)
+def test_wrong_kernels_are_caught_when_effects_come_late(name: str) -> None:
+    report, _ = run(name, 0)
+    assert re.search(WRONG_LATE[name], report) and "wrong" in report
 
 
 @pytest.mark.parametrize("seed", SEEDS)

@@ -75,6 +75,12 @@ MAP_CASE(coordinates_of_another_rank) {
   if (threadIdx.x == 0) ptx::cp_async_bulk_tensor_load(s.tile[0], map, {0, 0, 0}, &s.full);
 }
 
+MAP_CASE(box_that_nobody_waits_for) {
+  Storage& s = storage();
+  expect(s, 1024);
+  if (threadIdx.x == 0) ptx::cp_async_bulk_tensor_load(s.tile[0], map, {0, 0}, &s.full);
+}
+
 // Across the edge of the tensor fewer bytes are read, but the whole box is counted.
 MAP_CASE(bytes_of_a_clipped_box) {
   Storage& s = storage();

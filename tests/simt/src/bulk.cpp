@@ -18,6 +18,7 @@ std::shared_ptr<AsyncOp> bulk_op(AsyncOp::Kind kind, const char* what, const voi
   auto op = std::make_shared<AsyncOp>();
   op->issuer = &me;
   op->kind = kind;
+  op->pc = pc;
   op->group = int(me.group_epochs[kind].size());
   return op;
 }

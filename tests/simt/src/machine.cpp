@@ -170,7 +170,9 @@ void Machine::fiber_main() {
 
 // A finished thread: barriers of all threads no longer wait for it; the last one frees the cluster.
 void Machine::retire(Thread* thread) {
-  for (const auto& op : std::vector(thread->pending)) force(*op);
+  for (const auto& op : std::vector(thread->pending)) {
+    if (op->kind != AsyncOp::kBulkLoad) force(*op);  // that one is the block's affair
+  }
   Block& block = *thread->owner;
   Cluster& cluster = *block.cluster;
   --block.live, --cluster.live;
@@ -183,6 +185,10 @@ void Machine::retire(Thread* thread) {
   if (cluster.barrier.arrived >= cluster.live) complete_cluster(cluster);
   if (config_.pdl && !block.grid_waited) ended_before_wait_ = true;
   if (cluster.live > 0) return;
+  for (const auto& t : cluster.threads) {
+    if (!t->pending.empty())
+      fail_current("the block has ended while a bulk load that nobody waits for still writes its shared memory", t->pending[0]->pc);
+  }
 
   for (auto& t : cluster.threads) idle_threads_.push_back(std::move(t));
   std::erase_if(clusters_, [&](const auto& owned) { return owned.get() == &cluster; });

@@ -41,6 +41,7 @@ struct AsyncOp {
   struct Thread* issuer;
   int group;                     // its commit group, by kind
   enum Kind { kCpAsync, kBulkLoad, kBulkStore, kWgmma } kind;
+  const void* pc = nullptr;      // where it was issued
   std::function<void()> read;    // of a bulk store: its first half, which a wait may ask for alone
   std::function<void()> effect;
 };
