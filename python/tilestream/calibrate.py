@@ -16,6 +16,7 @@ import torch
 
 from tilestream.engine.batch import StepInputs
 from tilestream.ops import AttentionPlanner, KvCache, gather_kv
+from tilestream.placement import CPU
 from tilestream.reference.attention import visible
 
 if TYPE_CHECKING:
@@ -77,9 +78,13 @@ def softmax_ranges(model: LlamaModel, windows: Sequence[Sequence[int]]) -> list[
     """The least and the greatest of all rows' largest logits (natural log, after sm_scale and soft cap), by layer.
 
     Args:
-        model: float32 activations; not running.
+        model: on the CPU, with float32 activations; not running.
         windows: token ids of independent contexts of one length.
+    Raises:
+        ValueError: the model is not on the CPU.
     """
+    if model.placement != CPU:
+        raise ValueError(f"the model is on {model.placement.device} in {model.placement.dtype}; ranges are measured on the CPU")
     m = model.config
     num_tokens = len(windows[0])
     num_pages = -(-num_tokens // _PAGE_SIZE)
@@ -98,7 +103,8 @@ def softmax_ranges(model: LlamaModel, windows: Sequence[Sequence[int]]) -> list[
             model.forward(
                 StepInputs(
                     token_ids=torch.tensor(window), positions=slots, slot_mapping=slots,
-                    block_table=torch.arange(num_pages, dtype=torch.int32)[None], plans=plans, logits_rows=slots[-1:].long(),
+                    block_table=torch.arange(num_pages, dtype=torch.int32)[None], plans=plans,
+                    logits_rows=slots[-1:].long(), max_position=num_tokens - 1,
                 ),
                 caches,
             )

@@ -24,7 +24,7 @@ def _calls(runner: PagedRunner, tokens: list[int]) -> list[dict]:
 
     def watch(attend, q, *args, **kwargs):
         lse = torch.empty(q.shape[:2])
-        attend(q, *args[:7], lse, *args[8:], **kwargs)
+        attend(q, *args[:8], lse, *args[9:], **kwargs)
         calls.append({"lse": lse, **kwargs})
 
     for layer in runner.model.layers:

@@ -76,7 +76,7 @@ def test_bfloat16_weights_are_row_major_beside_bfloat16_activations(tmp_path):
     writer = gguf.GGUFWriter(tmp_path / "w.gguf", "llama")
     writer.add_tensor("token_embd.weight", blocks, raw_dtype=Type.BF16)
     finish(writer)
-    gpu_like = Placement(torch.device("cpu"), torch.bfloat16, blocked_kv=False)
+    gpu_like = Placement(torch.device("cpu"), torch.bfloat16, blocked_kv=False, asynchronous=True)
     weight = WeightLoader(GgufFile(tmp_path / "w.gguf"), "auto", None, 0, gpu_like).linear("token_embd", N, K).weight
     assert weight.format == PackedFormat.ROWS_BFLOAT16
     assert np.array_equal(weight.matrix.float().numpy(), gguf.quants.dequantize(blocks, Type.BF16))
