@@ -129,6 +129,8 @@ class LlamaModel:
             torch.index_select(buf.x, 0, rows, out=x)
             torch.index_select(buf.residual, 0, rows, out=residual)
             self._project(x, residual, logits)
+        if self._narrow_logits is not None:
+            logits.copy_(self._narrow_logits[: logits.size(0)])
         if cap := self.config.final_soft_cap:
             logits.div_(cap).tanh_().mul_(cap)
         return logits
@@ -136,7 +138,8 @@ class LlamaModel:
     def _run_layers(
         self, buf: Scratch, step: StepInputs, kv_caches: Sequence[KvCache], logits: torch.Tensor
     ) -> None:
-        """The layers and, where every token's logits are wanted, the projection to them: what a program records."""
+        """The layers and, where every token's logits are wanted, the projection to them: what a program records, so nothing
+        but our own ops stands here."""
         for layer, cache in zip(self.layers, kv_caches, strict=True):
             layer(buf, step, cache)
         if step.logits_rows is None:
@@ -146,11 +149,7 @@ class LlamaModel:
         """Final norm and output projection: only of rows that are wanted, for the vocabulary is the widest matrix."""
         num_rows = x.size(0)
         normed = self.norm.add(x, residual, None if self._last_int8 is None else self._last_int8[:num_rows])
-        if self._narrow_logits is None:
-            self.lm_head(normed, logits)
-        else:
-            self.lm_head(normed, self._narrow_logits[:num_rows])
-            logits.copy_(self._narrow_logits[:num_rows])
+        self.lm_head(normed, logits if self._narrow_logits is None else self._narrow_logits[:num_rows])
 
     def _head_rows(self, num_rows: int) -> torch.Tensor:
         """Float32 logits of num_rows, and room for all that comes between the layers and them."""
