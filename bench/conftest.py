@@ -7,7 +7,8 @@ import ctypes
 import pytest
 import torch
 
-from bench.harness import Report, results_directory
+from bench.harness import Report, this_cpu
+from bench.roofs import Machine
 from tilestream._native import _C
 
 
@@ -28,18 +29,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--text", help="bench_perplexity.py: the text to score")
 
 
+@pytest.fixture(scope="session")
+def machine() -> Machine:
+    """What is measured; cuda/ has its own."""
+    return this_cpu()
+
+
 @pytest.fixture(scope="module")
-def report(request: pytest.FixtureRequest):
+def report(request: pytest.FixtureRequest, machine: Machine):
     """The module's table: printed at the end, and written with --write-results."""
-    result = Report(request.module.__doc__.strip().splitlines()[0])
+    result = Report(request.module.__doc__.strip().splitlines()[0], machine)
     yield result
     print("\n" + result.text())
     if request.config.getoption("--write-results"):
-        directory = results_directory()
-        directory.mkdir(parents=True, exist_ok=True)
-        name = request.module.__name__.rpartition(".")[2].removeprefix("bench_")
-        (directory / f"{name}.md").write_text(result.text())
-        (directory / f"{name}.json").write_text(result.json())
+        result.write(request.module.__name__.rpartition(".")[2].removeprefix("bench_"))
 
 
 @pytest.fixture(autouse=True)

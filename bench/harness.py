@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import shutil
 import statistics
 import subprocess
 import time
@@ -14,7 +15,8 @@ from pathlib import Path
 import torch
 
 import tilestream
-from bench.roofs import Work, measured_roofs
+from bench import roofs
+from bench.roofs import Machine, Work
 from tilestream._native import _C
 
 HEADER = ("op", "case", "ours", "p20-p80", "rate", "limit, share of it", "peer", "peer time", "x peer")
@@ -74,6 +76,7 @@ class Report:
     """Rows of one bench file: a table for people, JSON for pictures."""
 
     title: str
+    machine: Machine
     rows: list[Row] = field(default_factory=list)
 
     def add(
@@ -90,7 +93,7 @@ class Report:
         row = Row(op, case, seconds_text(median), f"{seconds_text(spread[0])} - {seconds_text(spread[-1])}", rate, limit, median)
         if work is not None:
             time.sleep(_SETTLE_S)
-            found = work.limit()
+            found = work.limit(self.machine)
             row.work, row.limit_seconds, row.limit_kind = work, found.seconds, found.kind
             row.rate = work.rate_text(median, found.kind)
             row.limit = f"{work.rate_text(found.seconds, found.kind)} {found.kind}, {found.seconds / median:.0%}"
@@ -108,7 +111,7 @@ class Report:
         self.rows.append(Row(op, case, ours, peers={peer_name: (peer, ratio)}))
 
     def text(self) -> str:
-        lines = [f"## {self.title}", "", describe_machine(), "", "| " + " | ".join(HEADER) + " |", "|" + "---|" * len(HEADER)]
+        lines = [f"## {self.title}", "", self.machine.description, "", "| " + " | ".join(HEADER) + " |", "|" + "---|" * len(HEADER)]
         for row in self.rows:
             start = [row.op, row.case, row.ours, row.spread, row.rate, row.limit]
             digits = ".3g" if row.seconds else ".4f"
@@ -118,26 +121,45 @@ class Report:
 
     def json(self) -> str:
         time.sleep(_SETTLE_S)
-        roofs = measured_roofs() if any(row.work for row in self.rows) else {}
+        measured = self.machine.roofs() if any(row.work for row in self.rows) else {}
         rows = [asdict(row) for row in self.rows]
-        content = {"title": self.title, "machine": describe_machine(), "roofs": roofs, "rows": rows}
+        content = {"title": self.title, "machine": self.machine.description, "roofs": measured, "rows": rows}
         return json.dumps(content, indent=1) + "\n"
 
 
-def results_directory() -> Path:
-    """Where this machine's results are kept."""
-    return Path(__file__).parent / "results" / f"cpu-{_C.simd_level()}-{_C.num_threads()}t"
+    def write(self, name: str) -> None:
+        """Keep it under bench/results/<device>/."""
+        directory = results_directory(self.machine)
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / f"{name}.md").write_text(self.text())
+        (directory / f"{name}.json").write_text(self.json())
 
 
-def describe_machine() -> str:
+def results_directory(machine: Machine) -> Path:
+    """Where a machine's results are kept."""
+    return Path(__file__).parent / "results" / machine.name
+
+
+def this_cpu() -> Machine:
+    """The CPU that this runs on."""
     model = platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         fields = dict(line.split(":", 1) for line in cpuinfo.read_text().split("\n\n")[0].splitlines() if ":" in line)
         fields = {k.strip(): v.strip() for k, v in fields.items()}
         model = f"{fields.get('model name')} (family {fields.get('cpu family')}, model {fields.get('model')})"
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    name = f"cpu-{_C.simd_level()}-{_C.num_threads()}t"
+    description = f"{model}, {_C.num_threads()} threads, SIMD {_C.simd_level()}, {versions()}"
+    return Machine(name, description, roofs.MEMORY, tuple(roofs.ARITHMETIC_BITS), roofs.memory_rate, roofs.arithmetic_rate)
+
+
+def versions() -> str:
+    """Of what was measured, and how."""
+    commit = ""
+    if shutil.which("git"):
+        command = ["git", "rev-parse", "--short", "HEAD"]
+        commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
     return (
-        f"{model}, {_C.num_threads()} threads, SIMD {_C.simd_level()}, torch {torch.__version__}, "
-        f"tilestream {tilestream.__version__} at {commit or 'no commit'}; medians, ours and the peer in turn in one process"
+        f"torch {torch.__version__}, tilestream {tilestream.__version__} at {commit or 'no commit'}; "
+        "medians, ours and the peer in turn in one process"
     )

@@ -14,7 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from bench.harness import results_directory
+from bench.harness import results_directory, this_cpu
 
 PICTURE = Path(__file__).parents[1] / "docs" / "roofline.png"
 SHORTEST_LIMIT_S = 2e-6  # cases that could be over sooner time the call, not the kernel: they are left out
@@ -94,7 +94,7 @@ def draw_shares(axes, rows: list[dict]) -> None:
 
 
 def main() -> None:
-    rows, roofs, machine = read_results(results_directory())
+    rows, roofs, machine = read_results(results_directory(this_cpu()))
     figure = Figure(figsize=(13, 6.2), dpi=150, facecolor=PAPER, layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2, width_ratios=[1.05, 1])

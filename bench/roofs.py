@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import subprocess
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,7 @@ _SOURCE = Path(__file__).with_name("roofs.cpp")
 _LIBRARY = Path(__file__).parents[1] / "build" / "bench" / "roofs.so"
 _MAX_PROBE_BYTES = 256 << 20  # beyond every cache
 
+MEMORY = ("read", "copy")
 ARITHMETIC_BITS = {"int8": 8, "bf16": 16, "fp32": 32}
 
 
@@ -43,10 +45,27 @@ def arithmetic_rate(kind: str) -> float:
     return _library().arithmetic_rate(ARITHMETIC_BITS[kind], _C.num_threads())
 
 
-def measured_roofs() -> dict[str, float]:
-    """All of them, memory beyond every cache."""
-    memory = {kind: memory_rate(kind, _MAX_PROBE_BYTES) for kind in ("read", "copy")}
-    return memory | {kind: arithmetic_rate(kind) for kind in ARITHMETIC_BITS}
+@dataclass(frozen=True)
+class Machine:
+    """What was measured on, and its rates.
+
+    name: of its folder under bench/results.
+    memory, arithmetic: the kinds that it has rates of.
+    memory_rate: bytes per second of a kind, with so many bytes in use.
+    arithmetic_rate: operations per second of a kind.
+    """
+
+    name: str
+    description: str
+    memory: tuple[str, ...]
+    arithmetic: tuple[str, ...]
+    memory_rate: Callable[[str, int], float]
+    arithmetic_rate: Callable[[str], float]
+
+    def roofs(self) -> dict[str, float]:
+        """All of them, memory beyond every cache."""
+        memory = {kind: self.memory_rate(kind, _MAX_PROBE_BYTES) for kind in self.memory}
+        return memory | {kind: self.arithmetic_rate(kind) for kind in self.arithmetic}
 
 
 @dataclass(frozen=True)
@@ -67,12 +86,13 @@ class Work:
     def rate_text(self, seconds: float, kind: str) -> str:
         """The rate of doing this in `seconds`, in the unit that `kind` of limit has."""
         if kind in ARITHMETIC_BITS:
-            return f"{self.num_ops / seconds / 1e9:.0f} Gop/s"
+            rate = self.num_ops / seconds
+            return f"{rate / 1e12:.1f} Top/s" if rate >= 1e13 else f"{rate / 1e9:.0f} Gop/s"
         return f"{self.num_bytes / seconds / 1e9:.1f} GB/s"
 
-    def limit(self) -> Limit:
-        by_memory = self.num_bytes / memory_rate(self.memory, self.working_set or self.num_bytes)
-        by_arithmetic = self.num_ops / arithmetic_rate(self.arithmetic)
+    def limit(self, machine: Machine) -> Limit:
+        by_memory = self.num_bytes / machine.memory_rate(self.memory, self.working_set or self.num_bytes)
+        by_arithmetic = self.num_ops / machine.arithmetic_rate(self.arithmetic) if self.num_ops else 0.0
         return Limit(by_memory, self.memory) if by_memory >= by_arithmetic else Limit(by_arithmetic, self.arithmetic)
 
 

@@ -1,8 +1,8 @@
 """Measures how many rows a row-major weight is multiplied by fastest with each kernel: `python -m bench.tune_linear --write`.
 
-Needs a GPU. Per (n, k) and number of rows, each kernel is a CUDA graph that goes through as many equal weights as four times
-the L2 cache holds, so that each is read from memory; kernels take turns, and medians count. --write puts the thresholds into
-linear_thresholds.json under the device's name, where `ops.linear` looks them up, and leaves other devices and shapes alone.
+Needs a GPU. Per (n, k) and number of rows, kernels take turns on weights that come from memory (cuda/timing.py), and medians
+count. --write puts the thresholds into linear_thresholds.json under the device's name, where `ops.linear` looks them up, and
+leaves other devices and shapes alone.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import statistics
 
 import torch
 
+from bench.cuda.timing import interleave, num_sets
 from bench.harness import seconds_text
 from tilestream import ops
 from tilestream.ops import LinearKernel, PackedFormat, PackedWeight
@@ -25,7 +26,6 @@ SHAPES = (
     "6144x4096", "4096x4096", "28672x4096", "4096x14336", "128256x4096", "3072x2048", "2048x2048", "16384x2048", "2048x8192",
     "12288x4096", "22016x4096", "4096x11008",
 )  # fmt: skip
-REPLAYS = 20
 
 Times = dict[int, dict[LinearKernel, float]]  # seconds of a call, by number of rows
 
@@ -40,18 +40,6 @@ def best_thresholds(times: Times) -> Thresholds:
     return min((Thresholds(gemv, flat) for gemv in limits for flat in limits if flat >= gemv), key=loss)
 
 
-def graph_of(kernel: LinearKernel, x: torch.Tensor, weights: list[PackedWeight]) -> torch.cuda.CUDAGraph:
-    """One call for each weight."""
-    out = x.new_empty(x.size(0), weights[0].n)
-    ops.linear(x, weights[0], out=out, kernel=kernel)  # libraries set themselves up outside of the capture
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for weight in weights:
-            ops.linear(x, weight, out=out, kernel=kernel)
-    return graph
-
-
 def check(x: torch.Tensor, weight: PackedWeight) -> None:
     expected = x.float() @ weight.matrix.float().t()
     for kernel in LinearKernel:
@@ -60,26 +48,19 @@ def check(x: torch.Tensor, weight: PackedWeight) -> None:
 
 
 def measure(n: int, k: int) -> Times:
-    l2_bytes = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
     weights = []
-    for _ in range(max(1, math.ceil(4 * l2_bytes / (2 * n * k)))):
+    for _ in range(num_sets(2 * n * k)):
         values = torch.randn(n, k, dtype=torch.bfloat16, device="cuda")
         weights.append(PackedWeight(values.view(torch.uint8).flatten(), n, k, PackedFormat.ROWS_BFLOAT16))
     times: Times = {}
     for m in ROWS:
         x = torch.randn(m, k, dtype=torch.bfloat16, device="cuda")
+        out = x.new_empty(m, n)
         check(x, weights[0])
-        graphs = {kernel: graph_of(kernel, x, weights) for kernel in LinearKernel}
-        samples: dict[LinearKernel, list[float]] = {kernel: [] for kernel in LinearKernel}
-        for _ in range(REPLAYS):
-            for kernel, graph in graphs.items():
-                begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                begin.record()
-                graph.replay()
-                end.record()
-                end.synchronize()
-                samples[kernel].append(begin.elapsed_time(end) / 1e3 / len(weights))
-        times[m] = {kernel: statistics.median(values) for kernel, values in samples.items()}
+        candidates = {
+            kernel: lambda i, kernel=kernel: ops.linear(x, weights[i], out=out, kernel=kernel) for kernel in LinearKernel
+        }
+        times[m] = {kernel: statistics.median(values) for kernel, values in interleave(candidates, len(weights)).items()}
     return times
 
 

@@ -1,0 +1,58 @@
+"""Random weights that are made at once, of any size: a few rows, packed on the CPU, again and again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from tilestream import ops
+from tilestream.layers.linear import Linear
+from tilestream.ops import PackedFormat, PackedWeight
+from tilestream.placement import Placement
+
+DISTINCT_ROWS = 256  # whole panels of every packed format, and a divisor of Llama 3's sizes
+
+
+def random_weight(n: int, k: int, format: PackedFormat, device: torch.device) -> tuple[PackedWeight, torch.Tensor]:
+    """A weight of deviation about k ** -0.5, n a multiple of DISTINCT_ROWS.
+
+    Returns:
+        The weight, and the float32 values [DISTINCT_ROWS, k] that its rows repeat.
+    """
+    if format == PackedFormat.ROWS_BFLOAT16:
+        values = (torch.randn(DISTINCT_ROWS, k) * k**-0.5).bfloat16().float()
+        packed = ops.pack_weight(values, format=format)
+    else:
+        levels = 16 if format == PackedFormat.U4G32S else 256
+        q = torch.randint(0, levels, (DISTINCT_ROWS, k), dtype=torch.uint8)
+        scale = ((0.5 + torch.rand(DISTINCT_ROWS, k // 32)) * 3.4 * k**-0.5 / levels).half().float()
+        values = (q.float() - levels // 2) * scale.repeat_interleave(32, 1)
+        packed = ops.pack_weight(q=q, scale=scale, format=format)
+    data = packed.data.to(device).repeat(n // DISTINCT_ROWS)
+    return PackedWeight(data, n, k, format), values.to(device)
+
+
+class RandomWeights:
+    """Stands where a WeightLoader does, and reads nothing.
+
+    num_bytes: of all weights that a step reads whole.
+    """
+
+    def __init__(self, format: PackedFormat, placement: Placement) -> None:
+        self.placement, self._format, self.num_bytes = placement, format, 0
+
+    def vector(self, name: str, size: int) -> torch.Tensor:
+        return torch.ones(size, device=self.placement.device)
+
+    def linear(self, name: str, n: int, k: int) -> Linear:
+        weight, _ = random_weight(n, k, self._format, self.placement.device)
+        if name != "token_embd":
+            self.num_bytes += weight.data.nbytes
+        return Linear(weight)
+
+    def stacked(self, names: Sequence[str], sizes: Sequence[int], k: int) -> Linear:
+        return self.linear(" ".join(names), sum(sizes), k)
+
+    def check_all_used(self) -> None:
+        pass
