@@ -109,11 +109,7 @@ class BatchBuilder:
             block_table=self.block_table.front(batch_size * self.table.shape[1]).view(batch_size, -1),
             # Shared-prefix jobs hold for layers that see the whole prefix; a window is planned request by request.
             plans={w: p.plan(cu, kv, step.prefix_groups if w < 0 else ()) for w, p in self.planners.items()},
-            logits_rows=(
-                torch.tensor(logits_rows, dtype=torch.int64).to(self.device, non_blocking=True)
-                if len(logits_rows) < num_tokens
-                else None
-            ),
+            logits_rows=_on(self.device, logits_rows, torch.int64) if len(logits_rows) < num_tokens else None,
             max_position=max(kv_lens) - 1,
         )
 
@@ -149,6 +145,11 @@ class _StepTensor:
     def front(self, num: int) -> torch.Tensor:
         """The first `num` values on the device."""
         return self._upload(self.host[:num])
+
+
+def _on(device: torch.device, values: Sequence, dtype: torch.dtype) -> torch.Tensor:
+    """A tensor of these values on a device, without waiting for what runs there."""
+    return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
 
 
 def padded_decodes(num_tokens: int) -> int:
@@ -199,14 +200,14 @@ def build_sampling_inputs(requests: Sequence[Request], device: torch.device) -> 
     """The tensors of these requests, from nothing."""
     params = [request.params for request in requests]
     floats = [[p.temperature for p in params], [p.top_p for p in params], [p.min_p for p in params]]
-    temperature, top_p, min_p = torch.tensor(floats, dtype=torch.float32).to(device).unbind()
+    temperature, top_p, min_p = _on(device, floats, torch.float32).unbind()
     integers = [[request.seed for request in requests], [request.num_tokens for request in requests]]
-    seeds, positions = torch.tensor(integers, dtype=torch.int64).to(device).unbind()
+    seeds, positions = _on(device, integers, torch.int64).unbind()
     return SamplingInputs(
         temperature=temperature,
         top_p=top_p,
         min_p=min_p,
-        top_k=torch.tensor([max(p.top_k, 0) for p in params], dtype=torch.int32).to(device),
+        top_k=_on(device, [max(p.top_k, 0) for p in params], torch.int32),
         seeds=seeds,
         positions=positions,
         penalties=_penalties(requests, device),
@@ -226,12 +227,12 @@ def _penalties(requests: Sequence[Request], device: torch.device) -> Penalties |
         if request.params.has_penalties:  # others need no history
             history += request.token_ids
         indptr.append(len(history))
-    repetition, presence, frequency = torch.tensor(values, dtype=torch.float32).T.contiguous().to(device)
+    repetition, presence, frequency = _on(device, list(zip(*values, strict=True)), torch.float32)
     return Penalties(
         repetition=repetition,
         presence=presence,
         frequency=frequency,
-        history=torch.tensor(history, dtype=torch.int32).to(device),
-        history_indptr=torch.tensor(indptr, dtype=torch.int32).to(device),
-        history_prompt_len=torch.tensor([r.num_prompt_tokens for r in requests], dtype=torch.int32).to(device),
+        history=_on(device, history, torch.int32),
+        history_indptr=_on(device, indptr, torch.int32),
+        history_prompt_len=_on(device, [r.num_prompt_tokens for r in requests], torch.int32),
     )

@@ -15,7 +15,6 @@ import torch
 
 from tilestream.layers.attention import Attention
 from tilestream.layers.embedding import Embedding
-from tilestream.layers.graph import LayerGraphs
 from tilestream.layers.linear import Linear
 from tilestream.layers.mlp import GatedMlp
 from tilestream.layers.norm import RmsNorm
@@ -90,8 +89,7 @@ class LlamaModel:
         self._ropes, self._rope_rows = list(ropes), 0
         self.embedding, self.layers, self.norm, self.lm_head = embedding, list(layers), norm, lm_head
         self._scratch = ScratchPool(config, placement)
-        on_cpu = placement.device.type == "cpu"
-        self._programs = LayerPrograms() if on_cpu else LayerGraphs()
+        self._programs = LayerPrograms(placement.device)
         self._logits: torch.Tensor | None = None
 
     def reserve(self, num_tokens: int, *, num_rows: int, num_positions: int) -> None:
