@@ -117,16 +117,17 @@ void bind_planner(py::module_& m) {
   py::class_<PyPlanner>(m, "Planner", "Cuts a step's attention work into jobs and deals them to workers (plan.h).")
       .def(py::init([](int32_t num_qo_heads, int32_t num_kv_heads, int32_t page_size, int32_t num_workers,
                        int32_t tile_rows, int32_t tile_keys, int32_t split_tokens, int32_t window_left, bool causal,
-                       bool batch_invariant, int32_t cost_tile, int32_t cost_row) {
+                       bool batch_invariant, int32_t cost_tile, int32_t cost_row, int32_t narrow_rows,
+                       bool merge_inside) {
              const PlanMode mode = batch_invariant ? PlanMode::kBatchInvariant : PlanMode::kBalanced;
              return std::make_unique<PyPlanner>(PlanConfig{num_qo_heads, num_kv_heads, page_size, num_workers,
                                                            tile_rows, tile_keys, split_tokens, window_left, causal,
-                                                           mode, cost_tile, cost_row});
+                                                           mode, cost_tile, cost_row, narrow_rows, merge_inside});
            }),
            py::kw_only(), py::arg("num_qo_heads"), py::arg("num_kv_heads"), py::arg("page_size"),
            py::arg("num_workers"), py::arg("tile_rows"), py::arg("tile_keys"), py::arg("split_tokens"),
            py::arg("window_left"), py::arg("causal"), py::arg("batch_invariant"), py::arg("cost_tile"),
-           py::arg("cost_row"))
+           py::arg("cost_row"), py::arg("narrow_rows") = 0, py::arg("merge_inside") = false)
       .def("measure", &PyPlanner::measure, "At most how many int32 the plan of a step takes, and how many partial rows it has.",
            py::arg("cu_seqlens_q"), py::arg("kv_lens"), py::arg("groups") = Groups{})
       .def("plan", &PyPlanner::plan, kPlanDoc, py::arg("cu_seqlens_q"), py::arg("kv_lens"),

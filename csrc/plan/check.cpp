@@ -108,6 +108,7 @@ void check_config(const PlanConfig& c) {
   check_range("window_left", c.window_left, -1, kAllVisible - 1);
   check_range("cost_tile", c.cost_tile, 0, kMaxCost);
   check_range("cost_row", c.cost_row, 0, kMaxCost);
+  check_range("narrow_rows", c.narrow_rows, 0, kMaxTileRows);
   if (c.cost_tile + c.cost_row == 0) reject("cost_tile and cost_row are both 0: a tile must cost something");
 }
 

@@ -7,6 +7,8 @@
 // lies within half a tile: no useless one-tile parts, and every cut is at most half a tile off, so that no
 // worker gets more than one tile's cost above the even share. Batch-invariant mode makes one job of every part
 // between two multiples of split_tokens and deals whole jobs by the same nearest-border rule.
+//
+// With narrow lists there are two such streams, walked one after the other: wide units, then narrow ones.
 #include "tilestream/plan.h"
 
 #include <algorithm>
@@ -46,20 +48,30 @@ int32_t* append_parts(const PlanJob* jobs, int32_t begin, int32_t end, int32_t t
 
 }  // namespace
 
-// Emits jobs in stream order and moves from worker to worker. Costs are counted in ticks, 1 / (2 * num_workers) of
-// the configuration's unit: even shares and half tiles are whole numbers of ticks.
+// Emits the jobs of stream after stream, in stream order, and moves from worker to worker. Costs are counted in ticks,
+// 1 / (2 * num_workers) of the configuration's unit: even shares and half tiles are whole numbers of ticks.
 class Planner::JobWriter {
  public:
-  JobWriter(const PlanConfig& config, int64_t total_cost, int64_t max_tile_cost, PlanJob* jobs, int32_t* worker_begin)
+  JobWriter(const PlanConfig& config, PlanJob* jobs, int32_t* worker_begin)
       : config_(config),
         ticks_per_cost_(2 * int64_t(config.num_workers)),
-        share_ticks_(2 * total_cost),
-        half_tile_ticks_(max_tile_cost * config.num_workers),
         tiles_per_split_(config.split_tokens / config.tile_keys),
-        next_cut_(config.num_workers > 1 ? share_ticks_ : INT64_MAX),
         jobs_(jobs),
         worker_begin_(worker_begin) {
     worker_begin_[0] = 0;
+  }
+
+  void begin_stream(const Stream& stream) {
+    share_ticks_ = 2 * stream.total_cost;
+    half_tile_ticks_ = stream.max_tile_cost * config_.num_workers;
+    next_cut_ = config_.num_workers > 1 ? share_ticks_ : INT64_MAX;
+    position_ = 0;
+    worker_ = 0;
+  }
+
+  void end_stream() {
+    while (worker_ < config_.num_workers) worker_begin_[++worker_] = num_jobs_;
+    worker_begin_ += config_.num_workers;
   }
 
   // Both return whether the unit was cut into several jobs.
@@ -114,10 +126,6 @@ class Planner::JobWriter {
     return cut;
   }
 
-  void finish() {
-    while (worker_ < config_.num_workers) worker_begin_[++worker_] = num_jobs_;
-  }
-
   int32_t num_jobs() const { return num_jobs_; }
   int32_t num_partial_rows() const { return num_partial_rows_; }
 
@@ -137,11 +145,12 @@ class Planner::JobWriter {
   }
 
   const PlanConfig& config_;
-  const int64_t ticks_per_cost_, share_ticks_, half_tile_ticks_, tiles_per_split_;
-  int64_t position_ = 0;
-  int64_t next_cut_;
-  int32_t worker_ = 0, num_jobs_ = 0, num_partial_rows_ = 0;
+  const int64_t ticks_per_cost_, tiles_per_split_;
+  int32_t num_jobs_ = 0, num_partial_rows_ = 0;
   PlanJob* jobs_;
+  // Of the stream.
+  int64_t share_ticks_ = 0, half_tile_ticks_ = 0, next_cut_ = 0, position_ = 0;
+  int32_t worker_ = 0;
   int32_t* worker_begin_;
 };
 
@@ -149,6 +158,16 @@ Planner::Planner(const PlanConfig& config) : config_(config) {
   plan::check_config(config);
   group_size_ = config.num_qo_heads / config.num_kv_heads;
   tokens_per_tile_ = config.tile_rows / group_size_;
+  const bool has_narrow = config.mode == PlanMode::kBalanced && config.narrow_rows > 0;
+  narrow_tokens_ = has_narrow ? config.narrow_rows / group_size_ : 0;
+  num_lists_ = config.num_workers * (has_narrow ? 2 : 1);
+}
+
+inline bool Planner::is_narrow(const Unit& unit) const { return unit.num_q_tokens <= narrow_tokens_; }
+
+// The place in prefix_jobs_ of the unit that holds a row of a group's.
+int32_t Planner::prefix_unit(int32_t group, int32_t kv_head, int32_t group_row) const {
+  return groups_[group].first_unit + kv_head * groups_[group].num_q_tiles + group_row / tokens_per_tile_;
 }
 
 // Decides which groups get prefix units, and gives every request with tokens its rows there.
@@ -182,6 +201,7 @@ void Planner::prepare_groups() {
     rows_begin += num_rows;
   }
   num_q_rows_ = rows_begin;
+  prefix_jobs_.resize(first_unit);
 }
 
 // Calls visit(unit) in stream order. one_head_only: kv head 0 stands for all, where the heads share their lists.
@@ -231,13 +251,14 @@ void Planner::measure(const Unit& unit, int64_t times) {
     return;
   }
   const int64_t tile_cost = config_.cost_tile + int64_t(config_.cost_row) * unit.num_q_tokens * group_size_;
-  total_cost_ += times * tile_cost * ceil_div(keys, config_.tile_keys);
-  if (total_cost_ > (int64_t(1) << 60) / config_.num_workers) {
+  Stream& stream = streams_[is_narrow(unit)];
+  stream.total_cost += times * tile_cost * ceil_div(keys, config_.tile_keys);
+  if (stream.total_cost > (int64_t(1) << 60) / config_.num_workers) {
     plan::reject("the step's tiles cost more than 2^60 / num_workers in all, which does not fit the planner's "
                  "integers: use smaller cost_tile = ", config_.cost_tile, " and cost_row = ", config_.cost_row);
   }
-  max_tile_cost_ = std::max(max_tile_cost_, tile_cost);
-  max_unit_tokens_ = std::max(max_unit_tokens_, unit.num_q_tokens);
+  stream.max_tile_cost = std::max(stream.max_tile_cost, tile_cost);
+  stream.max_unit_tokens = std::max(stream.max_unit_tokens, unit.num_q_tokens);
   const int64_t rows = times * unit.num_q_tokens;
   if (config_.mode == PlanMode::kBalanced) {
     num_jobs_bound_ += times;  // and one for each cut, added at the end
@@ -259,21 +280,25 @@ int64_t Planner::prepare(const PlanInput& input) {
   num_tokens_ = input.cu_seqlens_q[input.batch_size];
   const int64_t num_lists = int64_t(input.batch_size) * (input.lists_per_head ? config_.num_kv_heads : 1);
   max_kv_len_ = num_lists > 0 ? *std::max_element(input.kv_lens, input.kv_lens + num_lists) : 0;
-  max_unit_tokens_ = 0;
-  total_cost_ = max_tile_cost_ = num_jobs_bound_ = num_merges_bound_ = num_parts_bound_ = 0;
+  streams_[0] = streams_[1] = {};
+  num_jobs_bound_ = num_merges_bound_ = num_parts_bound_ = 0;
   prepare_groups();
   const bool heads_alike = !input.lists_per_head;
   visit_units(heads_alike, [&](const Unit& unit) { measure(unit, heads_alike ? config_.num_kv_heads : 1); });
   if (config_.mode == PlanMode::kBalanced) {
     // A cut adds a job; it makes a merge of each token of its unit, with at most two parts more.
     const int64_t cuts = config_.num_workers - 1;
-    num_jobs_bound_ += cuts;
-    num_merges_bound_ += cuts * max_unit_tokens_;
-    num_parts_bound_ += 2 * cuts * max_unit_tokens_;
+    for (const Stream& stream : streams_) {
+      if (stream.max_unit_tokens == 0) continue;
+      num_jobs_bound_ += cuts;
+      num_merges_bound_ += cuts * stream.max_unit_tokens;
+      num_parts_bound_ += 2 * cuts * stream.max_unit_tokens;
+    }
   }
-  const int64_t bound = int64_t(sizeof(PlanHeader) / sizeof(int32_t)) + align4(num_q_rows_) +
-                        align4(config_.num_workers + 1) + num_jobs_bound_ * int64_t(sizeof(PlanJob) / sizeof(int32_t)) +
-                        num_merges_bound_ * int64_t(sizeof(PlanMerge) / sizeof(int32_t)) + align4(num_parts_bound_);
+  int64_t bound = int64_t(sizeof(PlanHeader) / sizeof(int32_t)) + align4(num_q_rows_) + align4(num_lists_ + 1) +
+                  num_jobs_bound_ * int64_t(sizeof(PlanJob) / sizeof(int32_t)) +
+                  num_merges_bound_ * int64_t(sizeof(PlanMerge) / sizeof(int32_t)) + align4(num_parts_bound_);
+  if (config_.merge_inside) bound += align4(num_parts_bound_) + align4(num_merges_bound_ * group_size_);
   if (bound > INT32_MAX) {
     plan::reject("the plan of this step needs up to ", bound, " int32, more than the ", INT32_MAX,
                  " that its offsets can address: give it fewer tokens, larger tile_rows or larger split_tokens");
@@ -293,28 +318,26 @@ void Planner::write_q_rows(int32_t* q_rows) const {
   }
 }
 
-void Planner::write_units(JobWriter& writer) {
-  merged_.clear();
-  prefix_first_job_.clear();
-  int32_t prefix_jobs_end = 0;
+void Planner::write_units(JobWriter& writer, bool narrow) {
   const bool balanced = config_.mode == PlanMode::kBalanced;
+  writer.begin_stream(streams_[narrow]);
   visit_units(false, [&](const Unit& unit) {
+    if (is_narrow(unit) != narrow) return;
     const int32_t first_job = writer.num_jobs();
     bool cut = false;
     if (unit.kv_end > unit.kv_begin) {
       const int64_t tile_cost = config_.cost_tile + int64_t(config_.cost_row) * unit.num_q_tokens * group_size_;
       cut = balanced ? writer.add_balanced(unit, tile_cost) : writer.add_invariant(unit, tile_cost);
     }
+    const JobRange jobs{first_job, writer.num_jobs()};
     if (unit.is_prefix()) {
-      prefix_first_job_.push_back(first_job);
-      prefix_jobs_end = writer.num_jobs();
+      prefix_jobs_[prefix_unit(unit.group, unit.kv_head, unit.group_row)] = jobs;
     } else if (cut || unit.always_merged() || unit.kv_end == unit.kv_begin) {
-      merged_.push_back({unit.q_rows_begin, unit.num_q_tokens, unit.kv_head, unit.q_pos_begin, first_job,
-                         writer.num_jobs() - first_job, unit.group, unit.group_row});
+      merged_.push_back({unit.q_rows_begin, unit.num_q_tokens, unit.kv_head, unit.q_pos_begin, unit.group,
+                         unit.group_row, jobs});
     }
   });
-  prefix_first_job_.push_back(prefix_jobs_end);
-  writer.finish();
+  writer.end_stream();
 }
 
 // A token's parts: those of its prefix unit, then those of its own, each by rising kv. Parts in which the token sees
@@ -329,14 +352,12 @@ void Planner::write_merges(const PlanJob* jobs, int32_t* buffer, PlanHeader& hea
     for (int32_t i = 0; i < unit.num_tokens; ++i) {
       int32_t* const first_part = part;
       if (unit.group >= 0) {
-        const GroupState& group = groups_[unit.group];
         const int32_t row = unit.group_row + i;
-        const int32_t q_tile = row / tokens_per_tile_;
-        const int32_t* first_job = &prefix_first_job_[group.first_unit + unit.kv_head * group.num_q_tiles + q_tile];
-        part = append_parts(jobs, first_job[0], first_job[1], row - q_tile * tokens_per_tile_, part);
+        const JobRange prefix = prefix_jobs_[prefix_unit(unit.group, unit.kv_head, row)];
+        part = append_parts(jobs, prefix.begin, prefix.end, row % tokens_per_tile_, part);
       }
       const int32_t q_pos = unit.q_pos_begin + i;
-      int32_t begin = unit.first_job, end = unit.first_job + unit.num_jobs;
+      auto [begin, end] = unit.jobs;
       // A lone token sees keys of all its unit's jobs.
       if (unit.num_tokens > 1 && config_.window_left >= 0) {
         while (begin < end && jobs[begin].kv_end <= q_pos - config_.window_left) ++begin;
@@ -353,6 +374,22 @@ void Planner::write_merges(const PlanJob* jobs, int32_t* buffer, PlanHeader& hea
   header.total_int32 = int32_t(part - buffer);
 }
 
+// What a kernel that merges inside its launch asks of a part, behind all else.
+void Planner::write_merge_info(int32_t* buffer, PlanHeader& header) const {
+  const PlanView plan{buffer};
+  header.merge_of_row_offset = header.total_int32;
+  header.merge_counters_offset = header.merge_of_row_offset + int32_t(align4(header.num_partial_rows));
+  header.total_int32 = header.merge_counters_offset + int32_t(align4(int64_t(header.num_merges) * group_size_));
+  int32_t* const merge_of_row = buffer + header.merge_of_row_offset;
+  std::fill(merge_of_row, buffer + header.merge_counters_offset, -1);
+  for (int32_t m = 0; m < header.num_merges; ++m) {
+    const PlanMerge& merge = plan.merges()[m];
+    const int32_t* const parts = plan.merge_parts() + merge.parts_begin;
+    for (int32_t i = 0; i < merge.num_parts; ++i) merge_of_row[parts[i]] = m;
+  }
+  std::fill(buffer + header.merge_counters_offset, buffer + header.total_int32, 0);
+}
+
 int64_t Planner::write(int32_t* buffer) {
   PlanHeader& header = *reinterpret_cast<PlanHeader*>(buffer);
   header = {};
@@ -362,7 +399,8 @@ int64_t Planner::write(int32_t* buffer) {
   header.num_qo_heads = config_.num_qo_heads;
   header.num_kv_heads = config_.num_kv_heads;
   header.page_size = config_.page_size;
-  header.num_workers = config_.num_workers;
+  header.num_workers = num_lists_;
+  header.num_narrow_workers = num_lists_ - config_.num_workers;
   header.tile_rows = config_.tile_rows;
   header.tile_keys = config_.tile_keys;
   header.causal = config_.causal;
@@ -376,17 +414,20 @@ int64_t Planner::write(int32_t* buffer) {
   header.num_q_rows = int32_t(num_q_rows_);
   header.q_rows_offset = int32_t(sizeof(PlanHeader) / sizeof(int32_t));
   header.worker_begin_offset = header.q_rows_offset + int32_t(align4(num_q_rows_));
-  header.jobs_offset = header.worker_begin_offset + int32_t(align4(config_.num_workers + 1));
+  header.jobs_offset = header.worker_begin_offset + int32_t(align4(num_lists_ + 1));
 
   std::fill(buffer + header.q_rows_offset, buffer + header.jobs_offset, 0);  // the padding between arrays too
   write_q_rows(buffer + header.q_rows_offset);
   PlanJob* jobs = reinterpret_cast<PlanJob*>(buffer + header.jobs_offset);
-  JobWriter writer(config_, total_cost_, max_tile_cost_, jobs, buffer + header.worker_begin_offset);
-  write_units(writer);
+  JobWriter writer(config_, jobs, buffer + header.worker_begin_offset);
+  merged_.clear();
+  write_units(writer, false);
+  if (header.num_narrow_workers > 0) write_units(writer, true);
   header.num_jobs = writer.num_jobs();
   header.num_partial_rows = writer.num_partial_rows();
   header.merges_offset = header.jobs_offset + header.num_jobs * int32_t(sizeof(PlanJob) / sizeof(int32_t));
   write_merges(jobs, buffer, header);
+  if (config_.merge_inside) write_merge_info(buffer, header);
   return header.total_int32;
 }
 

@@ -5,6 +5,10 @@
 // cuts the stream into one contiguous share per worker. A unit that is cut gives several jobs, whose
 // partial results are merged by (output, log-sum-exp) in a fixed order.
 //
+// A kernel that runs jobs of few rows beside jobs of many on one SM takes two such streams: with `narrow_rows`, the
+// units of at most so many rows are laid out and dealt on their own, to *narrow* lists of jobs, all others to *wide*
+// ones. Kernels that know one kind only walk all lists, wide and narrow, and compute the same.
+//
 // A plan is one int32 buffer (host or device memory): PlanHeader, then the arrays it points into by
 // offset. It holds no pointers, so it can be copied to a device as it is.
 //
@@ -29,7 +33,7 @@ struct PlanConfig {
   int32_t num_qo_heads;
   int32_t num_kv_heads;
   int32_t page_size;         // tokens: 16, 32 or 64
-  int32_t num_workers;       // SMs or threads
+  int32_t num_workers;       // SMs or threads; lists of jobs of each kind
   int32_t tile_rows;         // most q rows (tokens x group_size) of one job; at least group_size
   int32_t tile_keys;         // KV tokens of one tile; a multiple of page_size, or 16 or 32 dividing it
   int32_t split_tokens;      // kBatchInvariant: multiple of tile_keys
@@ -39,6 +43,10 @@ struct PlanConfig {
   // Cost of one tile of a job with r rows, in arbitrary units: cost_tile + cost_row * r.
   int32_t cost_tile;
   int32_t cost_row;
+  // Most rows of a unit of the narrow lists; 0: no narrow lists. kBatchInvariant has none whatever this says: a row's
+  // bits must not depend on which kind of list it is in.
+  int32_t narrow_rows;
+  bool merge_inside;  // merge_of_row and merge_counters are wanted
 };
 
 // One step's lengths. All arrays are host memory.
@@ -85,6 +93,7 @@ struct PlanHeader {
   int32_t magic;  // kPlanMagic
   int32_t total_int32;  // size of the whole buffer
   int32_t batch_size, num_tokens;
+  // num_workers: lists of jobs, of both kinds; of PlanConfig's when there are no narrow ones, else twice that.
   int32_t num_qo_heads, num_kv_heads, page_size, num_workers, tile_rows, tile_keys;
   int32_t causal, window_left, lists_per_head, num_groups, max_kv_len;
   int32_t num_jobs, num_merges, num_merge_parts, num_partial_rows, num_q_rows;
@@ -95,7 +104,11 @@ struct PlanHeader {
   int32_t merges_offset;         // [num_merges] PlanMerge
   int32_t merge_parts_offset;    // [num_merge_parts]
   int32_t mode, cost_tile, cost_row;
-  int32_t reserved[4];
+  int32_t num_narrow_workers;    // the last lists, narrow: 0 or half of num_workers
+  // 0: absent. For kernels that merge in the launch that computes the parts; PlanConfig::merge_inside asks for them.
+  int32_t merge_of_row_offset;   // [num_partial_rows]: the merge that has the row as a part, or -1: its token sees no key
+  int32_t merge_counters_offset;  // [num_merges * group_size]: zeros, see PlanView::merge_counters()
+  int32_t reserved[1];
 };
 static_assert(sizeof(PlanHeader) == 32 * sizeof(int32_t));
 constexpr int32_t kPlanMagic = 0x54535031;  // "TSP1"
@@ -113,6 +126,15 @@ struct PlanView {
     return reinterpret_cast<const PlanMerge*>(base + header().merges_offset);
   }
   TILESTREAM_HOST_DEVICE const int32_t* merge_parts() const { return base + header().merge_parts_offset; }
+  TILESTREAM_HOST_DEVICE const int32_t* merge_of_row() const { return base + header().merge_of_row_offset; }
+  // Counter [merge * group_size + head in the kv head's group]: how many of the merge's parts are written. A launch adds
+  // one for each (a row of merge -1 is nobody's part); whoever makes it num_parts merges, and sets it to zero again for
+  // the next launch. Merges of no parts are never counted to: a kernel writes those apart. Not const, since the
+  // counters are the one thing that a launch changes, and nobody outside sees it: zeros before, zeros after. As the
+  // workspace, they belong to one launch at a time.
+  TILESTREAM_HOST_DEVICE int32_t* merge_counters() const {
+    return const_cast<int32_t*>(base) + header().merge_counters_offset;
+  }
 };
 
 // Floats of workspace an attention launch over this plan needs: per partial row, group_size x
@@ -140,31 +162,43 @@ class Planner {
 
  private:
   struct Unit;
+  // The units that are dealt together: all, or those of the wide lists, or those of the narrow ones.
+  struct Stream {
+    int64_t total_cost, max_tile_cost;
+    int32_t max_unit_tokens;
+  };
   struct GroupState { int32_t prefix_tokens, num_rows, num_q_tiles, rows_begin, first_unit; };
+  struct JobRange { int32_t begin, end; };
   struct MergedUnit {
-    int32_t token_begin, num_tokens, kv_head, q_pos_begin, first_job, num_jobs, group, group_row;
+    int32_t token_begin, num_tokens, kv_head, q_pos_begin, group, group_row;
+    JobRange jobs;
   };
   class JobWriter;
 
+  bool is_narrow(const Unit& unit) const;
+  int32_t prefix_unit(int32_t group, int32_t kv_head, int32_t group_row) const;
   void prepare_groups();
   void measure(const Unit& unit, int64_t times);
   template <class Visit>
   void visit_units(bool one_head_only, Visit&& visit) const;
   void write_q_rows(int32_t* q_rows) const;
-  void write_units(JobWriter& writer);
+  void write_units(JobWriter& writer, bool narrow);
   void write_merges(const PlanJob* jobs, int32_t* buffer, PlanHeader& header) const;
+  void write_merge_info(int32_t* buffer, PlanHeader& header) const;
 
   PlanConfig config_;
   int32_t group_size_, tokens_per_tile_;
+  int32_t narrow_tokens_;  // most tokens of a narrow unit
+  int32_t num_lists_;      // of jobs, of both kinds
   PlanInput input_{};
   // Measured by prepare().
-  int32_t num_tokens_ = 0, max_kv_len_ = 0, max_unit_tokens_ = 0;
-  int64_t total_cost_ = 0, max_tile_cost_ = 0, num_units_ = 0, num_jobs_bound_ = 0;
-  int64_t num_q_rows_ = 0, num_merges_bound_ = 0, num_parts_bound_ = 0;
+  int32_t num_tokens_ = 0, max_kv_len_ = 0;
+  Stream streams_[2] = {};  // wide, narrow
+  int64_t num_q_rows_ = 0, num_jobs_bound_ = 0, num_merges_bound_ = 0, num_parts_bound_ = 0;
   // Scratch, grown and never shrunk.
   std::vector<int32_t> group_of_request_, group_row_of_request_;
   std::vector<GroupState> groups_;
-  std::vector<int32_t> prefix_first_job_;  // [num prefix units + 1]
+  std::vector<JobRange> prefix_jobs_;  // of each prefix unit
   std::vector<MergedUnit> merged_;
 };
 

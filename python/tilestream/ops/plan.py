@@ -46,6 +46,10 @@ class AttentionPlanner:
         batch_invariant: cut only at multiples of `split_tokens`, so that a request's result is bitwise the same
             whatever else is in the batch and however its prompt was chunked.
         tile_rows, tile_keys, split_tokens, cost_tile, cost_row: see plan.h. The defaults are the device's.
+        narrow_rows: units of at most so many rows get lists of jobs of their own, for kernels that run them beside the
+            others; 0: no such lists. None: as the device's kernels take it. Ignored when batch_invariant.
+        merge_inside: add what kernels need that merge partial results in the launch that computes them. None: as the
+            device's kernels take it.
     Raises:
         ValueError: a size that the planner does not take, with the value and what is allowed.
     """
@@ -68,6 +72,8 @@ class AttentionPlanner:
         split_tokens: int = 1024,
         cost_tile: int = 4,
         cost_row: int = 1,
+        narrow_rows: int | None = None,
+        merge_inside: bool | None = None,
     ) -> None:
         device = torch.device(device)
         default = _cpu_shares() if device.type == "cpu" else _cuda_shares(device, head_dim_vo, kv_dtype)
@@ -86,6 +92,8 @@ class AttentionPlanner:
             batch_invariant=batch_invariant,
             cost_tile=cost_tile,
             cost_row=cost_row,
+            narrow_rows=default.narrow_rows if narrow_rows is None else narrow_rows,
+            merge_inside=default.merge_inside if merge_inside is None else merge_inside,
         )
         self.workspace = torch.empty(0, device=device)
         self._upload = Upload(torch.int32, device)
@@ -149,6 +157,8 @@ class _Shares(NamedTuple):
     num_workers: int
     tile_rows: int
     tile_keys: int
+    narrow_rows: int = 0
+    merge_inside: bool = False
 
 
 def _cpu_shares() -> _Shares:
