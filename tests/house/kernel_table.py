@@ -67,16 +67,19 @@ def read_reports() -> list[Kernel]:
                 entry.stack_bytes[target], entry.spill_bytes[target] = int(match[1]), int(match[2]) + int(match[3])
             elif match := re.search(r"Used (\d+) registers", line):
                 entry.registers[target] = int(match[1])
-    demangle(list(kernels.values()))
+    for kernel, name in zip(kernels.values(), demangled([kernel.name for kernel in kernels.values()]), strict=True):
+        kernel.name = name
     return sorted(kernels.values(), key=lambda kernel: (kernel.file, kernel.name))
 
 
-def demangle(kernels: list[Kernel]) -> None:
+def demangled(names: list[str]) -> list[str]:
     """Names as people write them, without namespaces and parameters."""
-    names = subprocess.run(["c++filt"], input="\n".join(k.name for k in kernels), capture_output=True, text=True, check=True)
-    for kernel, name in zip(kernels, names.stdout.splitlines(), strict=True):
+    result = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True)
+    short = []
+    for name in result.stdout.splitlines():
         name = name.removeprefix("void ").replace("(anonymous namespace)::", "").replace("tilestream::", "")
-        kernel.name = name[: _end_of_name(name)].replace("cuda::", "")
+        short.append(name[: _end_of_name(name)].replace("cuda::", ""))
+    return short
 
 
 def _end_of_name(text: str) -> int:
