@@ -32,14 +32,17 @@ SIMT_SEEDS = (0, 1, 2)
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """A test with a `backend` runs on all that this machine has; the mark `simt` says that its op has a CUDA kernel, and so
-    runs on the emulator and on a GPU too."""
+    runs on a GPU and on the emulator too, there as each GPU of `archs`: simt(archs=(80, 90)) for an op with a kernel for
+    Hopper alone."""
     if "backend" not in metafunc.fixturenames:
         return
     choices = testing.backends()
-    if metafunc.definition.get_closest_marker("simt") is None:
+    mark = metafunc.definition.get_closest_marker("simt")
+    if mark is None:
         choices = [choice for choice in choices if choice.name == "cpu"]
     else:
-        choices += [testing.Backend("simt", torch.device("cpu"), seed) for seed in SIMT_SEEDS]
+        archs = mark.kwargs.get("archs", (80,))
+        choices += [testing.Backend("simt", torch.device("cpu"), seed, arch) for arch in archs for seed in SIMT_SEEDS]
     metafunc.parametrize("backend", choices, ids=str, indirect=True)
 
 
@@ -54,9 +57,11 @@ def backend(request: pytest.FixtureRequest) -> Iterator[testing.Backend]:
         return
     before = _C.simd_level()
     simt.ops().tilestream_simt_set_seed(request.param.seed)
+    simt.ops().tilestream_simt_set_arch(request.param.arch)
     _C.set_simd_level("simt")
     yield request.param
     _C.set_simd_level(before)
+    simt.ops().tilestream_simt_set_arch(80)
 
 
 @pytest.fixture(params=testing.simd_levels())

@@ -1,9 +1,9 @@
 // Paged attention from a plan (contract: tilestream/attention.h): the choice of a kernel, and the merge of partial results.
 //
-// Two launches: the workers' jobs (by the first fitting row of attention_{16bit,fp8,int,float}.cu, compiled apart so that a
-// build runs in parallel), then the merges, a warp for each (token,
-// q head). Grids are what the device holds at once; blocks read how much there is to do from the plan, which lies in
-// device memory: the host does not read it, and a captured graph replays with another plan.
+// The workers' jobs are one launch, by the first fitting row of attention_{sm90,16bit,fp8,int,float}.cu, compiled apart so that
+// a build runs in parallel. The merges, a warp for each (token, q head), are a second one where that launch does not merge
+// itself. Grids are what the device holds at once; blocks read how much there is to do from the plan, which lies in device
+// memory: the host does not read it, and a captured graph replays with another plan.
 #include "tilestream/attention.h"
 
 #include <span>
@@ -66,6 +66,11 @@ void require_aligned(const char* name, const void* cache, DType dtype, int64_t p
                               std::to_string(head_stride * stride_bytes) + ", " + std::to_string(token_stride * stride_bytes) + " bytes");
 }
 
+bool fits(const AttentionRow& row, const AttentionParams& p) {
+  return row.kv_dtype == p.kv_dtype && row.q_dtype == p.q_dtype && row.max_dim >= p.head_dim_qk && row.max_dim >= p.head_dim_vo &&
+         (row.fits == nullptr || row.fits(p));
+}
+
 }  // namespace
 
 void attention(const AttentionParams& p, Stream stream) {
@@ -73,10 +78,13 @@ void attention(const AttentionParams& p, Stream stream) {
   require_aligned("k_cache", p.k_cache, p.kv_dtype, p.k_page_stride, p.k_head_stride, p.k_token_stride);
   require_aligned("v_cache", p.v_cache, p.kv_dtype, p.v_page_stride, p.v_head_stride, p.v_token_stride);
   if (reinterpret_cast<uintptr_t>(p.workspace) % 16 != 0) throw std::invalid_argument("attention: workspace does not begin at a multiple of 16 bytes");
-  for (const std::span<const AttentionRow> rows : {attention_rows_of_16bit(), attention_rows_of_fp8(), attention_rows_of_int(), attention_rows_of_float()}) {
+  const bool hopper = device_arch() / 10 == 9;
+  for (const std::span<const AttentionRow> rows : {hopper ? attention_rows_of_sm90() : std::span<const AttentionRow>(), attention_rows_of_16bit(),
+                                                   attention_rows_of_fp8(), attention_rows_of_int(), attention_rows_of_float()}) {
     for (const AttentionRow& row : rows) {
-      if (row.kv_dtype != p.kv_dtype || row.q_dtype != p.q_dtype || row.max_dim < p.head_dim_qk || row.max_dim < p.head_dim_vo) continue;
+      if (!fits(row, p)) continue;
       row.launch(p, stream);
+      if (row.merges) return;
       const unsigned grid = resident_blocks(merge_kernel, kMergeThreads, 0);
       launch(merge_kernel, {.grid = grid, .block = kMergeThreads, .stream = stream}, p);
       return;

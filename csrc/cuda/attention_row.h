@@ -1,4 +1,4 @@
-// The table of attention kernels: its rows stand in attention_{16bit,fp8,int,float}.cu.
+// The table of attention kernels: its rows stand in attention_{sm90,16bit,fp8,int,float}.cu.
 #pragma once
 
 #include <span>
@@ -11,8 +11,11 @@ struct AttentionRow {
   DType kv_dtype, q_dtype;
   int max_dim;  // of q, K and V
   void (*launch)(const AttentionParams&, Stream);
+  bool (*fits)(const AttentionParams&) = nullptr;  // what else the kernel asks for; null: nothing
+  bool merges = false;                             // the launch leaves no partial rows to merge
 };
 
+std::span<const AttentionRow> attention_rows_of_sm90();  // for Hopper alone; none in a build without sm_90a
 std::span<const AttentionRow> attention_rows_of_16bit();
 std::span<const AttentionRow> attention_rows_of_fp8();
 std::span<const AttentionRow> attention_rows_of_int();

@@ -69,6 +69,15 @@ void launch(void (*kernel)(Parameters...), const LaunchConfig& config, const Arg
   check(cudaLaunchKernelEx(&cuda_config, kernel, Parameters(arguments)...), "kernel launch");
 }
 
+// The current device's compute capability, 10 * major + minor: 80, 86, 89, 90, ...
+inline int device_arch() {
+  int device, major, minor;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "cudaDeviceGetAttribute");
+  check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "cudaDeviceGetAttribute");
+  return 10 * major + minor;
+}
+
 // How many blocks of this launch the device holds at once: the grid of a kernel whose blocks stay and walk their share.
 template <class Kernel>
 unsigned resident_blocks(Kernel kernel, unsigned threads, size_t smem_bytes) {

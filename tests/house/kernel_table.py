@@ -17,11 +17,14 @@ ROOT = Path(__file__).parents[2]
 TABLE = ROOT / "docs" / "kernel_registers.md"
 TABLE_RELEASE = "13.0"  # of nvcc, to whose choices the table belongs
 
+TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90a")
+
 _HEADER = """# Registers of the CUDA kernels
 
 What the compiler (nvcc {release}) reports for each kernel and target. No kernel spills, and none of those for tensor cores
 keeps anything in local memory (stack); `tests/house/test_nvcc.py` holds the build to that and to this table. Shared memory is
-given at launch: each kernel's header comment has its budget. Written by `python -m tests.house.kernel_table`.
+given at launch: each kernel's header comment has its budget. Files named `*_sm90*` are for Hopper alone; where their warps
+divide the registers anew (`setmaxnreg`), the table has what each thread starts with. Written by `python -m tests.house.kernel_table`.
 
 | file | kernel | registers: sm_80 | sm_86 | sm_89 | sm_90a | stack bytes |
 |---|---|---|---|---|---|---|
@@ -39,12 +42,22 @@ class Kernel:
     spill_bytes: dict[str, int] = field(default_factory=dict)
 
 
-def read_reports() -> list[Kernel]:
-    """Every kernel of the last build in this checkout (csrc/cuda/report_ptxas.py)."""
+def targets_of(file: str) -> set[str]:
+    """What CMakeLists.txt compiles the file of this stem for."""
+    return {"sm_90a"} if "_sm90" in file else set(TARGETS)
+
+
+def objects(suffix: str = "") -> dict[str, Path]:
+    """By the stem of its kernel file: each object file of the last build in this checkout, or what lies beside it."""
     build = ROOT / "build" / f"{sysconfig.get_config_var('SOABI')}-torch-{torch.__version__}"
+    found = build.glob(f"CMakeFiles/cuda_*kernels.dir/csrc/cuda/*.cu.o{suffix}")
+    return {path.name.partition(".")[0]: path for path in sorted(found, key=lambda path: path.name)}
+
+
+def read_reports() -> list[Kernel]:
+    """Every kernel of that build (csrc/cuda/report_ptxas.py)."""
     kernels: dict[tuple[str, str], Kernel] = {}
-    for report in sorted(build.glob("CMakeFiles/cuda_kernels.dir/csrc/cuda/*.ptxas")):
-        file = report.name.partition(".")[0]
+    for file, report in objects(".ptxas").items():
         entry = None
         for line in report.read_text().splitlines():
             if match := re.search(r"Compiling entry function '(\w+)' for '(\w+)'", line):
@@ -54,16 +67,19 @@ def read_reports() -> list[Kernel]:
                 entry.stack_bytes[target], entry.spill_bytes[target] = int(match[1]), int(match[2]) + int(match[3])
             elif match := re.search(r"Used (\d+) registers", line):
                 entry.registers[target] = int(match[1])
-    demangle(list(kernels.values()))
+    for kernel, name in zip(kernels.values(), demangled([kernel.name for kernel in kernels.values()]), strict=True):
+        kernel.name = name
     return sorted(kernels.values(), key=lambda kernel: (kernel.file, kernel.name))
 
 
-def demangle(kernels: list[Kernel]) -> None:
+def demangled(names: list[str]) -> list[str]:
     """Names as people write them, without namespaces and parameters."""
-    names = subprocess.run(["c++filt"], input="\n".join(k.name for k in kernels), capture_output=True, text=True, check=True)
-    for kernel, name in zip(kernels, names.stdout.splitlines(), strict=True):
+    result = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True)
+    short = []
+    for name in result.stdout.splitlines():
         name = name.removeprefix("void ").replace("(anonymous namespace)::", "").replace("tilestream::", "")
-        kernel.name = name[: _end_of_name(name)].replace("cuda::", "")
+        short.append(name[: _end_of_name(name)].replace("cuda::", ""))
+    return short
 
 
 def _end_of_name(text: str) -> int:
@@ -80,7 +96,7 @@ def render(kernels: list[Kernel]) -> str:
     """The whole document."""
     rows = []
     for k in kernels:
-        registers = " | ".join(str(k.registers[target]) for target in ("sm_80", "sm_86", "sm_89", "sm_90a"))
+        registers = " | ".join(str(k.registers.get(target, "")) for target in TARGETS)
         rows.append(f"| {k.file} | `{k.name}` | {registers} | {max(k.stack_bytes.values())} |\n")
     return _HEADER.format(release=TABLE_RELEASE) + "".join(rows)
 

@@ -50,6 +50,7 @@ def ops() -> ctypes.CDLL:
     _C.load_simt(str(library))
     loaded = ctypes.CDLL(str(library))
     loaded.tilestream_simt_set_seed.argtypes = [ctypes.c_ulonglong]
+    loaded.tilestream_simt_set_arch.argtypes = [ctypes.c_int]
     return loaded
 
 

@@ -11,14 +11,17 @@ from tilestream._native import _C
 
 @dataclasses.dataclass(frozen=True)
 class Backend:
-    """A backend, the device of its tensors, and for the emulator the seed of its schedule."""
+    """A backend, the device of its tensors, and for the emulator the seed of its schedule and what GPU it says it is."""
 
     name: str
     device: torch.device
     seed: int | None = None
+    arch: int = 80  # compute capability: 90 is Hopper's
 
     def __str__(self) -> str:
-        return self.name if self.seed is None else f"{self.name}-{self.seed}"
+        if self.seed is None:
+            return self.name
+        return f"{self.name}-{self.seed}" if self.arch == 80 else f"{self.name}{self.arch}-{self.seed}"
 
 
 def backends() -> list[Backend]:

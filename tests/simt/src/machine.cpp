@@ -14,6 +14,7 @@ namespace simt {
 namespace {
 
 std::atomic<unsigned long long> launch_seed{0};
+std::atomic<int> device_arch{80};
 constexpr size_t kRedZone = 1024;   // between the blocks' shared memory
 constexpr int kPoison = 0xff;       // NaN as float, half, bfloat16 and e4m3; -1 as an integer
 // Polling with no other progress for so long is a deadlock; so many rounds, when no other host thread runs a launch.
@@ -33,6 +34,8 @@ double seconds() {
 }  // namespace
 
 void set_seed(unsigned long long seed) { launch_seed = seed; }
+void set_arch(int arch) { device_arch = arch; }
+int arch() { return device_arch; }
 
 Machine& Machine::of_this_thread() {
   // On the heap: with a thread-local of initial-exec model (hooks.cpp) all of the library's must fit in glibc's small reserve.

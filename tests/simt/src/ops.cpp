@@ -33,3 +33,4 @@ extern "C" __attribute__((visibility("default"))) void* tilestream_simt_op(const
 }
 
 extern "C" __attribute__((visibility("default"))) void tilestream_simt_set_seed(unsigned long long seed) { simt::set_seed(seed); }
+extern "C" __attribute__((visibility("default"))) void tilestream_simt_set_arch(int arch) { simt::set_arch(arch); }

@@ -24,6 +24,9 @@ void launch(void (*kernel)(Parameters...), const LaunchConfig& config, const Arg
   simt::run(config, [&] { kernel(Parameters(arguments)...); }, reinterpret_cast<const void*>(kernel));
 }
 
+// What the test has set (simt::set_arch).
+inline int device_arch() { return simt::arch(); }
+
 // Few, so that blocks have a share of several pieces to walk.
 template <class Kernel>
 unsigned resident_blocks(Kernel, unsigned, size_t) {

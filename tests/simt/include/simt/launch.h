@@ -33,4 +33,9 @@ void run(const LaunchConfig& config, const std::function<void()>& kernel, const 
 //   2 and up: everything at random
 void set_seed(unsigned long long seed);
 
+// The compute capability that the emulated devices say they have, 80 before it is set. Kernels are chosen by it; every
+// device can run all of them.
+void set_arch(int arch);
+int arch();
+
 }  // namespace simt

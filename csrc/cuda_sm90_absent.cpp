@@ -1,0 +1,8 @@
+// Stands for csrc/cuda/*_sm90*.cu in a build that is not for sm_90a: a Hopper GPU then runs the kernels of its elders.
+#include "cuda/attention_row.h"
+
+namespace tilestream::cuda {
+
+std::span<const AttentionRow> attention_rows_of_sm90() { return {}; }
+
+}  // namespace tilestream::cuda
