@@ -3,6 +3,7 @@
 
 namespace tilestream::cuda {
 
-std::span<const AttentionRow> attention_rows_of_sm90() { return {}; }
+std::span<const AttentionRow> attention_rows_of_sm90_bfloat16() { return {}; }
+std::span<const AttentionRow> attention_rows_of_sm90_float16() { return {}; }
 
 }  // namespace tilestream::cuda

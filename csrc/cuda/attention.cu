@@ -8,51 +8,21 @@
 
 #include <span>
 
-#include "cuda/attention_job.cuh"
+#include "cuda/attention_merge.cuh"
 #include "cuda/attention_row.h"
-#include "cuda/common/reduce.cuh"
 #include "cuda/runtime.cuh"
 
 namespace tilestream::cuda {
 namespace {
 
-constexpr int kMergeThreads = 128, kColumnsPerLane = 256 / kWarpSize;
+constexpr int kMergeThreads = 128;
 
-// out and lse of the parts of one (token, kv head), in the order of merge_parts. No parts: 0 and -inf, or the sink's.
 __global__ void __launch_bounds__(kMergeThreads) merge_kernel(const __grid_constant__ AttentionParams p) {
   const PlanHeader& h = p.plan.header();
-  const int group_size = h.num_qo_heads / h.num_kv_heads, lane = threadIdx.x % kWarpSize;
-  const Partials partials(p);
+  const int group_size = h.num_qo_heads / h.num_kv_heads;
   const int64_t first = (int64_t(blockIdx.x) * kMergeThreads + threadIdx.x) / kWarpSize, step = int64_t(gridDim.x) * kMergeThreads / kWarpSize;
-  for (int64_t i = first; i < int64_t(h.num_merges) * group_size; i += step) {
-    const PlanMerge merge = p.plan.merges()[i / group_size];
-    const int in_group = int(i % group_size), head = merge.kv_head * group_size + in_group;
-    const int32_t* parts = p.plan.merge_parts() + merge.parts_begin;
-    const float sink = sink_log2(p, head);
-    float most = sink;
-    for (int k = 0; k < merge.num_parts; ++k) most = larger_or_nan(most, partials.lse_log2[int64_t(parts[k]) * group_size + in_group]);
-
-    float denominator = part_weight(sink, most), sum[kColumnsPerLane] = {};
-    for (int k = 0; k < merge.num_parts; ++k) {
-      const int64_t row = int64_t(parts[k]) * group_size + in_group;
-      if (partials.lse_log2[row] == -INFINITY) continue;
-      const float weight = part_weight(partials.lse_log2[row], most);
-      denominator += weight;
-#pragma unroll
-      for (int c = 0; c < kColumnsPerLane; ++c) {
-        const int d = c * kWarpSize + lane;
-        if (d < p.head_dim_vo) sum[c] = fmaf(partials.out[row * p.head_dim_vo + d], weight, sum[c]);
-      }
-    }
-    const float scale = p.v_scale / (denominator == 0.0f ? 1.0f : denominator);
-    const int64_t begin = merge.token * p.out_token_stride + head * p.out_head_stride;
-#pragma unroll
-    for (int c = 0; c < kColumnsPerLane; ++c) {
-      const int d = c * kWarpSize + lane;
-      if (d < p.head_dim_vo) store_element(p.q_dtype, p.out, begin + d, sum[c] * scale);
-    }
-    if (lane == 0) store_lse(p, merge.token, head, most, denominator);
-  }
+  for (int64_t i = first; i < int64_t(h.num_merges) * group_size; i += step)
+    merge_row(p, p.plan.merges()[i / group_size], int(i % group_size));
 }
 
 // cp.async copies 16 bytes, of int4 rows 8.
@@ -67,8 +37,8 @@ void require_aligned(const char* name, const void* cache, DType dtype, int64_t p
 }
 
 bool fits(const AttentionRow& row, const AttentionParams& p) {
-  return row.kv_dtype == p.kv_dtype && row.q_dtype == p.q_dtype && row.max_dim >= p.head_dim_qk && row.max_dim >= p.head_dim_vo &&
-         (row.fits == nullptr || row.fits(p));
+  return row.kv_dtype == p.kv_dtype && row.q_dtype == p.q_dtype && row.max_dim_qk >= p.head_dim_qk &&
+         row.max_dim_vo >= p.head_dim_vo && (row.fits == nullptr || row.fits(p));
 }
 
 }  // namespace
@@ -78,13 +48,13 @@ void attention(const AttentionParams& p, Stream stream) {
   require_aligned("k_cache", p.k_cache, p.kv_dtype, p.k_page_stride, p.k_head_stride, p.k_token_stride);
   require_aligned("v_cache", p.v_cache, p.kv_dtype, p.v_page_stride, p.v_head_stride, p.v_token_stride);
   if (reinterpret_cast<uintptr_t>(p.workspace) % 16 != 0) throw std::invalid_argument("attention: workspace does not begin at a multiple of 16 bytes");
-  const bool hopper = device_arch() / 10 == 9;
-  for (const std::span<const AttentionRow> rows : {hopper ? attention_rows_of_sm90() : std::span<const AttentionRow>(), attention_rows_of_16bit(),
-                                                   attention_rows_of_fp8(), attention_rows_of_int(), attention_rows_of_float()}) {
+  for (const std::span<const AttentionRow> rows :
+       {attention_rows_of_sm90_bfloat16(), attention_rows_of_sm90_float16(), attention_rows_of_16bit(), attention_rows_of_fp8(),
+        attention_rows_of_int(), attention_rows_of_float()}) {
     for (const AttentionRow& row : rows) {
       if (!fits(row, p)) continue;
       row.launch(p, stream);
-      if (row.merges) return;
+      if (row.merges && p.merge_inside) return;
       const unsigned grid = resident_blocks(merge_kernel, kMergeThreads, 0);
       launch(merge_kernel, {.grid = grid, .block = kMergeThreads, .stream = stream}, p);
       return;

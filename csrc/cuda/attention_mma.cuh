@@ -123,9 +123,9 @@ void launch_attention_mma(const AttentionParams& p, Stream stream) {
 }
 
 // Rows for one pair of dtypes. T: element of the products.
-#define ATTENTION_MMA_ROWS(kv, q, T, KV)                         \
-  {DType::kv, DType::q, 64, launch_attention_mma<T, KV, 64>},    \
-  {DType::kv, DType::q, 128, launch_attention_mma<T, KV, 128>},  \
-  {DType::kv, DType::q, 256, launch_attention_mma<T, KV, 256>}
+#define ATTENTION_MMA_ROWS(kv, q, T, KV)                              \
+  {DType::kv, DType::q, 64, 64, launch_attention_mma<T, KV, 64>},     \
+  {DType::kv, DType::q, 128, 128, launch_attention_mma<T, KV, 128>},  \
+  {DType::kv, DType::q, 256, 256, launch_attention_mma<T, KV, 256>}
 
 }  // namespace tilestream::cuda

@@ -9,13 +9,16 @@ namespace tilestream::cuda {
 
 struct AttentionRow {
   DType kv_dtype, q_dtype;
-  int max_dim;  // of q, K and V
+  int max_dim_qk, max_dim_vo;  // of q and K, of V
   void (*launch)(const AttentionParams&, Stream);
   bool (*fits)(const AttentionParams&) = nullptr;  // what else the kernel asks for; null: nothing
-  bool merges = false;                             // the launch leaves no partial rows to merge
+  bool merges = false;                             // itself, where the plan lets it
 };
 
-std::span<const AttentionRow> attention_rows_of_sm90();  // for Hopper alone; none in a build without sm_90a
+// For Hopper alone; none in a build without sm_90a.
+std::span<const AttentionRow> attention_rows_of_sm90_bfloat16();
+std::span<const AttentionRow> attention_rows_of_sm90_float16();
+// For all.
 std::span<const AttentionRow> attention_rows_of_16bit();
 std::span<const AttentionRow> attention_rows_of_fp8();
 std::span<const AttentionRow> attention_rows_of_int();

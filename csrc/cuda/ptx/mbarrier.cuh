@@ -44,15 +44,27 @@ __device__ __forceinline__ void cp_async_mbarrier_arrive_noinc(uint64_t* bar) {
                ::"r"(unsigned(__cvta_generic_to_shared(bar))) : "memory");
 }
 
-// Whether the phase of this parity has completed; may wait a while before it says no. Acquire, when yes.
+// Whether the phase of this parity has completed; may wait a while before it says no. Acquire, when yes, of what this block
+// and the copy engine did.
 __device__ __forceinline__ bool mbarrier_try_wait_parity(uint64_t* bar, unsigned parity) {
   unsigned done;
-  asm volatile("{ .reg .pred done; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%1], %2; selp.u32 %0, 1, 0, done; }"
+  asm volatile("{ .reg .pred done; mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 done, [%1], %2; selp.u32 %0, 1, 0, done; }"
                : "=r"(done) : "r"(unsigned(__cvta_generic_to_shared(bar))), "r"(parity) : "memory");
   return done != 0;
 }
 __device__ __forceinline__ void mbarrier_wait_parity(uint64_t* bar, unsigned parity) {
   while (!mbarrier_try_wait_parity(bar, parity)) {
+  }
+}
+// As above, and of what other blocks of the cluster did before they arrived; costs the multiprocessor its L1.
+__device__ __forceinline__ bool mbarrier_try_wait_parity_cluster(uint64_t* bar, unsigned parity) {
+  unsigned done;
+  asm volatile("{ .reg .pred done; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%1], %2; selp.u32 %0, 1, 0, done; }"
+               : "=r"(done) : "r"(unsigned(__cvta_generic_to_shared(bar))), "r"(parity) : "memory");
+  return done != 0;
+}
+__device__ __forceinline__ void mbarrier_wait_parity_cluster(uint64_t* bar, unsigned parity) {
+  while (!mbarrier_try_wait_parity_cluster(bar, parity)) {
   }
 }
 

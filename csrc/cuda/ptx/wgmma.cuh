@@ -39,9 +39,9 @@ __device__ __forceinline__ uint64_t wgmma_descriptor(const void* tile, Swizzle s
   const uint64_t leading = leading_bytes >> 4, stride = stride_bytes >> 4;
   return (address & 0x3ffff) >> 4 | leading << 16 | stride << 32 | layout << 62;
 }
-// The same tile from `bytes` further on.
+// The same tile from `bytes` further on. The address has 14 bits of the lower word: nothing is carried out of it.
 __device__ __forceinline__ uint64_t wgmma_advance(uint64_t descriptor, unsigned bytes) {
-  return descriptor + (bytes >> 4);
+  return (descriptor & 0xffffffff00000000) | (unsigned(descriptor) + (bytes >> 4));
 }
 
 // Ties registers to the place among volatile instructions where this stands: the compiler sees no other
@@ -55,6 +55,11 @@ template <class T, int kNum>
 __device__ __forceinline__ void pin(T (&registers)[kNum]) {
 #pragma unroll
   for (int i = 0; i < kNum; ++i) asm volatile("" : "+r"(registers[i])::"memory");
+}
+template <class T, int kFragments, int kNum>
+__device__ __forceinline__ void pin(T (&fragments)[kFragments][kNum]) {
+#pragma unroll
+  for (int i = 0; i < kFragments; ++i) pin(fragments[i]);
 }
 
 // Orders this warp's accesses to registers before those of the wgmmas behind it. Name the arrays that those

@@ -20,9 +20,10 @@ struct AttentionParams {
   const float* sinks;          // [num_qo_heads] or null: exp(sink) joins the denominator (and the lse)
   float* workspace;            // plan_workspace_floats() floats
   PlanView plan;
+  bool merge_inside;           // the plan has merge information: a kernel may merge in the launch that computes the parts
 
   int32_t head_dim_qk, head_dim_vo;
-  int32_t num_pages;
+  int32_t num_pages, num_kv_heads, page_size;
   DType q_dtype;
   KvDType kv_dtype;
   KvLayout kv_layout;

@@ -1,0 +1,153 @@
+// The Hopper attention's sizes, its shared memory, and the rings by which its warps hand jobs and tiles to each other.
+#pragma once
+
+#include <array>
+
+#include "cuda/attention_job.cuh"
+#include "cuda/common/reduce.cuh"
+#include "cuda/ptx/barrier.cuh"
+#include "cuda/ptx/mbarrier.cuh"
+#include "cuda/ptx/swizzle.cuh"
+#include "cuda/ptx/tensor_map.cuh"
+#include "tilestream/attention_tiles.h"
+
+namespace tilestream::cuda {
+
+constexpr int kGroupThreads = 128, kGroupRows = 64;  // of a warpgroup
+// A panel: 64 columns of 16 bits of some rows, 128 bytes a row, as the 128-byte swizzle has them.
+constexpr int kPanelColumns = 64, kPanelRowBytes = 128;
+
+// Warps of the loading warpgroup. The rest of the block: wide warpgroups, then the narrow one.
+enum LoadWarp : int { kLoadWide = 0, kLoadNarrow = 1, kRepairWide = 2 };
+// Named barriers of the block.
+enum BarrierId : int { kTurn = 1, kGroup = 5 };  // + index of the wide warpgroup
+
+// T: element of the products, __half or __nv_bfloat16. KV: what the cache stores. kTile: row of kAttentionTiles.
+template <class T_, class KV_, int kTile>
+struct Sm90Config {
+  using T = T_;
+  using KV = KV_;
+  static constexpr AttentionTile kSizes = kAttentionTiles[kTile];
+  static constexpr int kDimQk = kSizes.dim_qk, kDimVo = kSizes.dim_vo, kKeys = kSizes.tile_keys, kStages = kSizes.stages;
+  static constexpr int kGroups = kSizes.wide_groups, kRows = kSizes.wide_rows();
+  static constexpr bool kNarrow = kSizes.narrow_rows > 0;
+  static constexpr int kThreads = kSizes.num_groups() * kGroupThreads;
+  static constexpr int kPanelsQk = int(ceil_div(kDimQk, kPanelColumns)), kPanelsVo = int(ceil_div(kDimVo, kPanelColumns));
+  static constexpr int kPanelBytes = kKeys * kPanelRowBytes;  // of a K or V tile
+  static_assert(kKeys % 64 == 0, "a tile is whole pages of up to 64 tokens");
+};
+
+// The keys of a row tile, in whole tiles; the last may end before keys_end.
+struct RowTile {
+  int row_begin, keys_begin, keys_end;
+};
+// Calls run(RowTile) for each of a job, in one order for all warps of a lane.
+template <class C, class Run>
+__device__ __forceinline__ void for_each_row_tile(const Job& job, Run run) {
+  for (int row = 0; row < job.num_rows; row += C::kRows) {
+    const int last = min(row + C::kRows, job.num_rows) - 1;
+    run(RowTile{row, job.keys_begin(row) / C::kKeys * C::kKeys, job.keys_end(last)});
+  }
+}
+// Whether the tile holds tokens that the job does not own: they may be NaN.
+template <class C>
+__device__ __forceinline__ bool has_foreign_keys(const Job& job, int tile) {
+  return tile + C::kKeys > job.at.kv_end && job.offset(job.at.kv_end) != 0;
+}
+
+// Which of a ring's stages is next, and the parity of its barriers' phase for one who waits until it is full; until it is
+// empty, the other.
+template <int kStages>
+class RingPosition {
+  static_assert((kStages & (kStages - 1)) == 0);
+
+ public:
+  __device__ __forceinline__ unsigned stage() const { return count_ % kStages; }
+  __device__ __forceinline__ unsigned full_parity() const { return count_ / kStages % 2; }
+  __device__ __forceinline__ unsigned empty_parity() const { return full_parity() ^ 1; }
+  __device__ __forceinline__ void advance() { ++count_; }
+  __device__ __forceinline__ RingPosition next() const {
+    RingPosition after = *this;
+    after.advance();
+    return after;
+  }
+
+ private:
+  unsigned count_ = 0;
+};
+
+// A lane's jobs, two at once: the warp that loads their keys publishes them, all other warps of the lane read them. A job
+// without tokens is the end.
+struct JobRing {
+  static constexpr int kJobs = 2;
+  Job jobs[kJobs];
+  uint64_t full[kJobs], empty[kJobs];
+
+  __device__ __forceinline__ void init(unsigned num_reading_warps) {
+    for (int i = 0; i < kJobs; ++i) ptx::mbarrier_init(&full[i], 1), ptx::mbarrier_init(&empty[i], num_reading_warps);
+  }
+};
+
+// One warp. Calls run(job) for each job of this block in lists [begin, end), then publishes the end.
+template <class Run>
+__device__ __forceinline__ void publish_jobs(const AttentionParams& p, JobRing& ring, int lists_begin, int lists_end, Run run) {
+  RingPosition<JobRing::kJobs> at;
+  const bool first_lane = threadIdx.x % kWarpSize == 0;
+  const auto publish = [&](auto write) {
+    Job& job = ring.jobs[at.stage()];
+    ptx::mbarrier_wait_parity(&ring.empty[at.stage()], at.empty_parity());
+    if (first_lane) write(job);
+    __syncwarp();
+    if (first_lane) ptx::mbarrier_arrive(&ring.full[at.stage()]);
+    at.advance();
+    return &job;
+  };
+  for (int list = lists_begin + int(blockIdx.x); list < lists_end; list += int(gridDim.x)) {
+    for (int j = p.plan.worker_begin()[list]; j < p.plan.worker_begin()[list + 1]; ++j)
+      run(*publish([&](Job& job) { job.load(p, j); }));
+  }
+  publish([](Job& job) { job.num_rows = 0; });
+}
+
+// One warp, each on its own. Calls run(job) for each published job.
+template <class Run>
+__device__ __forceinline__ void read_jobs(JobRing& ring, Run run) {
+  RingPosition<JobRing::kJobs> at;
+  for (;;) {
+    ptx::mbarrier_wait_parity(&ring.full[at.stage()], at.full_parity());
+    const Job& job = ring.jobs[at.stage()];
+    if (job.num_rows == 0) return;
+    run(job);
+    __syncwarp();
+    if (threadIdx.x % kWarpSize == 0) ptx::mbarrier_arrive(&ring.empty[at.stage()]);
+    at.advance();
+  }
+}
+
+// Tiles of K and V between the warps that bring them and those that multiply.
+template <class C>
+struct WideStorage {
+  alignas(1024) unsigned char q[C::kGroups][C::kPanelsQk * kGroupRows * kPanelRowBytes];
+  alignas(1024) unsigned char k[C::kStages][C::kPanelsQk * C::kPanelBytes];
+  alignas(1024) unsigned char v[C::kStages][C::kPanelsVo * C::kPanelBytes];
+  uint64_t k_full[C::kStages], k_empty[C::kStages];
+  uint64_t v_full[C::kStages], v_empty[C::kStages];
+  uint64_t v_landed[C::kStages];  // of a tile that is repaired before it is full
+  JobRing jobs;
+
+  __device__ __forceinline__ void init() {
+    for (int i = 0; i < C::kStages; ++i) {
+      ptx::mbarrier_init(&k_full[i], 1), ptx::mbarrier_init(&k_empty[i], 4 * C::kGroups);
+      ptx::mbarrier_init(&v_full[i], 1), ptx::mbarrier_init(&v_empty[i], 4 * C::kGroups);
+      ptx::mbarrier_init(&v_landed[i], 1);
+    }
+    jobs.init(4 * C::kGroups + 1);
+  }
+};
+
+// Maps of the cache's two sides: (column, token of the page, kv head, page), in boxes of one panel of one page.
+struct KvMaps {
+  ptx::TensorMap k, v;
+};
+
+}  // namespace tilestream::cuda

@@ -1,0 +1,314 @@
+// The Hopper attention's wide lane: a warpgroup's 64 rows through the key tiles of a row tile.
+//
+// Warpgroups take turns at starting their products, so that one's softmax hides under the others' tensor work; and a
+// warpgroup's own softmax of tile i hides under its product of weights and values of tile i - 1 (FlashAttention-3, 2407.08608,
+// sections 3.1 and 3.2).
+// The maximum that a row's weights are relative to moves only when a tile has a logit more than 8 powers of two above it:
+// what was accumulated is then seldom rescaled. A row decides for itself, so its bits do not depend on its neighbours.
+#pragma once
+
+#include "cuda/attention_merge.cuh"
+#include "cuda/attention_sm90_config.cuh"
+#include "cuda/ptx/wgmma.cuh"
+
+namespace tilestream::cuda {
+
+constexpr float kLazyLog2 = 8.0f;  // weights stay below 2^8, and sums of 2^7 of them below float16's largest number
+
+template <class T>
+__device__ __forceinline__ unsigned pack_pair(float low, float high) {
+  if constexpr (std::is_same_v<T, __half>) return ptx::cvt_f16x2(low, high);
+  else return ptx::cvt_bf16x2(low, high);
+}
+
+template <class C>
+class WideRows {
+ public:
+  using T = typename C::T;
+  using Ring = RingPosition<C::kStages>;
+
+  __device__ __forceinline__ WideRows(const AttentionParams& p, const LogitRule& rule, const Job& job, WideStorage<C>& s, int group,
+                                      int row_begin)
+      : p_(p), rule_(rule), job_(job), s_(s), group_(group), first_row_(row_begin + group * kGroupRows) {}
+
+  // All tiles of the row tile, from where `ring` stands. Tiles that no row sees would leave all as it is: those of
+  // [seen_begin, seen_end) are multiplied.
+  __device__ __forceinline__ void attend(int tile, int tiles_end, Ring& ring) {
+    int seen_begin = tiles_end, seen_end = tiles_end;
+    if (first_row_ < job_.num_rows) {
+      load_q();
+      const int last_row = min(first_row_ + kGroupRows, job_.num_rows) - 1;
+      seen_begin = job_.keys_begin(first_row_), seen_end = min(tiles_end, job_.keys_end(last_row));
+      all_begin_ = job_.keys_begin(last_row), all_end_ = job_.keys_end(first_row_);
+    }
+    for (; tile < tiles_end && tile + C::kKeys <= seen_begin; tile += C::kKeys) pass_over(ring);
+    if (tile < seen_end) {
+      begin_turn();
+      start_scores(ring);
+      end_turn();
+      ptx::wgmma_wait_group<0>(s_acc_);
+      release(s_.k_empty, ring);
+      float alpha[2];
+      weigh(tile, alpha);
+      pack();
+      bool first = true;
+      for (tile += C::kKeys; tile < seen_end; tile += C::kKeys) {
+        begin_turn();
+        start_scores(ring.next());
+        start_out(ring, first);
+        end_turn();
+        ptx::wgmma_wait_group<1>(s_acc_);
+        release(s_.k_empty, ring.next());
+        weigh(tile, alpha);
+        ptx::wgmma_wait_group<0>(out_, weights_);
+        release(s_.v_empty, ring);
+        rescale(alpha);
+        pack();
+        first = false;
+        ring.advance();
+      }
+      start_out(ring, first);
+      ptx::wgmma_wait_group<0>(out_, weights_);
+      release(s_.v_empty, ring);
+      ring.advance();
+    }
+    for (; tile < tiles_end; tile += C::kKeys) pass_over(ring);
+    if (first_row_ < job_.num_rows) {
+      write();
+      const int warp_begin = first_row_ + warp() * 16;
+      finish_parts(p_, job_, warp_begin, min(warp_begin + 16, job_.num_rows));
+    }
+  }
+
+ private:
+  __device__ __forceinline__ static int lane() { return ptx::opaque(threadIdx.x) % kWarpSize; }
+  __device__ __forceinline__ static int warp() { return ptx::opaque(threadIdx.x) % kGroupThreads / kWarpSize; }
+  // The row of registers with index 2 i + e.
+  __device__ __forceinline__ int row(int i) const { return first_row_ + warp() * 16 + lane() / 4 + 8 * i; }
+
+  __device__ __forceinline__ void pass_over(Ring& ring) const {
+    begin_turn();
+    end_turn();
+    // Not before they are full: a warp must not be a whole round ahead of the others.
+    ptx::mbarrier_wait_parity(&s_.k_full[ring.stage()], ring.full_parity());
+    release(s_.k_empty, ring);
+    ptx::mbarrier_wait_parity(&s_.v_full[ring.stage()], ring.full_parity());
+    release(s_.v_empty, ring);
+    ring.advance();
+  }
+
+  // One turn a tile for each warpgroup, in a circle.
+  __device__ __forceinline__ void begin_turn() const { ptx::bar_sync(kTurn + group_, 2 * kGroupThreads); }
+  __device__ __forceinline__ void end_turn() const {
+    ptx::bar_arrive(kTurn + (group_ + 1 == C::kGroups ? 0 : group_ + 1), 2 * kGroupThreads);
+  }
+
+  __device__ __forceinline__ static void release(uint64_t* empty, const Ring& at) {
+    if (lane() == 0) ptx::mbarrier_arrive(&empty[at.stage()]);
+  }
+
+  // This warpgroup's rows of q; those past the job's end are its last row, columns past head_dim_qk 0, as K's are.
+  __device__ __forceinline__ void load_q() {
+    constexpr int kChunks = C::kPanelsQk * 8;
+    ptx::bar_sync(kGroup + group_, kGroupThreads);  // nobody multiplies with the rows before any more
+    const bool is_aligned = rows_aligned(p_.q, dtype_bytes(p_.q_dtype, 1), p_.q_token_stride, p_.q_head_stride);
+#pragma unroll 2
+    for (int i = threadIdx.x % kGroupThreads; i < kGroupRows * kChunks; i += kGroupThreads) {
+      const int r = i / kChunks, chunk = i % kChunks, row = min(first_row_ + r, job_.num_rows - 1);
+      Vec<T> packed{};
+      if (chunk * 8 < p_.head_dim_qk) {
+        const int64_t at = job_.token(row) * p_.q_token_stride + job_.head(row) * p_.q_head_stride + chunk * 8;
+        Floats8 values;
+        if (p_.q_dtype == DType::kBFloat16) values = load_floats<__nv_bfloat16>(p_.q, at, is_aligned);
+        else if (p_.q_dtype == DType::kFloat16) values = load_floats<__half>(p_.q, at, is_aligned);
+        else values = load_floats<float>(p_.q, at, is_aligned);
+#pragma unroll
+        for (int k = 0; k < 8; ++k) packed.at[k] = from_float<T>(values.at[k] * rule_.q_sign);
+      }
+      unsigned char* const panel = s_.q[group_] + chunk / 8 * (kGroupRows * kPanelRowBytes);
+      *reinterpret_cast<Vec<T>*>(panel + ptx::swizzled(ptx::Swizzle::k128, r * kPanelRowBytes + chunk % 8 * 16)) = packed;
+    }
+    ptx::fence_proxy_async();
+    ptx::bar_sync(kGroup + group_, kGroupThreads);
+  }
+
+  template <ptx::Major kMajorB, int kNum, class A>
+  __device__ __forceinline__ static void multiply(float (&d)[kNum], const A& a, uint64_t b, bool accumulate) {
+    if constexpr (std::is_same_v<A, uint64_t>) {
+      if constexpr (std::is_same_v<T, __half>) ptx::wgmma_m64k16_f16<ptx::Major::kK, kMajorB>(d, a, b, accumulate);
+      else ptx::wgmma_m64k16_bf16<ptx::Major::kK, kMajorB>(d, a, b, accumulate);
+    } else {
+      if constexpr (std::is_same_v<T, __half>) ptx::wgmma_m64k16_f16<kMajorB>(d, a, b, accumulate);
+      else ptx::wgmma_m64k16_bf16<kMajorB>(d, a, b, accumulate);
+    }
+  }
+
+  // s_acc = q . K^T, of the tile at `keys`.
+  __device__ __forceinline__ void start_scores(const Ring& keys) {
+    ptx::mbarrier_wait_parity(&s_.k_full[keys.stage()], keys.full_parity());
+    constexpr unsigned kEightRows = 8 * kPanelRowBytes;
+    // opaque: its eight descriptors would otherwise be kept through the loop, in 16 registers
+    const uint64_t q = ptx::wgmma_descriptor(s_.q[ptx::opaque(group_)], ptx::Swizzle::k128, kEightRows);
+    const uint64_t k = ptx::wgmma_descriptor(s_.k[keys.stage()], ptx::Swizzle::k128, kEightRows);
+    ptx::wgmma_fence(s_acc_);
+#pragma unroll
+    for (int kc = 0; kc < C::kDimQk / 16; ++kc) {
+      const unsigned in_panel = kc % 4 * 32;
+      multiply<ptx::Major::kK>(s_acc_, ptx::wgmma_advance(q, kc / 4 * (kGroupRows * kPanelRowBytes) + in_panel),
+                               ptx::wgmma_advance(k, kc / 4 * C::kPanelBytes + in_panel), kc > 0);
+    }
+    ptx::wgmma_commit_group();
+  }
+
+  // out (+)= weights . V, of the tile at `values`.
+  __device__ __forceinline__ void start_out(const Ring& values, bool first) {
+    ptx::mbarrier_wait_parity(&s_.v_full[values.stage()], values.full_parity());
+    constexpr unsigned kEightRows = 8 * kPanelRowBytes;
+    const uint64_t v = ptx::wgmma_descriptor(s_.v[values.stage()], ptx::Swizzle::k128, kEightRows, C::kPanelBytes);
+    ptx::wgmma_fence(out_, weights_);
+#pragma unroll
+    for (int kc = 0; kc < C::kKeys / 16; ++kc)
+      multiply<ptx::Major::kMN>(out_, weights_[kc], ptx::wgmma_advance(v, kc * 16 * kPanelRowBytes), !first || kc > 0);
+    ptx::wgmma_commit_group();
+  }
+
+  // Scores to logits, -inf where the row does not see the key. Rows past the job's end are its last row.
+  __device__ __forceinline__ void mask(int tile) {
+    if (rule_.cap_scale != 0.0f) {
+#pragma unroll
+      for (float& s : s_acc_) s = capped(s, rule_);
+    }
+    if (all_begin_ <= tile && all_end_ >= tile + C::kKeys && !rule_.alibi) return;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const RowView view(p_, job_, min(row(i), job_.num_rows - 1));
+      const int key = tile + lane() % 4 * 2, begin = view.begin - key, end = view.end - key;
+#pragma unroll
+      for (int n = 0; n < C::kKeys / 8; ++n) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          float& s = s_acc_[4 * n + 2 * i + e];
+          if (rule_.alibi) s = with_alibi(s, rule_, view.slope_log2, key + n * 8 + e - view.q_pos);
+          if (n * 8 + e < begin || n * 8 + e >= end) s = -INFINITY;
+        }
+      }
+    }
+  }
+
+  // Scores to weights. alpha: what is accumulated has to be multiplied by it.
+  __device__ __forceinline__ void weigh(int tile, float (&alpha)[2]) {
+    mask(tile);
+    const float to_log2 = rule_.to_log2();
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      float most = -INFINITY;
+#pragma unroll
+      for (int n = 0; n < C::kKeys / 8; ++n) most = fmaxf(most, fmaxf(s_acc_[4 * n + 2 * i], s_acc_[4 * n + 2 * i + 1]));
+      most = fmaxf(most, __shfl_xor_sync(kFullMask, most, 1));
+      most = fmaxf(most, __shfl_xor_sync(kFullMask, most, 2));
+      const float top = most * to_log2;
+      alpha[i] = 1.0f;
+      if (top > max_[i] + kLazyLog2) alpha[i] = ptx::ex2_approx(max_[i] - top), max_[i] = top;
+      // A row that has seen nothing has max = -inf; subtracting a finite number instead keeps its weights 0, not NaN.
+      const float finite = fmaxf(max_[i], -kFloatMax);
+      float sum = 0.0f;
+#pragma unroll
+      for (int n = 0; n < C::kKeys / 8; ++n) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          float& s = s_acc_[4 * n + 2 * i + e];
+          s = ptx::ex2_approx(fmaf(s, to_log2, -finite));
+          sum += s;
+        }
+      }
+      sum_[i] = fmaf(sum_[i], alpha[i], sum);
+    }
+  }
+
+  __device__ __forceinline__ void rescale(const float (&alpha)[2]) {
+    if (!__any_sync(kFullMask, alpha[0] != 1.0f || alpha[1] != 1.0f)) return;
+#pragma unroll
+    for (int j = 0; j < C::kDimVo / 2; ++j) out_[j] *= alpha[j / 2 % 2];
+  }
+
+  // Weights as fragments a of the second product.
+  __device__ __forceinline__ void pack() {
+#pragma unroll
+    for (int kc = 0; kc < C::kKeys / 16; ++kc) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) weights_[kc][e] = pack_pair<T>(s_acc_[8 * kc + 2 * e], s_acc_[8 * kc + 2 * e + 1]);
+    }
+  }
+
+  // Four lanes have a row, in pairs of columns; for the writer each takes 8 neighbouring columns of every 32.
+  __device__ __forceinline__ void write() {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      float sum = sum_[i];
+      sum += __shfl_xor_sync(kFullMask, sum, 1);
+      sum += __shfl_xor_sync(kFullMask, sum, 2);
+      const float inverse = 1.0f / (sum == 0.0f ? 1.0f : sum);
+      const int row = this->row(i), column = lane() % 4;
+      const RowWriter writer(p_, job_, min(row, job_.num_rows - 1), sum == 0.0f ? -INFINITY : max_[i] + log2f(sum),
+                             column == 0 && row < job_.num_rows);
+#pragma unroll
+      for (int block = 0; block < C::kDimVo / 32; ++block) {
+        Floats8 columns;
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          float four[4];
+#pragma unroll
+          for (int n = 0; n < 4; ++n) four[n] = out_[(block * 4 + n) * 4 + 2 * i + e] * inverse;
+          transpose_quad(four);
+#pragma unroll
+          for (int t = 0; t < 4; ++t) columns.at[2 * t + e] = four[t];
+        }
+        const int d = block * 32 + column * 8;
+        if (row < job_.num_rows && d < p_.head_dim_vo) writer.store_8(d, columns);
+      }
+    }
+  }
+
+  // Lane t of four gets v[t] of each of them, in their order.
+  __device__ __forceinline__ static void transpose_quad(float (&v)[4]) {
+    const int t = lane() % 4;
+#pragma unroll
+    for (int distance = 1; distance <= 2; distance *= 2) {
+      const bool upper = t & distance;
+#pragma unroll
+      for (int a = 0; a < 4; ++a) {
+        if (a & distance) continue;
+        float& low = v[a];
+        float& high = v[a | distance];
+        const float got = __shfl_xor_sync(kFullMask, upper ? low : high, distance);
+        (upper ? low : high) = got;
+      }
+    }
+  }
+
+  const AttentionParams& p_;
+  const LogitRule& rule_;
+  const Job& job_;
+  WideStorage<C>& s_;
+  const int group_;
+  const int first_row_;
+  int all_begin_ = 0, all_end_ = 0;  // the keys that all see
+  float max_[2] = {-INFINITY, -INFINITY};  // in base 2
+  float sum_[2] = {};                      // of this lane's weights
+  float s_acc_[C::kKeys / 2];              // scores, then weights, of the tile
+  unsigned weights_[C::kKeys / 16][4];
+  float out_[C::kDimVo / 2] = {};
+};
+
+template <class C>
+__device__ __forceinline__ void attend_wide(const AttentionParams& p, const LogitRule& rule, WideStorage<C>& s, int group) {
+  RingPosition<C::kStages> ring;
+  if (group == C::kGroups - 1) ptx::bar_arrive(kTurn, 2 * kGroupThreads);  // the first turn is the first warpgroup's
+  if (threadIdx.x / kWarpSize == 4) write_empty_rows(p);                   // while the first tiles are on their way
+  read_jobs(s.jobs, [&](const Job& job) {
+    for_each_row_tile<C>(job, [&](const RowTile& tile) { WideRows<C>(p, rule, job, s, group, tile.row_begin).attend(tile.keys_begin, tile.keys_end, ring); });
+  });
+  if (group == 0) ptx::bar_sync(kTurn, 2 * kGroupThreads);  // the turn that nobody takes
+}
+
+}  // namespace tilestream::cuda
