@@ -12,7 +12,7 @@ namespace tilestream::cuda {
 __device__ __forceinline__ void merge_row(const AttentionParams& p, const PlanMerge& merge, int in_group) {
   constexpr int kColumnsPerLane = 256 / kWarpSize;
   const PlanHeader& h = p.plan.header();
-  const int group_size = h.num_qo_heads / h.num_kv_heads, lane = threadIdx.x % kWarpSize;
+  const int group_size = h.num_qo_heads / h.num_kv_heads, lane = ptx::opaque(threadIdx.x) % kWarpSize;
   const Partials partials(p);
   const int head = merge.kv_head * group_size + in_group;
   const int32_t* parts = p.plan.merge_parts() + merge.parts_begin;

@@ -8,15 +8,17 @@
 #pragma once
 
 #include "cuda/attention_row.h"
-#include "cuda/attention_sm90_load.cuh"
+#include "cuda/attention_sm90_narrow.cuh"
 #include "cuda/attention_sm90_wide.cuh"
 #include "cuda/ptx/setmaxnreg.cuh"
 
 namespace tilestream::cuda {
 
+struct NoStorage {};
 template <class C>
 struct Sm90Storage {
   WideStorage<C> wide;
+  [[no_unique_address]] std::conditional_t<C::kNarrow, NarrowStorage<C>, NoStorage> narrow;
 };
 
 template <class C>
@@ -26,6 +28,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   auto& s = dynamic_smem<Sm90Storage<C>>();
   if (threadIdx.x == 0) {
     s.wide.init();
+    if constexpr (C::kNarrow) s.narrow.init();
     ptx::fence_mbarrier_init();
   }
   __syncthreads();
@@ -35,11 +38,15 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     const int warp = threadIdx.x / kWarpSize;
     if (warp == kLoadWide) load_wide<C>(p, maps, s.wide);
     else if (warp == kRepairWide) repair_wide<C>(s.wide);
+    if constexpr (C::kNarrow) {
+      if (warp == kLoadNarrow) load_narrow<C>(p, maps, s.narrow);
+    }
   } else if (group < C::kGroups) {
     ptx::setmaxnreg_inc<C::kSizes.wide_registers>();
     attend_wide<C>(p, rule, s.wide, group);
   } else if constexpr (C::kNarrow) {
     ptx::setmaxnreg_dec<C::kSizes.narrow_registers>();
+    attend_narrow<C>(p, rule, s.narrow);
   }
 }
 

@@ -8,18 +8,9 @@
 #pragma once
 
 #include "cuda/attention_merge.cuh"
-#include "cuda/attention_sm90_config.cuh"
-#include "cuda/ptx/wgmma.cuh"
+#include "cuda/attention_sm90_rows.cuh"
 
 namespace tilestream::cuda {
-
-constexpr float kLazyLog2 = 8.0f;  // weights stay below 2^8, and sums of 2^7 of them below float16's largest number
-
-template <class T>
-__device__ __forceinline__ unsigned pack_pair(float low, float high) {
-  if constexpr (std::is_same_v<T, __half>) return ptx::cvt_f16x2(low, high);
-  else return ptx::cvt_bf16x2(low, high);
-}
 
 template <class C>
 class WideRows {
@@ -107,40 +98,10 @@ class WideRows {
     if (lane() == 0) ptx::mbarrier_arrive(&empty[at.stage()]);
   }
 
-  // This warpgroup's rows of q; those past the job's end are its last row, columns past head_dim_qk 0, as K's are.
   __device__ __forceinline__ void load_q() {
-    constexpr int kChunks = C::kPanelsQk * 8;
     ptx::bar_sync(kGroup + group_, kGroupThreads);  // nobody multiplies with the rows before any more
-    const bool is_aligned = rows_aligned(p_.q, dtype_bytes(p_.q_dtype, 1), p_.q_token_stride, p_.q_head_stride);
-#pragma unroll 2
-    for (int i = threadIdx.x % kGroupThreads; i < kGroupRows * kChunks; i += kGroupThreads) {
-      const int r = i / kChunks, chunk = i % kChunks, row = min(first_row_ + r, job_.num_rows - 1);
-      Vec<T> packed{};
-      if (chunk * 8 < p_.head_dim_qk) {
-        const int64_t at = job_.token(row) * p_.q_token_stride + job_.head(row) * p_.q_head_stride + chunk * 8;
-        Floats8 values;
-        if (p_.q_dtype == DType::kBFloat16) values = load_floats<__nv_bfloat16>(p_.q, at, is_aligned);
-        else if (p_.q_dtype == DType::kFloat16) values = load_floats<__half>(p_.q, at, is_aligned);
-        else values = load_floats<float>(p_.q, at, is_aligned);
-#pragma unroll
-        for (int k = 0; k < 8; ++k) packed.at[k] = from_float<T>(values.at[k] * rule_.q_sign);
-      }
-      unsigned char* const panel = s_.q[group_] + chunk / 8 * (kGroupRows * kPanelRowBytes);
-      *reinterpret_cast<Vec<T>*>(panel + ptx::swizzled(ptx::Swizzle::k128, r * kPanelRowBytes + chunk % 8 * 16)) = packed;
-    }
-    ptx::fence_proxy_async();
+    load_q_rows<C, kGroupRows>(p_, rule_, job_, first_row_, s_.q[group_]);
     ptx::bar_sync(kGroup + group_, kGroupThreads);
-  }
-
-  template <ptx::Major kMajorB, int kNum, class A>
-  __device__ __forceinline__ static void multiply(float (&d)[kNum], const A& a, uint64_t b, bool accumulate) {
-    if constexpr (std::is_same_v<A, uint64_t>) {
-      if constexpr (std::is_same_v<T, __half>) ptx::wgmma_m64k16_f16<ptx::Major::kK, kMajorB>(d, a, b, accumulate);
-      else ptx::wgmma_m64k16_bf16<ptx::Major::kK, kMajorB>(d, a, b, accumulate);
-    } else {
-      if constexpr (std::is_same_v<T, __half>) ptx::wgmma_m64k16_f16<kMajorB>(d, a, b, accumulate);
-      else ptx::wgmma_m64k16_bf16<kMajorB>(d, a, b, accumulate);
-    }
   }
 
   // s_acc = q . K^T, of the tile at `keys`.
@@ -154,8 +115,8 @@ class WideRows {
 #pragma unroll
     for (int kc = 0; kc < C::kDimQk / 16; ++kc) {
       const unsigned in_panel = kc % 4 * 32;
-      multiply<ptx::Major::kK>(s_acc_, ptx::wgmma_advance(q, kc / 4 * (kGroupRows * kPanelRowBytes) + in_panel),
-                               ptx::wgmma_advance(k, kc / 4 * C::kPanelBytes + in_panel), kc > 0);
+      multiply<T, ptx::Major::kK>(s_acc_, ptx::wgmma_advance(q, kc / 4 * (kGroupRows * kPanelRowBytes) + in_panel),
+                                  ptx::wgmma_advance(k, kc / 4 * C::kPanelBytes + in_panel), kc > 0);
     }
     ptx::wgmma_commit_group();
   }
@@ -168,7 +129,7 @@ class WideRows {
     ptx::wgmma_fence(out_, weights_);
 #pragma unroll
     for (int kc = 0; kc < C::kKeys / 16; ++kc)
-      multiply<ptx::Major::kMN>(out_, weights_[kc], ptx::wgmma_advance(v, kc * 16 * kPanelRowBytes), !first || kc > 0);
+      multiply<T, ptx::Major::kMN>(out_, weights_[kc], ptx::wgmma_advance(v, kc * 16 * kPanelRowBytes), !first || kc > 0);
     ptx::wgmma_commit_group();
   }
 
@@ -259,29 +220,12 @@ class WideRows {
           float four[4];
 #pragma unroll
           for (int n = 0; n < 4; ++n) four[n] = out_[(block * 4 + n) * 4 + 2 * i + e] * inverse;
-          transpose_quad(four);
+          transpose_lanes<1>(four);
 #pragma unroll
           for (int t = 0; t < 4; ++t) columns.at[2 * t + e] = four[t];
         }
         const int d = block * 32 + column * 8;
         if (row < job_.num_rows && d < p_.head_dim_vo) writer.store_8(d, columns);
-      }
-    }
-  }
-
-  // Lane t of four gets v[t] of each of them, in their order.
-  __device__ __forceinline__ static void transpose_quad(float (&v)[4]) {
-    const int t = lane() % 4;
-#pragma unroll
-    for (int distance = 1; distance <= 2; distance *= 2) {
-      const bool upper = t & distance;
-#pragma unroll
-      for (int a = 0; a < 4; ++a) {
-        if (a & distance) continue;
-        float& low = v[a];
-        float& high = v[a | distance];
-        const float got = __shfl_xor_sync(kFullMask, upper ? low : high, distance);
-        (upper ? low : high) = got;
       }
     }
   }

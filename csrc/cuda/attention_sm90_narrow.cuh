@@ -1,0 +1,406 @@
+// The Hopper attention's narrow lane: up to 16 rows (a decode's query heads of one kv head) through tiles of 64 keys.
+//
+// Bound by reading K and V, so that all else should take few registers and stay out of the wide lane's way. The tensor cores
+// take 64 rows at least: here these are keys, then columns of V, and the job's rows are the 8 or 16 columns of the products:
+//   scores^T = K q^T, out^T += V^T weights^T, K and V as they lie in shared memory.
+// A panel (64 keys by 64 columns, 8 KB) is what a slot of the ring holds. K of tile i + 1 comes before V of tile i: its product
+// runs under the softmax of tile i, and who waits for memory holds no slot.
+// Each warp has 16 of the 64 keys. A row's maximum is lazy (kLazyLog2): the warps agree on one at the first tile that a row
+// sees, and again only when a logit is far above it, which a flag beside the weights tells. So tiles seldom exchange maxima,
+// which is what a maximum calibrated beforehand would give (FlashDecoding++, 2311.01282): p.unified_max is not needed.
+// Source: swapped operands, FlashMLA's and FlashInfer's decodes ("swap AB"); Flash-Decoding.
+#pragma once
+
+#include "cuda/attention_merge.cuh"
+#include "cuda/attention_sm90_load.cuh"
+#include "cuda/attention_sm90_rows.cuh"
+#include "cuda/ptx/ldmatrix.cuh"
+
+namespace tilestream::cuda {
+
+// As Sm90Config has them for the wide lane.
+struct NarrowTile {
+  static constexpr int kRows = 16, kKeys = 64;
+};
+constexpr int kSlotBytes = NarrowTile::kKeys * kPanelRowBytes;
+constexpr int kNarrowRowsBytes = NarrowTile::kRows * kPanelRowBytes;
+
+template <class C>
+struct NarrowStorage {
+  // What the wide lane leaves, in slots; 128 KB in flight are more than any memory asks for.
+  static constexpr int kOtherBytes = (C::kPanelsQk + 2) * kNarrowRowsBytes + 1024;
+  static constexpr int kSlots = std::min(16, int(227 * 1024 - sizeof(WideStorage<C>) - kOtherBytes) / kSlotBytes);
+  static_assert(kSlots > C::kPanelsQk + C::kPanelsVo, "a tile and more");
+
+  alignas(1024) unsigned char slots[kSlots][kSlotBytes];
+  alignas(1024) unsigned char q[C::kPanelsQk * kNarrowRowsBytes];
+  alignas(1024) unsigned char weights[2][kNarrowRowsBytes];  // of this tile, and of the one before
+  uint64_t full[kSlots], empty[kSlots];
+  JobRing jobs;
+  float exchange[4][NarrowTile::kRows];     // of each warp: maxima or sums of rows
+  alignas(4) unsigned char is_above[2][4];  // whether a warp's weights are too large, beside `weights`
+
+  __device__ __forceinline__ void init() {
+    for (int i = 0; i < kSlots; ++i) ptx::mbarrier_init(&full[i], 1), ptx::mbarrier_init(&empty[i], 4);
+    jobs.init(4);
+  }
+};
+
+// RingPosition for any number of stages.
+template <class C>
+class SlotPosition {
+  static constexpr int kSlots = NarrowStorage<C>::kSlots;
+
+ public:
+  __device__ __forceinline__ int slot() const { return slot_; }
+  // Of the piece's panel; kSlots at most.
+  __device__ __forceinline__ int slot(int panel) const { return slot_ + panel < kSlots ? slot_ + panel : slot_ + panel - kSlots; }
+  __device__ __forceinline__ unsigned full_parity() const { return parity_; }
+  __device__ __forceinline__ unsigned empty_parity() const { return parity_ ^ 1; }
+  __device__ __forceinline__ void advance() {
+    if (++slot_ == kSlots) slot_ = 0, parity_ ^= 1;
+  }
+
+ private:
+  int slot_ = 0;
+  unsigned parity_ = 0;
+};
+
+// One warp: a piece's panels, each to the next slot. page: of this lane's box, one of the first 64 / page_size lanes.
+template <int kPanels, class C>
+__device__ __forceinline__ void load_piece(const ptx::TensorMap& map, const Job& job, int page, NarrowStorage<C>& s, SlotPosition<C>& at) {
+  const int lane = threadIdx.x % kWarpSize;
+#pragma unroll 1
+  for (int panel = 0; panel < kPanels; ++panel) {
+    const int slot = at.slot();
+    ptx::mbarrier_wait_parity(&s.empty[slot], at.empty_parity());
+    if (lane == 0) ptx::mbarrier_arrive_expect_tx(&s.full[slot], kSlotBytes);
+    __syncwarp();
+    if (lane < NarrowTile::kKeys >> job.page_shift)
+      ptx::cp_async_bulk_tensor_load(s.slots[slot] + (lane << job.page_shift) * kPanelRowBytes, map,
+                                     {panel * kPanelColumns, 0, job.at.kv_head, page}, &s.full[slot]);
+    at.advance();
+  }
+}
+
+// The warp that brings the narrow lane's pieces.
+template <class C>
+__device__ __forceinline__ void load_narrow(const AttentionParams& p, const KvMaps& maps, NarrowStorage<C>& s) {
+  const PlanHeader& h = p.plan.header();
+  const int lane = threadIdx.x % kWarpSize;
+  SlotPosition<C> at;
+  publish_jobs(p, s.jobs, h.num_workers - h.num_narrow_workers, h.num_workers, [&](const Job& job) {
+    // A page outside the job is not looked up: one past the last of the tensor gives zeros.
+    const auto page_in = [&](int tile) {
+      const int key = tile + ((lane << job.page_shift) % NarrowTile::kKeys);
+      const bool is_mine = key + job.page_size > job.at.kv_begin && key < job.at.kv_end;
+      return is_mine ? int(job.page(key)) : p.num_pages;
+    };
+    for_each_row_tile<NarrowTile>(job, [&](const RowTile& rows) {
+      // Looked up a tile before they are needed.
+      int page = page_in(rows.keys_begin), next_page = page_in(rows.keys_begin + NarrowTile::kKeys);
+      if (rows.keys_begin < rows.keys_end) load_piece<C::kPanelsQk>(maps.k, job, page, s, at);
+#pragma unroll 1
+      for (int tile = rows.keys_begin; tile < rows.keys_end; tile += NarrowTile::kKeys) {
+        const int page_after = page_in(tile + 2 * NarrowTile::kKeys);
+        if (tile + NarrowTile::kKeys < rows.keys_end) load_piece<C::kPanelsQk>(maps.k, job, next_page, s, at);
+        load_piece<C::kPanelsVo>(maps.v, job, page, s, at);
+        page = next_page, next_page = page_after;
+      }
+    });
+  });
+}
+
+// kRows rows, 8 or 16, from first_row on. A thread has the keys 16 warp + g + 8 i of a tile (g = lane / 4, i < 2), the same
+// columns of each panel of V, and the rows 8 j + 2 t + e (t = lane % 4, e < 2): scores[4 j + 2 i + e].
+template <class C, int kRows>
+class NarrowRows {
+ public:
+  using T = typename C::T;
+  using Ring = SlotPosition<C>;
+
+  __device__ __forceinline__ NarrowRows(const AttentionParams& p, const LogitRule& rule, const Job& job, NarrowStorage<C>& s, int first_row)
+      : p_(p), rule_(rule), job_(job), s_(s), first_row_(first_row) {
+    const int last_row = min(first_row + kRows, job.num_rows) - 1;
+    all_begin_ = job.keys_begin(last_row), all_end_ = job.keys_end(first_row);
+#pragma unroll
+    for (float& m : max_) m = -INFINITY;
+  }
+
+  // All tiles of the row tile, from where `ring` stands.
+  __device__ __forceinline__ void attend(int tile, int tiles_end, Ring& ring) {
+    load_q_rows<C, kRows>(p_, rule_, job_, first_row_, s_.q);  // nobody reads q any more: share_sums()
+    sync();
+    if (tile < tiles_end) {
+      Ring keys = take<C::kPanelsQk>(ring);
+      start_scores(keys);
+      finish_scores(keys);
+      for (unsigned buffer = 0;; buffer ^= 1, tile += NarrowTile::kKeys) {
+        float logits[kRows / 2];
+#pragma unroll
+        for (int i = 0; i < kRows / 2; ++i) logits[i] = scores_[i];
+        const bool is_last = tile + NarrowTile::kKeys >= tiles_end;
+        if (!is_last) {
+          keys = take<C::kPanelsQk>(ring);
+          start_scores(keys);
+        }
+        mask(tile, logits);
+        if (has_foreign_keys<NarrowTile>(job_, tile)) repair(ring, tile);
+        weigh(logits, buffer);
+        if (!is_last) finish_scores(keys);
+        add_values(take<C::kPanelsVo>(ring), buffer);
+        if (is_last) break;
+      }
+    }
+    share_sums();
+    write();
+    sync();  // each warp has written its columns of all rows, and now finishes its rows
+    const int warp_begin = first_row_ + warp() * (kRows / 4);
+    finish_parts(p_, job_, warp_begin, min(warp_begin + kRows / 4, job_.num_rows));
+  }
+
+ private:
+  static constexpr unsigned kEightRows = 8 * kPanelRowBytes;
+
+  __device__ __forceinline__ static int lane() { return ptx::opaque(threadIdx.x) % kWarpSize; }
+  __device__ __forceinline__ static int warp() { return ptx::opaque(threadIdx.x) % kGroupThreads / kWarpSize; }
+  __device__ __forceinline__ static void sync() { ptx::bar_sync(kGroup + C::kGroups, kGroupThreads); }
+  // Of this thread's 2 j + e.
+  __device__ __forceinline__ static int row(int index) { return index / 2 * 8 + lane() % 4 * 2 + index % 2; }
+
+  template <int kPanels>
+  __device__ __forceinline__ void release(const Ring& piece) const {
+    if (lane() < kPanels) ptx::mbarrier_arrive(&s_.empty[piece.slot(lane())]);
+  }
+
+  // Waits for a piece, and moves on behind it.
+  template <int kPanels>
+  __device__ __forceinline__ Ring take(Ring& ring) const {
+    const Ring piece = ring;
+#pragma unroll
+    for (int panel = 0; panel < kPanels; ++panel, ring.advance())
+      ptx::mbarrier_wait_parity(&s_.full[ring.slot()], ring.full_parity());
+    return piece;
+  }
+  __device__ __forceinline__ uint64_t descriptor(const Ring& piece, int panel) const {
+    return ptx::wgmma_descriptor(s_.slots[piece.slot(panel)], ptx::Swizzle::k128, kEightRows);
+  }
+
+  // scores = K . q^T.
+  __device__ __forceinline__ void start_scores(const Ring& keys) {
+    const uint64_t q = ptx::wgmma_descriptor(s_.q + ptx::opaque(0), ptx::Swizzle::k128, kEightRows);
+    ptx::wgmma_fence(scores_);
+#pragma unroll
+    for (int panel = 0; panel < C::kPanelsQk; ++panel) {
+      const uint64_t k = descriptor(keys, panel);
+#pragma unroll
+      for (int kc = 0; kc < min(4, C::kDimQk / 16 - 4 * panel); ++kc)
+        multiply<T, ptx::Major::kK>(scores_, ptx::wgmma_advance(k, kc * 32),
+                                    ptx::wgmma_advance(q, panel * (kRows * kPanelRowBytes) + kc * 32), panel + kc > 0);
+    }
+    ptx::wgmma_commit_group();
+  }
+  __device__ __forceinline__ void finish_scores(const Ring& keys) {
+    ptx::wgmma_wait_group<0>(scores_);
+    release<C::kPanelsQk>(keys);
+  }
+
+  // out += V^T . weights^T.
+  __device__ __forceinline__ void add_values(const Ring& values, unsigned buffer) {
+    const uint64_t weights = ptx::wgmma_descriptor(s_.weights[buffer], ptx::Swizzle::k128, kEightRows);
+    ptx::wgmma_fence(out_);
+#pragma unroll
+    for (int panel = 0; panel < C::kPanelsVo; ++panel) {
+      const uint64_t v = descriptor(values, panel);
+#pragma unroll
+      for (int kc = 0; kc < NarrowTile::kKeys / 16; ++kc)
+        multiply<T, ptx::Major::kK, ptx::Major::kMN>(out_[panel], ptx::wgmma_advance(v, kc * 16 * kPanelRowBytes),
+                                                     ptx::wgmma_advance(weights, kc * 32), true);
+    }
+    ptx::wgmma_commit_group();
+    wait_out(std::make_integer_sequence<int, C::kPanelsVo>{});
+    release<C::kPanelsVo>(values);
+  }
+  template <int... kPanel>
+  __device__ __forceinline__ void wait_out(std::integer_sequence<int, kPanel...>) { ptx::wgmma_wait_group<0>(out_[kPanel]...); }
+
+  // Zeros in the rows of V that are not the job's, before weigh()'s barrier.
+  __device__ __forceinline__ void repair(Ring values, int tile) const {
+    const int first = job_.at.kv_end - tile, end = first + job_.page_size - job_.offset(job_.at.kv_end);
+    for (int panel = 0; panel < C::kPanelsVo; ++panel, values.advance()) {
+      if (panel % 4 != warp()) continue;
+      ptx::mbarrier_wait_parity(&s_.full[values.slot()], values.full_parity());
+      zero_rows<1>(s_.slots[values.slot()], NarrowTile::kKeys, first, end);
+    }
+  }
+
+  // Scores to logits, -inf where the row does not see the key. Rows past the job's end are its last row.
+  __device__ __forceinline__ void mask(int tile, float (&logits)[kRows / 2]) const {
+    if (rule_.cap_scale != 0.0f) {
+#pragma unroll
+      for (float& s : logits) s = capped(s, rule_);
+    }
+    if (all_begin_ <= tile && all_end_ >= tile + NarrowTile::kKeys && !rule_.alibi) return;
+    const int first_key = tile + warp() * 16 + lane() / 4;
+#pragma unroll
+    for (int r = 0; r < kRows / 4; ++r) {
+      const RowView view(p_, job_, min(first_row_ + row(r), job_.num_rows - 1));
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        float& s = logits[r / 2 * 4 + 2 * i + r % 2];
+        const int key = first_key + 8 * i;
+        if (rule_.alibi) s = with_alibi(s, rule_, view.slope_log2, key - view.q_pos);
+        if (!view.sees(key)) s = -INFINITY;
+      }
+    }
+  }
+
+  // The base-2 logit relative to its row's maximum. A row that has seen nothing has a maximum of -inf; subtracting a finite
+  // number instead keeps its weights 0, not NaN.
+  __device__ __forceinline__ float relative(float logit, int r) const {
+    return fmaf(logit, rule_.to_log2(), -fmaxf(max_[r], -kFloatMax));
+  }
+
+  // Logits to weights, in shared memory for all.
+  __device__ __forceinline__ void weigh(const float (&logits)[kRows / 2], unsigned buffer) {
+    float sum[kRows / 4];
+    const bool is_above = store_weights(logits, buffer, sum);
+    if (lane() == 0) s_.is_above[buffer][warp()] = is_above;
+    ptx::fence_proxy_async();
+    sync();
+    if (*reinterpret_cast<const unsigned*>(s_.is_above[buffer]) != 0) {
+      move_maxima(logits);
+      store_weights(logits, buffer, sum);
+      ptx::fence_proxy_async();
+      sync();
+    }
+#pragma unroll
+    for (int r = 0; r < kRows / 4; ++r) sum_[r] += sum[r];
+  }
+
+  // This warp's weights of the tile, and this thread's sums of them. Whether one is so large that its row's maximum has to move.
+  __device__ __forceinline__ bool store_weights(const float (&logits)[kRows / 2], unsigned buffer, float (&sum)[kRows / 4]) const {
+    float most = -INFINITY;
+    unsigned packed[4];
+#pragma unroll
+    for (int n = 0; n < 4; ++n) {  // matrix of 8 keys by 8 rows: j = n / 2, i = n % 2
+      // Eight rows have two of them; stored a second time, where nobody reads.
+      if (n >= kRows / 4) { packed[n] = packed[n % 2]; continue; }
+      float weight[2];
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const float x = relative(logits[2 * n + e], n / 2 * 2 + e);
+        most = fmaxf(most, x);
+        weight[e] = ptx::ex2_approx(x);
+        float& to = sum[n / 2 * 2 + e];
+        to = n % 2 == 0 ? weight[e] : to + weight[e];
+      }
+      packed[n] = pack_pair<T>(weight[0], weight[1]);
+    }
+    // To [row][key]: lane l has the place of row l % 8 of matrix l / 8.
+    const unsigned row = lane() / 16 * 8 + lane() % 8, chunk = warp() * 2 + lane() / 8 % 2;
+    ptx::stmatrix_x4_trans(s_.weights[buffer] + ptx::swizzled(ptx::Swizzle::k128, row * kPanelRowBytes + chunk * 16), packed);
+    return __any_sync(kFullMask, most > kLazyLog2);
+  }
+
+  // Rows with a logit of the tile far above their maximum take it as their maximum, and what they have accumulated moves there.
+  // A row decides for itself, so its bits do not depend on its neighbours.
+  __device__ __forceinline__ void move_maxima(const float (&logits)[kRows / 2]) {
+    float most[kRows / 4];
+#pragma unroll
+    for (int r = 0; r < kRows / 4; ++r) {
+      const float* const two = &logits[r / 2 * 4 + r % 2];
+      most[r] = fmaxf(two[0], two[2]);
+#pragma unroll
+      for (int distance = 4; distance < kWarpSize; distance *= 2) most[r] = fmaxf(most[r], __shfl_xor_sync(kFullMask, most[r], distance));
+      if (lane() < 4) s_.exchange[warp()][row(r)] = most[r];
+    }
+    sync();
+#pragma unroll
+    for (int r = 0; r < kRows / 4; ++r) {
+#pragma unroll
+      for (int w = 0; w < 4; ++w) most[r] = fmaxf(most[r], s_.exchange[w][row(r)]);
+      float alpha = 1.0f;
+      if (relative(most[r], r) > kLazyLog2) {
+        const float top = most[r] * rule_.to_log2();
+        alpha = ptx::ex2_approx(max_[r] - top), max_[r] = top;
+      }
+      sum_[r] *= alpha;
+#pragma unroll
+      for (int panel = 0; panel < C::kPanelsVo; ++panel) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) out_[panel][r / 2 * 4 + 2 * i + r % 2] *= alpha;
+      }
+    }
+  }
+
+  // sum_ of all threads that have weights of the row.
+  __device__ __forceinline__ void share_sums() {
+#pragma unroll
+    for (int r = 0; r < kRows / 4; ++r) {
+#pragma unroll
+      for (int distance = 4; distance < kWarpSize; distance *= 2) sum_[r] += __shfl_xor_sync(kFullMask, sum_[r], distance);
+      if (lane() < 4) s_.exchange[warp()][row(r)] = sum_[r];
+    }
+    sync();
+#pragma unroll
+    for (int r = 0; r < kRows / 4; ++r) {
+      sum_[r] = 0.0f;
+#pragma unroll
+      for (int w = 0; w < 4; ++w) sum_[r] += s_.exchange[w][row(r)];
+    }
+  }
+
+  // Eight lanes have eight neighbouring columns, of two rows, two such blocks and two panels each: 8 numbers. Each takes one of
+  // the eight blocks.
+  __device__ __forceinline__ void write() const {
+    const int g = lane() / 4, i = g / 2 % 2, e = g % 2;
+#pragma unroll
+    for (int j = 0; j < kRows / 8; ++j) {
+      float inverse[2];
+#pragma unroll
+      for (int k = 0; k < 2; ++k) inverse[k] = 1.0f / (sum_[2 * j + k] == 0.0f ? 1.0f : sum_[2 * j + k]);
+      const float sum = e == 0 ? sum_[2 * j] : sum_[2 * j + 1], max = e == 0 ? max_[2 * j] : max_[2 * j + 1];
+      const int row = first_row_ + 8 * j + lane() % 4 * 2 + e;
+      const RowWriter writer(p_, job_, min(row, job_.num_rows - 1), sum == 0.0f ? -INFINITY : max + log2f(sum),
+                             warp() == 0 && g < 2 && row < job_.num_rows);
+#pragma unroll
+      for (int panels = 0; panels < C::kPanelsVo; panels += 2) {
+        Floats8 columns;
+#pragma unroll
+        for (int k = 0; k < 8; ++k) {
+          const int panel = panels + k / 4;
+          columns.at[k] = panel < C::kPanelsVo ? out_[panel][4 * j + k % 4] * inverse[k % 2] : 0.0f;
+        }
+        transpose_lanes<4>(columns.at);
+        const int d = (panels + g / 4) * kPanelColumns + warp() * 16 + 8 * i;
+        if (row < job_.num_rows && d < p_.head_dim_vo) writer.store_8(d, columns);
+      }
+    }
+  }
+
+  const AttentionParams& p_;
+  const LogitRule& rule_;
+  const Job& job_;
+  NarrowStorage<C>& s_;
+  const int first_row_;
+  int all_begin_, all_end_;  // the keys that all see
+  float max_[kRows / 4];      // in base 2
+  float sum_[kRows / 4] = {};  // of this thread's weights
+  float scores_[kRows / 2];
+  float out_[C::kPanelsVo][kRows / 2] = {};
+};
+
+// The narrow warpgroup.
+template <class C>
+__device__ __forceinline__ void attend_narrow(const AttentionParams& p, const LogitRule& rule, NarrowStorage<C>& s) {
+  SlotPosition<C> ring;
+  read_jobs(s.jobs, [&](const Job& job) {
+    for_each_row_tile<NarrowTile>(job, [&](const RowTile& rows) {
+      if (job.num_rows - rows.row_begin <= 8) NarrowRows<C, 8>(p, rule, job, s, rows.row_begin).attend(rows.keys_begin, rows.keys_end, ring);
+      else NarrowRows<C, 16>(p, rule, job, s, rows.row_begin).attend(rows.keys_begin, rows.keys_end, ring);
+    });
+  });
+}
+
+}  // namespace tilestream::cuda
