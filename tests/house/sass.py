@@ -136,7 +136,7 @@ def _counts(code: list[Instruction]) -> str:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 2:
+    if len(sys.argv) < 2 or disassembler() is None:
         sys.exit(__doc__)
     for path in [Path(name) for name in sys.argv[2:]] or kernel_table.objects().values():
         for name, code in disassemble(path).items():
