@@ -1,4 +1,4 @@
-"""The Hopper model's sums: by hand, against each other, against what was measured of another kernel, and in the documentation."""
+"""The Hopper model's sums: by hand, against each other, against what was measured of another kernel, in the documentation."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import pytest
 
 from bench import sm90_model
 from bench.sm90_loads import (
-    CLOCK_HZ, FLOP, HBM_BYTES_PER_S, NARROW_ROWS, NUM_SMS, ROW_BYTES, SMEM_BYTES, TILES, Heads, Tile, decode, executed, narrow_tile,
-    our_wide_tile, prefill, wide_tile,
+    CLOCK_HZ, FLOP, HBM_BYTES_PER_S, NARROW_ROWS, NUM_SMS, ROW_BYTES, SMEM_BYTES, TILES, Heads, Tile, decode, executed,
+    narrow_tile, our_wide_tile, prefill, wide_tile,
 )  # fmt: skip
 
 GPUS = tuple(HBM_BYTES_PER_S)
