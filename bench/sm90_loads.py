@@ -48,9 +48,9 @@ HBM_BYTES_PER_S = {"H200": 4.3e12, "H100": 3.0e12}
 
 SCORE_INSTRUCTIONS, POLYNOMIAL_INSTRUCTIONS = 4.5, 7
 # Per value. Integers: prmt, fma, half a pack; fp8: half a conversion, one to float, half a pack; 0.2 to load and store.
-UNPACK_INSTRUCTIONS = {"bf16": 0.0, "fp8": 2.2, "int8": 2.7, "int4": 2.9}
+UNPACK_INSTRUCTIONS = {"bfloat16": 0.0, "fp8": 2.2, "int8": 2.7, "int4": 2.9}
 TRANSPOSE_INSTRUCTIONS = 0.4  # per value of V, whose e4m3 wgmma takes with the keys running fastest
-ROW_BYTES = {"bf16": lambda d: 2 * d, "fp8": lambda d: d, "int8": lambda d: d + 4, "int4": lambda d: d // 2 + 4}
+ROW_BYTES = {"bfloat16": lambda d: 2 * d, "fp8": lambda d: d, "int8": lambda d: d + 4, "int4": lambda d: d // 2 + 4}
 EXECUTION, EXPOSED = ("wgmma", "ex2", "issue"), 0.55
 # A launch inside a graph; the header, a job and its page ids, one after the other; the first piece's latency; the last rows'
 # way out; and to merge: partial rows out, a counter, partial rows in.
@@ -106,7 +106,7 @@ def narrow_tile(dim: int, kv_dtype: str, rows: int) -> Cycles:
     smem_qk, smem_pv = 2 * dim * (keys + columns), 2 * keys * (dim + columns * math.ceil(dim / 64))
     stored, scores = 2 * keys * ROW_BYTES[kv_dtype](dim), keys * columns
     unpack = values * UNPACK_INSTRUCTIONS[kv_dtype] / LANES
-    unpacked = 0 if kv_dtype == "bf16" else stored + 2 * values  # bytes read and written to unpack
+    unpacked = 0 if kv_dtype == "bfloat16" else stored + 2 * values  # bytes read and written to unpack
     instructions = scores * SCORE_INSTRUCTIONS + columns * dim
     return {
         "wgmma": _wgmma(keys, columns, dim, smem_qk, "bf16") + _wgmma(dim, columns, keys, smem_pv, "bf16"),
@@ -174,7 +174,7 @@ def prefill(batch_size: int, q_len: int, kv_len: int, heads: Heads, product: str
     return _dealt(our_wide_tile(heads, product), num_tiles, flop, stored + rows)
 
 
-def decode(kv_lens: list[int], heads: Heads, kv_dtype: str = "bf16", prefix: int = 0) -> Load:
+def decode(kv_lens: list[int], heads: Heads, kv_dtype: str = "bfloat16", prefix: int = 0) -> Load:
     """One token of each request. prefix: of tokens whose pages all requests share, and which L2 holds."""
     if heads.dim_qk > MAX_NARROW_DIM or heads.group > NARROW_ROWS[-1]:
         raise ValueError(f"the narrow lane takes head_dim up to {MAX_NARROW_DIM} and {NARROW_ROWS[-1]} rows, not {heads}")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from bench import goals
 from bench.sm90_loads import (
-    FLOP, HBM_BYTES_PER_S, NARROW_ROWS, ROW_BYTES, TILES, Heads, Load, decode, narrow_tile, our_wide_tile, prefill,
+    CLOCK_HZ, FLOP, HBM_BYTES_PER_S, NARROW_ROWS, ROW_BYTES, TILES, Heads, Load, decode, narrow_tile, our_wide_tile, prefill,
     shared_prefix,
 )  # fmt: skip
 
@@ -65,14 +65,14 @@ def prefill_case(heads: Heads, length: int, product: str = "bf16") -> Case:
     return Case(kind, what, load, lambda gpu: load.flop / tflops / 1e12, f"{tflops:.0f} TFLOP/s")
 
 
-def decode_case(batch_size: int, kv_len: int, heads: Heads, kv_dtype: str = "bf16") -> Case:
+def decode_case(batch_size: int, kv_len: int, heads: Heads, kv_dtype: str = "bfloat16") -> Case:
     load, what = decode([kv_len] * batch_size, heads, kv_dtype), f"{batch_size} x {kv_len}, {heads}"
     kind, limit_us = f"decode, {kv_dtype} KV", goals.DECODE_BATCH_1_US
     if batch_size == 1:
         return Case(kind, what, load, lambda gpu: limit_us * 1e-6, f"{limit_us:g} us")
     if kv_dtype == "int4":
         return Case(kind, what, load)
-    share = goals.DECODE_SHARE if kv_dtype == "bf16" else goals.DECODE_SHARE_8BIT
+    share = goals.DECODE_SHARE if kv_dtype == "bfloat16" else goals.DECODE_SHARE_8BIT
     return Case(kind, what, load, lambda gpu: load.hbm_bytes / HBM_BYTES_PER_S[gpu] / share, f"{share:.2f} of HBM")
 
 
@@ -125,15 +125,17 @@ def tile_table() -> str:
     ]  # fmt: skip
     tiles += [
         (f"{kv_dtype} narrow, head_dim 128, {rows} rows", narrow_tile(128, kv_dtype, rows))
-        for kv_dtype in ROW_BYTES for rows in NARROW_ROWS if kv_dtype == "bf16" or rows == 8
+        for kv_dtype in ROW_BYTES for rows in NARROW_ROWS if kv_dtype == "bfloat16" or rows == 8
     ]  # fmt: skip
     header = ("tile", *tiles[0][1])
     return _table(header, [[name, *(f"{cycles[resource]:.0f}" for resource in header[1:])] for name, cycles in tiles])
 
 
 def case_table(gpu: str) -> str:
-    header = ("case", "binds", "limit", "expected", "rate", "goal", "expected / goal", "may expose")
-    return _table(header, [_row(case, gpu) for case in cases()])
+    """Resources: how much of the expected time each is busy."""
+    rows = cases()
+    columns = ("binds", "limit", "expected", "rate", "goal", "expected / goal", "may expose")
+    return _table(("case", *rows[0].load.all_cycles(gpu), *columns), [_row(case, gpu) for case in rows])
 
 
 def _row(case: Case, gpu: str) -> list[str]:
@@ -143,8 +145,9 @@ def _row(case: Case, gpu: str) -> list[str]:
     if case.goal:
         over = f"{seconds / case.goal(gpu):.2f}"
         exposed = f"{load.may_expose(gpu, case.goal(gpu)):.2f}" if case.kind.endswith("prefill") else ""
+    busy = [f"{cycles / CLOCK_HZ / seconds:.0%}" for cycles in load.all_cycles(gpu).values()]
     micros = [f"{s * 1e6:.1f} us" for s in (load.limit_s(gpu), seconds)]
-    return [f"{case.kind}: {case.what}", load.binds(gpu), *micros, rate, case.goal_text, over, exposed]
+    return [f"{case.kind}: {case.what}", *busy, load.binds(gpu), *micros, rate, case.goal_text, over, exposed]
 
 
 def mean_mixed_ratio(gpu: str) -> float:
@@ -158,8 +161,8 @@ def main() -> None:
     gpu = parser.parse_args().gpu
     print(f"Estimates. Cycles of an SM for one KV tile:\n\n{tile_table()}\n")
     print(
-        f"Launches on an {gpu}. x: over the launches that it replaces. May expose: the EXPOSED at which the goal is reached; "
-        f"below 0 it is not.\n\n{case_table(gpu)}\n"
+        f"Launches on an {gpu}: how busy each resource is, what binds, the time if all overlapped, the time to expect. x: over "
+        f"the launches that it replaces. May expose: the EXPOSED at which the goal is reached.\n\n{case_table(gpu)}\n"
     )
     print(f"Mixed, geometric mean: {mean_mixed_ratio(gpu):.2f} x the serial pair; the goal is {goals.MIXED_RATIO:g}")
 

@@ -13,18 +13,16 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from bench.cuda.timing import DEVICE, Run, check, relative_error, working
 from bench.peers.flashinfer import PagedBatch
+from bench.sm90_loads import ROW_BYTES
 from tilestream import ops
 from tilestream.ops import AttentionPlanner, KvCache
 
 PAGE_SIZE = 64
 BACKENDS = {"SDPA flash": SDPBackend.FLASH_ATTENTION, "SDPA cuDNN": SDPBackend.CUDNN_ATTENTION}
-# Bytes of a stored row; how far from the attention over what is stored a result may be.
-ROW_BYTES = {"bfloat16": lambda d: 2 * d, "fp8": lambda d: d, "int8": lambda d: d + 4, "int4": lambda d: d // 2 + 4}
+# How far from the attention over what is stored a result may be.
 BOUNDS = {"bfloat16": 0.01, "fp8": 0.08, "int8": 0.02, "int4": 0.02}
 PEER_BOUNDS = {kv_dtype: 2 * bound for kv_dtype, bound in BOUNDS.items()}  # from ours: both round
 APPENDED_TOKENS = 1 << 17  # at a time
-
-Heads = tuple[int, int, int]  # num_qo_heads, num_kv_heads, head_dim
 
 
 class Pages:
@@ -60,7 +58,6 @@ class Pages:
         tokens = torch.arange(self.kv_lens[b], device=DEVICE)
         slots = self.block_table[b, tokens // PAGE_SIZE] * PAGE_SIZE + tokens % PAGE_SIZE
         return ops.gather_kv(self.caches[i], slots.int())
-
 
     def bfloat16_tokens(self, i: int, b: int) -> list[torch.Tensor]:
         return [side.bfloat16() for side in self.keys_and_values(i, b)]

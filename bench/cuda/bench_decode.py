@@ -12,13 +12,13 @@ import random
 import pytest
 
 from bench import goals
-from bench.cuda.attention_batch import Batch, Heads, Pages, sdpa, with_best
+from bench.cuda.attention_batch import Batch, Pages, sdpa, with_best
 from bench.cuda.timing import Run, interleave, num_sets
 from bench.harness import Report
 from bench.peers import flashinfer
 from bench.roofs import Work
 
-GQA_4, GQA_8 = (32, 8, 128), (32, 4, 128)
+GQA_4, GQA_8 = (32, 8, 128), (32, 4, 128)  # num_qo_heads, num_kv_heads, head_dim
 LARGE = [(8, 8192), (32, 8192), (128, 8192), (8, 32768), (1, 131072)]
 QUANTISED = [(kv_dtype, batch_size) for kv_dtype in ("fp8", "int8") for batch_size in (32, 128)] + [("int4", 32)]
 LENGTH_QUANTISED = 8192
@@ -35,7 +35,7 @@ def skewed_lengths() -> list[int]:
 class Decodes:
     """A checked batch, and as many sets of its pages as it takes for memory, not L2, to serve them."""
 
-    def __init__(self, kv_lens: list[int], heads: Heads, kv_dtype: str = "bfloat16", *, shared: int = 0) -> None:
+    def __init__(self, kv_lens: list[int], heads: tuple[int, int, int], kv_dtype: str = "bfloat16", *, shared: int = 0) -> None:
         num_qo_heads, num_kv_heads, head_dim = heads
         num_tokens = sum(kv_lens) - shared * (len(kv_lens) - 1)
         self.num_bytes = num_tokens * Pages.bytes_of_a_token(num_kv_heads, head_dim, kv_dtype)
@@ -61,7 +61,7 @@ def test_bfloat16(batch_size: int, kv_len: int, report: Report) -> None:
 
 @pytest.mark.parametrize("kv_len", [1024, 2048, 4096])
 @pytest.mark.parametrize("heads", [GQA_4, GQA_8], ids=str)
-def test_one_request(kv_len: int, heads: Heads, report: Report) -> None:
+def test_one_request(kv_len: int, heads: tuple[int, int, int], report: Report) -> None:
     decodes = Decodes([kv_len], heads)
     op = f"decode, one request; goal {goals.DECODE_BATCH_1_US:g} us"
     decodes.add(report, op, f"1 x {kv_len}, heads {heads}", decodes.peers())

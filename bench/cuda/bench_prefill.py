@@ -50,7 +50,7 @@ def test_bfloat16(head_dim: int, length: int, report: Report) -> None:
 
 @pytest.mark.parametrize(("head_dim", "length"), FP8_CASES, ids=str)
 def test_fp8(head_dim: int, length: int, report: Report) -> None:
-    """The goal is over cuDNN's fp8, which torch does not offer. Ours has q in bfloat16, and its products too."""
+    """The goal is over cuDNN's fp8, which torch does not offer. The limit is that of 8 bits; ours has its products in bfloat16."""
     batch = prefill(head_dim, length, "fp8")
     peers = flashinfer.prefill(batch.paged) | flashinfer.fp8_prefill(batch.paged)
     add(report, f"causal prefill, fp8 KV; goal {goals.FP8_PREFILL_RATIO:.2f} x the best fp8", batch, peers, "int8")

@@ -34,7 +34,7 @@ def test_a_wide_tile_by_hand() -> None:
 
 
 def test_a_narrow_product_is_bound_by_its_operand_in_shared_memory() -> None:
-    cycles = narrow_tile(128, "bf16", rows=8)
+    cycles = narrow_tile(128, "bfloat16", rows=8)
     keys_and_values, q, weights = 2 * 64 * 128 * 2, 8 * 128 * 2, 2 * 64 * 8 * 2
     assert cycles["wgmma"] == (keys_and_values + q + weights) / SMEM_BYTES
 
