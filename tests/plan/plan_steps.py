@@ -40,7 +40,7 @@ class Step:
 
     def is_narrow(self, job: Job) -> bool:
         group_size = self.config["num_qo_heads"] // self.config["num_kv_heads"]
-        return not self.config["batch_invariant"] and len(job.tokens) * group_size <= self.config["narrow_rows"]
+        return len(job.tokens) * group_size <= self.config["narrow_rows"]
 
 
 @st.composite
@@ -60,7 +60,7 @@ def configs(draw: st.DrawFn, **fixed: Any) -> dict[str, Any]:
         batch_invariant=draw(st.booleans()),
         cost_tile=draw(st.sampled_from([0, 1, 50])),
         cost_row=draw(st.sampled_from([1, 7])),
-        narrow_rows=draw(st.sampled_from([0, 0, 1, 4, 16])),
+        narrow_rows=draw(st.sampled_from([0, 1, group_size, 2 * group_size, 16])),
         merge_inside=draw(st.booleans()),
     )
     return config | fixed

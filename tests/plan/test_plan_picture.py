@@ -16,8 +16,10 @@ from .plan_steps import DEFAULTS
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
-def draw(path: Path, q_lens: list[int], kv_lens: list[int], groups: list, num_workers: int, **changes: int) -> np.ndarray:
-    planner = _C.Planner(**DEFAULTS | dict(num_workers=num_workers) | changes)
+def draw(
+    path: Path, q_lens: list[int], kv_lens: list[int], groups: list, num_workers: int, narrow_rows: int = 0
+) -> np.ndarray:
+    planner = _C.Planner(**DEFAULTS | dict(num_workers=num_workers, narrow_rows=narrow_rows))
     draw_plan(planner.plan(np.cumsum([0, *q_lens]), kv_lens, groups), path)
     assert path.read_bytes().startswith(PNG_SIGNATURE)
     return imread(path)
