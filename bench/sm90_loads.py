@@ -25,17 +25,17 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from tilestream._native import _C
+
 
 class Tile(NamedTuple):
     warpgroups: int  # wide consumers, of 64 rows each
     keys: int
 
 
-# The kernel's table: (head_dim_qk, head_dim_vo) -> tile of the wide lane.
-TILES = {
-    (64, 64): Tile(3, 64), (96, 96): Tile(2, 128), (128, 128): Tile(2, 128),
-    (192, 128): Tile(2, 64), (192, 192): Tile(2, 64), (256, 256): Tile(2, 64),
-}  # fmt: skip
+# The kernel's own table: (head_dim_qk, head_dim_vo) -> tile of the wide lane.
+DIMS = ((64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))
+TILES = {dims: Tile(t.wide_groups, t.tile_keys) for dims in DIMS for t in [_C.attention_tile("bfloat16", *dims)]}
 NARROW_KEYS, NARROW_ROWS = 64, (8, 16)  # of the narrow lane, which head_dim 256 goes without
 MAX_NARROW_DIM = 192
 POLYNOMIAL_SHARE = {64: 0.25}  # of a head_dim's exponentials

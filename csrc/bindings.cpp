@@ -39,6 +39,9 @@ PYBIND11_MODULE(_C, m) {
       pybind11::arg("num"));
   using tilestream::AttentionTile;
   pybind11::class_<AttentionTile>(m, "AttentionTile", "A row of the table of the Hopper attention's tiles (attention_tiles.h).")
+      .def_readonly("dim_qk", &AttentionTile::dim_qk)
+      .def_readonly("dim_vo", &AttentionTile::dim_vo)
+      .def_readonly("wide_groups", &AttentionTile::wide_groups)
       .def_property_readonly("wide_rows", &AttentionTile::wide_rows)
       .def_readonly("tile_keys", &AttentionTile::tile_keys)
       .def_readonly("narrow_rows", &AttentionTile::narrow_rows);
@@ -46,6 +49,7 @@ PYBIND11_MODULE(_C, m) {
       "attention_tile",
       [](const std::string& kv_dtype, int head_dim_qk, int head_dim_vo) -> std::optional<AttentionTile> {
         const bool is_direct = kv_dtype == "bfloat16" || kv_dtype == "float16";
+        if (!is_direct && kv_dtype != "fp8" && kv_dtype != "int8" && kv_dtype != "int4") return std::nullopt;
         const auto kind = is_direct ? tilestream::TileKind::kDirect : tilestream::TileKind::kConverted;
         const AttentionTile* const tile = tilestream::attention_tile(kind, head_dim_qk, head_dim_vo);
         return tile == nullptr ? std::nullopt : std::optional(*tile);
