@@ -27,6 +27,8 @@ __global__ void __launch_bounds__(C::kThreads, 1)
                           const __grid_constant__ KvMaps maps) {
   auto& s = dynamic_smem<Sm90Storage<C>>();
   if (threadIdx.x == 0) {
+    ptx::prefetch_tensormap(maps.k);
+    ptx::prefetch_tensormap(maps.v);
     s.wide.init();
     if constexpr (C::kNarrow) s.narrow.init();
     ptx::fence_mbarrier_init();

@@ -41,13 +41,15 @@ struct Sm90Config {
 struct RowTile {
   int row_begin, keys_begin, keys_end;
 };
-// Calls run(RowTile) for each of a job, in one order for all warps of a lane.
+template <class C>
+__device__ __forceinline__ RowTile row_tile(const Job& job, int row_begin) {
+  const int last = min(row_begin + C::kRows, job.num_rows) - 1;
+  return {row_begin, job.keys_begin(row_begin) / C::kKeys * C::kKeys, job.keys_end(last)};
+}
+// Calls run(RowTile) for each of a job.
 template <class C, class Run>
 __device__ __forceinline__ void for_each_row_tile(const Job& job, Run run) {
-  for (int row = 0; row < job.num_rows; row += C::kRows) {
-    const int last = min(row + C::kRows, job.num_rows) - 1;
-    run(RowTile{row, job.keys_begin(row) / C::kKeys * C::kKeys, job.keys_end(last)});
-  }
+  for (int row = 0; row < job.num_rows; row += C::kRows) run(row_tile<C>(job, row));
 }
 // Whether the tile holds tokens that the job does not own: they may be NaN.
 template <class C>

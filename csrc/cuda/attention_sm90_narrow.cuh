@@ -129,7 +129,10 @@ class NarrowRows {
 
   // All tiles of the row tile, from where `ring` stands.
   __device__ __forceinline__ void attend(int tile, int tiles_end, Ring& ring) {
-    load_q_rows<C, kRows>(p_, rule_, job_, first_row_, s_.q);  // nobody reads q any more: share_sums()
+    // Nobody reads q any more: share_sums().
+    load_q<C, kRows>(p_, rule_, job_, first_row_ + warp() * (kRows / 4), s_.q);
+    ptx::cp_async_wait_all();
+    ptx::fence_proxy_async();
     sync();
     if (tile < tiles_end) {
       Ring keys = take<C::kPanelsQk>(ring);

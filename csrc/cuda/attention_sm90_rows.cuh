@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cuda/attention_sm90_config.cuh"
+#include "cuda/ptx/cp_async.cuh"
 #include "cuda/ptx/wgmma.cuh"
 
 namespace tilestream::cuda {
@@ -27,31 +28,45 @@ __device__ __forceinline__ void multiply(float (&d)[kNum], const A& a, uint64_t 
   }
 }
 
-// One warpgroup: kRows rows of q, in panels, for the tensor cores to read behind its next barrier. Rows past the job's end are
-// its last row, columns past head_dim_qk 0, as K's are.
+// A warp's rows of q, of the kRows of its warpgroup, from row `first` of the job on, to where wgmma reads them; those past the
+// job's end are its last row, columns past head_dim_qk 0, as K's are. Where q is as the products take it, it comes by copies
+// that are still under way.
 template <class C, int kRows>
-__device__ __forceinline__ void load_q_rows(const AttentionParams& p, const LogitRule& rule, const Job& job, int first_row,
-                                            unsigned char* panels) {
+__device__ __forceinline__ void load_q(const AttentionParams& p, const LogitRule& rule, const Job& job, int first, unsigned char* q) {
   using T = typename C::T;
-  constexpr int kChunks = C::kPanelsQk * 8;
+  constexpr int kChunks = C::kPanelsQk * 8, kWarpRows = kRows / 4;
+  const int thread = ptx::opaque(threadIdx.x), lane = thread % kWarpSize, warp = thread % kGroupThreads / kWarpSize;
+  const auto place = [&](int i) {
+    const int r = warp * kWarpRows + i / kChunks, chunk = i % kChunks;
+    unsigned char* const panel = q + chunk / 8 * (kRows * kPanelRowBytes);
+    return reinterpret_cast<Vec<T>*>(panel + ptx::swizzled(ptx::Swizzle::k128, r * kPanelRowBytes + chunk % 8 * 16));
+  };
+  const auto source = [&](int i) {
+    const int row = min(first + i / kChunks, job.num_rows - 1);
+    return job.token(row) * p.q_token_stride + job.head(row) * p.q_head_stride + i % kChunks * 8;
+  };
   const bool is_aligned = rows_aligned(p.q, dtype_bytes(p.q_dtype, 1), p.q_token_stride, p.q_head_stride);
-#pragma unroll 2
-  for (int i = ptx::opaque(threadIdx.x) % kGroupThreads; i < kRows * kChunks; i += kGroupThreads) {
-    const int r = i / kChunks, chunk = i % kChunks, row = min(first_row + r, job.num_rows - 1);
+  if (is_aligned && rule.q_sign == 1.0f && p.q_dtype == (std::is_same_v<T, __half> ? DType::kFloat16 : DType::kBFloat16)) {
+#pragma unroll 4  // as many rows' tokens are looked up at once
+    for (int i = lane; i < kWarpRows * kChunks; i += kWarpSize) {
+      const bool is_column = i % kChunks * 8 < p.head_dim_qk;
+      ptx::cp_async<16>(place(i), static_cast<const T*>(p.q) + (is_column ? source(i) : 0), is_column ? 16 : 0);
+    }
+    return;
+  }
+#pragma unroll 1
+  for (int i = lane; i < kWarpRows * kChunks; i += kWarpSize) {
     Vec<T> packed{};
-    if (chunk * 8 < p.head_dim_qk) {
-      const int64_t at = job.token(row) * p.q_token_stride + job.head(row) * p.q_head_stride + chunk * 8;
+    if (i % kChunks * 8 < p.head_dim_qk) {
       Floats8 values;
-      if (p.q_dtype == DType::kBFloat16) values = load_floats<__nv_bfloat16>(p.q, at, is_aligned);
-      else if (p.q_dtype == DType::kFloat16) values = load_floats<__half>(p.q, at, is_aligned);
-      else values = load_floats<float>(p.q, at, is_aligned);
+      if (p.q_dtype == DType::kBFloat16) values = load_floats<__nv_bfloat16>(p.q, source(i), is_aligned);
+      else if (p.q_dtype == DType::kFloat16) values = load_floats<__half>(p.q, source(i), is_aligned);
+      else values = load_floats<float>(p.q, source(i), is_aligned);
 #pragma unroll
       for (int k = 0; k < 8; ++k) packed.at[k] = from_float<T>(values.at[k] * rule.q_sign);
     }
-    unsigned char* const panel = panels + chunk / 8 * (kRows * kPanelRowBytes);
-    *reinterpret_cast<Vec<T>*>(panel + ptx::swizzled(ptx::Swizzle::k128, r * kPanelRowBytes + chunk % 8 * 16)) = packed;
+    *place(i) = packed;
   }
-  ptx::fence_proxy_async();
 }
 
 // Among kNum lanes, kStride apart: the lane at place i gets v[i] of each of them, in their order.

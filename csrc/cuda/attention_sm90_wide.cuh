@@ -9,8 +9,47 @@
 
 #include "cuda/attention_merge.cuh"
 #include "cuda/attention_sm90_rows.cuh"
+#include "cuda/common/exp2.cuh"
 
 namespace tilestream::cuda {
+
+// 2^x, for keys 8 n to 8 n + 7 of a tile. A head dim of 64 has as much work for the special function units as for the tensor
+// cores: there every fourth goes to the FMA pipes.
+template <class C>
+__device__ __forceinline__ float exp2_of(int n, float x) {
+  return C::kDimVo <= 64 && n % 4 == 3 ? exp2_polynomial(x) : ptx::ex2_approx(x);
+}
+
+// Where a warp of the wide lane stands in its stream of row tiles.
+template <class C>
+struct RowCursor {
+  JobRing& ring;
+  RingPosition<JobRing::kJobs> at;
+  int row_begin = 0;
+
+  __device__ __forceinline__ const Job& job() const { return ring.jobs[at.stage()]; }
+  __device__ __forceinline__ bool ended() const { return job().num_rows == 0; }
+  __device__ __forceinline__ bool is_last_of_job() const { return row_begin + C::kRows >= job().num_rows; }
+  // The row tile behind this one; its job may still be on its way.
+  __device__ __forceinline__ RowCursor next() const {
+    return is_last_of_job() ? RowCursor{ring, at.next()} : RowCursor{ring, at, row_begin + C::kRows};
+  }
+  __device__ __forceinline__ bool is_published() const {
+    return ptx::mbarrier_try_wait_parity(&ring.full[at.stage()], at.full_parity());
+  }
+  __device__ __forceinline__ void wait() const { ptx::mbarrier_wait_parity(&ring.full[at.stage()], at.full_parity()); }
+  // To the next, when it is published; what this one was of may be overwritten.
+  __device__ __forceinline__ void advance() {
+    if (!is_last_of_job()) {
+      row_begin += C::kRows;
+      return;
+    }
+    __syncwarp();
+    if (threadIdx.x % kWarpSize == 0) ptx::mbarrier_arrive(&ring.empty[at.stage()]);
+    at.advance(), row_begin = 0;
+    wait();
+  }
+};
 
 template <class C>
 class WideRows {
@@ -23,11 +62,12 @@ class WideRows {
       : p_(p), rule_(rule), job_(job), s_(s), group_(group), first_row_(row_begin + group * kGroupRows) {}
 
   // All tiles of the row tile, from where `ring` stands. Tiles that no row sees would leave all as it is: those of
-  // [seen_begin, seen_end) are multiplied.
-  __device__ __forceinline__ void attend(int tile, int tiles_end, Ring& ring) {
+  // [seen_begin, seen_end) are multiplied. Calls q_is_free() while the last product is under
+  // way, in which q has no part.
+  template <class Free>
+  __device__ __forceinline__ void attend(int tile, int tiles_end, Ring& ring, Free q_is_free) {
     int seen_begin = tiles_end, seen_end = tiles_end;
     if (first_row_ < job_.num_rows) {
-      load_q();
       const int last_row = min(first_row_ + kGroupRows, job_.num_rows) - 1;
       seen_begin = job_.keys_begin(first_row_), seen_end = min(tiles_end, job_.keys_end(last_row));
       all_begin_ = job_.keys_begin(last_row), all_end_ = job_.keys_end(first_row_);
@@ -50,7 +90,7 @@ class WideRows {
         end_turn();
         ptx::wgmma_wait_group<1>(s_acc_);
         release(s_.k_empty, ring.next());
-        weigh(tile, alpha);
+          weigh(tile, alpha);
         ptx::wgmma_wait_group<0>(out_, weights_);
         release(s_.v_empty, ring);
         rescale(alpha);
@@ -59,6 +99,7 @@ class WideRows {
         ring.advance();
       }
       start_out(ring, first);
+      q_is_free();
       ptx::wgmma_wait_group<0>(out_, weights_);
       release(s_.v_empty, ring);
       ring.advance();
@@ -96,12 +137,6 @@ class WideRows {
 
   __device__ __forceinline__ static void release(uint64_t* empty, const Ring& at) {
     if (lane() == 0) ptx::mbarrier_arrive(&empty[at.stage()]);
-  }
-
-  __device__ __forceinline__ void load_q() {
-    ptx::bar_sync(kGroup + group_, kGroupThreads);  // nobody multiplies with the rows before any more
-    load_q_rows<C, kGroupRows>(p_, rule_, job_, first_row_, s_.q[group_]);
-    ptx::bar_sync(kGroup + group_, kGroupThreads);
   }
 
   // s_acc = q . K^T, of the tile at `keys`.
@@ -172,17 +207,17 @@ class WideRows {
       if (top > max_[i] + kLazyLog2) alpha[i] = ptx::ex2_approx(max_[i] - top), max_[i] = top;
       // A row that has seen nothing has max = -inf; subtracting a finite number instead keeps its weights 0, not NaN.
       const float finite = fmaxf(max_[i], -kFloatMax);
-      float sum = 0.0f;
+      float sum[2] = {};  // two chains of additions
 #pragma unroll
       for (int n = 0; n < C::kKeys / 8; ++n) {
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           float& s = s_acc_[4 * n + 2 * i + e];
-          s = ptx::ex2_approx(fmaf(s, to_log2, -finite));
-          sum += s;
+          s = exp2_of<C>(n, fmaf(s, to_log2, -finite));
+          sum[e] += s;
         }
       }
-      sum_[i] = fmaf(sum_[i], alpha[i], sum);
+      sum_[i] = fmaf(sum_[i], alpha[i], sum[0] + sum[1]);
     }
   }
 
@@ -249,9 +284,26 @@ __device__ __forceinline__ void attend_wide(const AttentionParams& p, const Logi
   RingPosition<C::kStages> ring;
   if (group == C::kGroups - 1) ptx::bar_arrive(kTurn, 2 * kGroupThreads);  // the first turn is the first warpgroup's
   if (threadIdx.x / kWarpSize == 4) write_empty_rows(p);                   // while the first tiles are on their way
-  read_jobs(s.jobs, [&](const Job& job) {
-    for_each_row_tile<C>(job, [&](const RowTile& tile) { WideRows<C>(p, rule, job, s, group, tile.row_begin).attend(tile.keys_begin, tile.keys_end, ring); });
-  });
+  bool has_q = false;  // its copies are under way
+  const auto start_q = [&](const RowCursor<C>& at) {
+    const int first_row = int(ptx::opaque(threadIdx.x) - kGroupThreads) / kWarpSize * 16;
+    load_q<C, kGroupRows>(p, rule, at.job(), at.row_begin + first_row, s.q[group]);
+    has_q = true;
+  };
+  RowCursor<C> cursor{s.jobs};
+  for (cursor.wait(); !cursor.ended(); cursor.advance()) {
+    if (!has_q) start_q(cursor);
+    ptx::cp_async_wait_all();
+    ptx::fence_proxy_async();
+    ptx::bar_sync(kGroup + group, kGroupThreads);
+    has_q = false;
+    const RowTile tile = row_tile<C>(cursor.job(), cursor.row_begin);
+    WideRows<C>(p, rule, cursor.job(), s, group, tile.row_begin).attend(tile.keys_begin, tile.keys_end, ring, [&] {
+      ptx::bar_sync(kGroup + group, kGroupThreads);
+      const RowCursor<C> next = cursor.next();
+      if (next.is_published() && !next.ended()) start_q(next);
+    });
+  }
   if (group == 0) ptx::bar_sync(kTurn, 2 * kGroupThreads);  // the turn that nobody takes
 }
 

@@ -62,7 +62,7 @@ def test_same_tokens_as_transformers(backend: Backend, hf_model, prompts) -> Non
         assert answer == logits.argmax(-1).tolist()
 
 
-@pytest.mark.simt
+@pytest.mark.simt(archs=(80, 90))
 def test_near_transformers_in_bfloat16(backend: Backend, hf_model, prompts) -> None:
     """As a GPU runs it: bfloat16 weights, activations and cache. Tokens may differ where the choice was close."""
     model, path = hf_model("qwen3")
@@ -70,7 +70,7 @@ def test_near_transformers_in_bfloat16(backend: Backend, hf_model, prompts) -> N
     assert_near_best(model, prompts, got)
 
 
-@pytest.mark.simt
+@pytest.mark.simt(archs=(80, 90))
 @pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0"])
 def test_quantised_weights(backend: Backend, kind: str, prompts, tmp_path) -> None:
     """Weights of a GGUF file as they are, int8 activations, an int8 cache."""
@@ -103,7 +103,7 @@ def test_a_gpu_that_is_not_there_is_refused() -> None:
         Placement.of("cuda")
 
 
-@pytest.mark.simt
+@pytest.mark.simt(archs=(80, 90))
 def test_batch_invariant_bits(backend: Backend, hf_model, prompts) -> None:
     """A request's log-probabilities are the same bits alone and in a batch, whatever the chunks of its prompt."""
     placement = placement_on(backend, torch.bfloat16)

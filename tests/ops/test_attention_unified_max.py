@@ -11,7 +11,7 @@ import torch
 from tests.ops.attention_case import Case, Tensors, check, make_tensors, run
 from tilestream import testing
 
-pytestmark = pytest.mark.simt
+pytestmark = pytest.mark.simt(archs=(80, 90))
 KV_DTYPES = [("float16", "float16"), ("bfloat16", "bfloat16"), ("float16", "int8"), ("bfloat16", "int4")]
 each_dtype = pytest.mark.parametrize(("dtype", "kv_dtype"), KV_DTYPES, ids=lambda d: d)
 
@@ -28,8 +28,9 @@ def with_and_without(case: Case, unified_max: float, t: Tensors | None = None) -
     return out, same
 
 
-def is_cuda(backend: testing.Backend) -> bool:
-    return backend.name != "cpu"
+def takes_it(backend: testing.Backend) -> bool:
+    """The CPU's and Hopper's kernels do as well without: the one has its maxima at hand, the other seldom moves them."""
+    return backend.name != "cpu" and backend.arch // 10 != 9
 
 
 @each_dtype
@@ -41,7 +42,7 @@ def test_within_the_range(backend: testing.Backend, variant: dict, dtype: str, k
         t.alibi_slopes *= 0.01  # 300 keys back, 3
     _, same = with_and_without(case, 1.5, t)
     assert bool(same[5:].all())  # the prefill
-    assert bool(same[0]) != is_cuda(backend)  # the long decode was weighed otherwise
+    assert bool(same[0]) != takes_it(backend)  # the long decode was weighed otherwise
 
 
 @each_dtype
@@ -68,7 +69,7 @@ def test_one_request_out_of_the_range(backend: testing.Backend, dtype: str, kv_d
     t = make_tensors(case)
     t.q[1] *= 100.0
     out, same = with_and_without(case, 1.5, t)
-    assert bool(same[1]) and bool(same[[0, 2]].any()) != is_cuda(backend)
+    assert bool(same[1]) and bool(same[[0, 2]].any()) != takes_it(backend)
     assert bool(out.isfinite().all())
 
 

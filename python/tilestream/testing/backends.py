@@ -28,7 +28,8 @@ def backends() -> list[Backend]:
     """What this build and this machine can run."""
     found = [Backend("cpu", torch.device("cpu"))]
     if torch.cuda.is_available() and _C.cuda_archs:
-        found.append(Backend("cuda", torch.device("cuda", 0)))
+        major, minor = torch.cuda.get_device_capability(0)
+        found.append(Backend("cuda", torch.device("cuda", 0), arch=10 * major + minor))
     return found
 
 
