@@ -97,7 +97,9 @@ void attention(const at::Tensor& q, const at::Tensor& k_cache, const at::Tensor&
   p.sinks = optional_data<float>(sinks);
   p.workspace = workspace.mutable_data_ptr<float>();
   p.plan = PlanView{plan.const_data_ptr<int32_t>()};
-  p.merge_inside = host_view.header().merge_counters_offset != 0;
+  const PlanHeader& header = host_view.header();
+  p.merge_inside = header.merge_counters_offset != 0;
+  p.num_lists = header.num_workers, p.num_wide_lists = header.num_workers - header.num_narrow_workers;
   p.num_pages = int32_t(cache.num_pages), p.num_kv_heads = int32_t(cache.num_kv_heads), p.page_size = int32_t(cache.page_size);
   p.q_dtype = dtype_of(q);
   p.sm_scale = float(sm_scale * k_scale);

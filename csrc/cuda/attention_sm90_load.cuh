@@ -40,9 +40,8 @@ __device__ __forceinline__ void load_tile(const ptx::TensorMap& map, const Atten
 // The warp that brings the wide lane's tiles.
 template <class C>
 __device__ __forceinline__ void load_wide(const AttentionParams& p, const KvMaps& maps, WideStorage<C>& s) {
-  const PlanHeader& h = p.plan.header();
   RingPosition<C::kStages> at;
-  publish_jobs(p, s.jobs, 0, h.num_workers - h.num_narrow_workers, [&](const Job& job) {
+  publish_jobs(p, s.jobs, 0, p.num_wide_lists, [&](const Job& job) {
     for_each_row_tile<C>(job, [&](const RowTile& rows) {
       for (int tile = rows.keys_begin; tile < rows.keys_end; tile += C::kKeys) {
         const int stage = at.stage();

@@ -426,11 +426,11 @@ int64_t Planner::write(int32_t* buffer) {
   header.cost_tile = config_.cost_tile;
   header.cost_row = config_.cost_row;
   header.num_q_rows = int32_t(num_q_rows_);
-  header.q_rows_offset = int32_t(sizeof(PlanHeader) / sizeof(int32_t));
-  header.worker_begin_offset = header.q_rows_offset + int32_t(align4(num_q_rows_));
-  header.jobs_offset = header.worker_begin_offset + int32_t(align4(num_lists_ + 1));
+  header.worker_begin_offset = kWorkerBeginOffset;
+  header.q_rows_offset = header.worker_begin_offset + int32_t(align4(num_lists_ + 1));
+  header.jobs_offset = header.q_rows_offset + int32_t(align4(num_q_rows_));
 
-  std::fill(buffer + header.q_rows_offset, buffer + header.jobs_offset, 0);  // the padding between arrays too
+  std::fill(buffer + header.worker_begin_offset, buffer + header.jobs_offset, 0);  // the padding between arrays too
   write_q_rows(buffer + header.q_rows_offset);
   PlanJob* jobs = reinterpret_cast<PlanJob*>(buffer + header.jobs_offset);
   JobWriter writer(config_, jobs, buffer + header.worker_begin_offset);

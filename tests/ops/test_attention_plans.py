@@ -18,14 +18,14 @@ STEP = Case(q_lens=(1, 40, 1, 3, 1), kv_lens=(300, 40, 1, 150, 65), dtype="bfloa
 KV_DTYPES = ["float32", "bfloat16", "fp8", "int8", "int4"]
 
 
-@pytest.mark.simt
+@pytest.mark.simt(archs=(80, 90))
 @pytest.mark.parametrize("kv_dtype", KV_DTYPES)
 @pytest.mark.parametrize("num_workers", [1, 2, 3, 7, 64])
 def test_any_number_of_workers(backend: testing.Backend, num_workers: int, kv_dtype: str) -> None:
     check(dataclasses.replace(STEP, num_workers=num_workers, kv_dtype=kv_dtype))
 
 
-@pytest.mark.simt
+@pytest.mark.simt(archs=(80, 90))
 @pytest.mark.parametrize("tile_keys", [16, 32, 64, 128])
 @pytest.mark.parametrize("tile_rows", [2, 5, 16, 96])
 def test_any_tile_size(backend: testing.Backend, tile_rows: int, tile_keys: int) -> None:
@@ -34,7 +34,7 @@ def test_any_tile_size(backend: testing.Backend, tile_rows: int, tile_keys: int)
     check(dataclasses.replace(STEP, num_workers=4, planner=planner, batch_invariant=True, window_left=50))
 
 
-@pytest.mark.simt
+@pytest.mark.simt(archs=(80, 90))
 @pytest.mark.parametrize("kv_dtype", KV_DTYPES)
 @pytest.mark.parametrize("window_left", [-1, 50])
 def test_narrow_lists_and_merge_information(backend: testing.Backend, window_left: int, kv_dtype: str) -> None:
@@ -69,7 +69,7 @@ def test_layouts_agree_bit_for_bit(backend: testing.Backend, kv_dtype: str) -> N
         assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
 
 
-@pytest.mark.simt
+@pytest.mark.simt(archs=(80, 90))
 @pytest.mark.parametrize("kv_dtype", KV_DTYPES)
 @pytest.mark.parametrize("variant", [{}, {"sinks": True, "soft_cap": 8.0}], ids=str)
 @pytest.mark.parametrize("num_workers", [1, 3, 8])
@@ -83,7 +83,7 @@ def test_prefix_groups(backend: testing.Backend, num_workers: int, variant: dict
     check(dataclasses.replace(case, batch_invariant=True), t)
 
 
-@pytest.mark.simt
+@pytest.mark.simt(archs=(80, 90))
 @pytest.mark.parametrize("kv_dtype", KV_DTYPES)
 @pytest.mark.parametrize("num_workers", [1, 4])
 def test_per_head_lists(backend: testing.Backend, num_workers: int, kv_dtype: str) -> None:
@@ -121,7 +121,7 @@ def request_of(t: Tensors, index: int, tokens: slice, kv_len: int) -> Tensors:
         cu_seqlens_q=torch.tensor([0, len(q)], dtype=torch.int32), kv_lens=torch.tensor([kv_len], dtype=torch.int32))
 
 
-@pytest.mark.simt
+@pytest.mark.simt(archs=(80, 90))
 @pytest.mark.parametrize("kv_dtype", KV_DTYPES)
 @pytest.mark.parametrize("variant", [{}, {"window_left": 70}, {"sinks": True}, {"alibi": True}], ids=str)
 def test_batch_invariance(backend: testing.Backend, variant: dict, kv_dtype: str) -> None:
@@ -157,7 +157,7 @@ def test_chunking_invariance(backend: testing.Backend, group: tuple[int, int], v
             assert torch.equal(part[1], lse[begin:end])
 
 
-@pytest.mark.simt
+@pytest.mark.simt(archs=(80, 90))
 @pytest.mark.parametrize("kv_dtype", KV_DTYPES)
 @pytest.mark.parametrize("variant", [{}, {"window_left": 37, "sinks": True}], ids=str)
 def test_rows_of_a_job_do_not_matter(backend: testing.Backend, variant: dict, kv_dtype: str) -> None:
@@ -199,7 +199,7 @@ def test_reserved_buffers_stay_and_refuse_what_does_not_fit() -> None:
     planner.plan(*lens[2])  # the refusal has changed nothing
 
 
-@pytest.mark.simt
+@pytest.mark.simt(archs=(80, 90))
 def test_rows_past_the_plans_tokens_are_left_alone(backend: testing.Backend) -> None:
     """As a captured graph has them, which runs with fewer requests than it was captured for."""
     case = Case(q_lens=(1, 1), kv_lens=(40, 9), dtype="bfloat16", kv_dtype="bfloat16")

@@ -20,7 +20,9 @@ struct AttentionParams {
   const float* sinks;          // [num_qo_heads] or null: exp(sink) joins the denominator (and the lse)
   float* workspace;            // plan_workspace_floats() floats
   PlanView plan;
-  bool merge_inside;           // the plan has merge information: a kernel may merge in the launch that computes the parts
+  // Of the plan's header, the same for all plans of a planner:
+  bool merge_inside;             // it has merge information: a kernel may merge in the launch that computes the parts
+  int32_t num_lists, num_wide_lists;  // of jobs, and how many of them, the first, are not narrow
 
   int32_t head_dim_qk, head_dim_vo;
   int32_t num_pages, num_kv_heads, page_size;

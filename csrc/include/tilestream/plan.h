@@ -100,7 +100,9 @@ struct PlanHeader {
   // Offsets in int32 from the start of the buffer, all multiples of 4 (16 bytes).
   int32_t q_rows_offset;         // [num_q_rows]: 0..num_tokens-1, then the members of prefix units
   int32_t jobs_offset;           // [num_jobs] PlanJob, in stream order
-  int32_t worker_begin_offset;   // [num_workers + 1]: worker w runs jobs worker_begin[w] .. worker_begin[w + 1]
+  // [num_workers + 1]: worker w runs jobs worker_begin[w] .. worker_begin[w + 1]. Always kWorkerBeginOffset: a kernel need not
+  // have read the header to look for its first job.
+  int32_t worker_begin_offset;
   int32_t merges_offset;         // [num_merges] PlanMerge
   int32_t merge_parts_offset;    // [num_merge_parts]
   int32_t mode, cost_tile, cost_row;
@@ -111,6 +113,7 @@ struct PlanHeader {
   int32_t reserved[1];
 };
 static_assert(sizeof(PlanHeader) == 32 * sizeof(int32_t));
+constexpr int32_t kWorkerBeginOffset = sizeof(PlanHeader) / sizeof(int32_t);
 constexpr int32_t kPlanMagic = 0x54535031;  // "TSP1"
 
 // Typed view of a plan buffer.
@@ -121,7 +124,7 @@ struct PlanView {
   TILESTREAM_HOST_DEVICE const PlanJob* jobs() const {
     return reinterpret_cast<const PlanJob*>(base + header().jobs_offset);
   }
-  TILESTREAM_HOST_DEVICE const int32_t* worker_begin() const { return base + header().worker_begin_offset; }
+  TILESTREAM_HOST_DEVICE const int32_t* worker_begin() const { return base + kWorkerBeginOffset; }
   TILESTREAM_HOST_DEVICE const PlanMerge* merges() const {
     return reinterpret_cast<const PlanMerge*>(base + header().merges_offset);
   }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -10,6 +12,8 @@ import torch
 
 from tilestream._native import _C
 from tilestream.ops.memory import Upload
+
+logger = logging.getLogger("tilestream.ops")
 
 _NUM_PARTIAL_ROWS = 18  # position of PlanHeader::num_partial_rows (plan.h), in int32
 
@@ -172,13 +176,21 @@ def _cpu_shares() -> _Shares:
 def _cuda_shares(device: torch.device, head_dim_qk: int, head_dim_vo: int, kv_dtype: str) -> _Shares:
     properties = torch.cuda.get_device_properties(device)
     num_sms = properties.multi_processor_count
-    hopper = properties.major == 9 and "90a-real" in _C.cuda_archs
-    tile = _C.attention_tile(kv_dtype, head_dim_qk, head_dim_vo) if hopper else None
-    if tile is not None:
+    if properties.major == 9 and "90a-real" not in _C.cuda_archs:
+        _warn_of_missing_sm90(properties.name)
+    elif properties.major == 9 and (tile := _C.attention_tile(kv_dtype, head_dim_qk, head_dim_vo)):
         return sm90_shares(num_sms, tile)
     # As MmaConfig of csrc/cuda/attention_config.cuh has it: what an SM holds, and the rows of a tile.
     unpacked, wide = kv_dtype in ("fp8", "int8", "int4"), max(head_dim_qk, head_dim_vo) > 128
     return _Shares(num_sms * (3 if unpacked and not wide else 2), tile_rows=64 if unpacked or wide else 128, tile_keys=64)
+
+
+@functools.cache
+def _warn_of_missing_sm90(gpu: str) -> None:
+    logger.warning(
+        "%s: this build is for %s, without Hopper's own attention; slower kernels run. Build with TORCH_CUDA_ARCH_LIST=9.0a",
+        gpu, _C.cuda_archs,
+    )  # fmt: skip
 
 
 def sm90_shares(num_sms: int, tile: _C.AttentionTile) -> _Shares:
