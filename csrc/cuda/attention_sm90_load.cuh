@@ -41,7 +41,8 @@ __device__ __forceinline__ void load_tile(const ptx::TensorMap& map, const Atten
 template <class C>
 __device__ __forceinline__ void load_wide(const AttentionParams& p, const KvMaps& maps, WideStorage<C>& s) {
   RingPosition<C::kStages> at;
-  publish_jobs(p, s.jobs, 0, p.num_wide_lists, [&](const Job& job) {
+  // Without a narrow lane, all jobs.
+  publish_jobs(p, s.jobs, 0, C::kNarrow ? p.num_wide_lists : p.num_lists, [&](const Job& job) {
     for_each_row_tile<C>(job, [&](const RowTile& rows) {
       for (int tile = rows.keys_begin; tile < rows.keys_end; tile += C::kKeys) {
         const int stage = at.stage();

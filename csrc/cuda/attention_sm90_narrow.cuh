@@ -86,10 +86,9 @@ __device__ __forceinline__ void load_piece(const ptx::TensorMap& map, const Job&
 // The warp that brings the narrow lane's pieces.
 template <class C>
 __device__ __forceinline__ void load_narrow(const AttentionParams& p, const KvMaps& maps, NarrowStorage<C>& s) {
-  const PlanHeader& h = p.plan.header();
   const int lane = threadIdx.x % kWarpSize;
   SlotPosition<C> at;
-  publish_jobs(p, s.jobs, h.num_workers - h.num_narrow_workers, h.num_workers, [&](const Job& job) {
+  publish_jobs(p, s.jobs, p.num_wide_lists, p.num_lists, [&](const Job& job) {
     // A page outside the job is not looked up: one past the last of the tensor gives zeros.
     const auto page_in = [&](int tile) {
       const int key = tile + ((lane << job.page_shift) % NarrowTile::kKeys);

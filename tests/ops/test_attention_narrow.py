@@ -28,9 +28,10 @@ def narrow_jobs(case: Case) -> list[Job]:
     return [job for worker in range(first, plan.num_workers) for job in plan.worker_jobs(worker)]
 
 
-@pytest.mark.parametrize("head_dims", [(64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (192, 192)], ids=str)
+@pytest.mark.parametrize("head_dims", [(64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256)], ids=str)
 @pytest.mark.parametrize("case", [DECODES, MIXED], ids=["decodes", "mixed"])
 def test_head_dims(backend: testing.Backend, case: Case, head_dims: tuple[int, int]) -> None:
+    """Of 256, the wide lane takes the narrow jobs too."""
     check(dataclasses.replace(case, head_dim=head_dims[0], head_dim_vo=head_dims[1], num_workers=3))
 
 
