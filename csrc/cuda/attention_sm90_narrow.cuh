@@ -5,109 +5,35 @@
 //   scores^T = K q^T, out^T += V^T weights^T, K and V as they lie in shared memory.
 // A panel (64 keys by 64 columns, 8 KB) is what a slot of the ring holds. K of tile i + 1 comes before V of tile i: its product
 // runs under the softmax of tile i, and who waits for memory holds no slot.
-// Each warp has 16 of the 64 keys. A row's maximum is lazy (kLazyLog2): the warps agree on one at the first tile that a row
+// Each warp has 16 of the 64 keys. A row's maximum is lazy (kNarrowLazyLog2): the warps agree on one at the first tile that a row
 // sees, and again only when a logit is far above it, which a flag beside the weights tells. So tiles seldom exchange maxima,
 // which is what a maximum calibrated beforehand would give (FlashDecoding++, 2311.01282): p.unified_max is not needed.
 // Source: swapped operands, FlashMLA's and FlashInfer's decodes ("swap AB"); Flash-Decoding.
 #pragma once
 
-#include "cuda/attention_merge.cuh"
-#include "cuda/attention_sm90_load.cuh"
-#include "cuda/attention_sm90_rows.cuh"
+#include "cuda/attention_sm90_narrow_load.cuh"
+#include "cuda/attention_sm90_wide.cuh"
 #include "cuda/ptx/ldmatrix.cuh"
 
 namespace tilestream::cuda {
 
-// As Sm90Config has them for the wide lane.
-struct NarrowTile {
-  static constexpr int kRows = 16, kKeys = 64;
-};
-constexpr int kSlotBytes = NarrowTile::kKeys * kPanelRowBytes;
-constexpr int kNarrowRowsBytes = NarrowTile::kRows * kPanelRowBytes;
+constexpr float kNarrowLazyLog2 = 8.0f;  // as the wide lane's
 
-template <class C>
-struct NarrowStorage {
-  // What the wide lane leaves, in slots; 128 KB in flight are more than any memory asks for.
-  static constexpr int kOtherBytes = (C::kPanelsQk + 2) * kNarrowRowsBytes + 1024;
-  static constexpr int kSlots = std::min(16, int(227 * 1024 - sizeof(WideStorage<C>) - kOtherBytes) / kSlotBytes);
-  static_assert(kSlots > C::kPanelsQk + C::kPanelsVo, "a tile and more");
-
-  alignas(1024) unsigned char slots[kSlots][kSlotBytes];
-  alignas(1024) unsigned char q[C::kPanelsQk * kNarrowRowsBytes];
-  alignas(1024) unsigned char weights[2][kNarrowRowsBytes];  // of this tile, and of the one before
-  uint64_t full[kSlots], empty[kSlots];
-  JobRing jobs;
-  float exchange[4][NarrowTile::kRows];     // of each warp: maxima or sums of rows
-  alignas(4) unsigned char is_above[2][4];  // whether a warp's weights are too large, beside `weights`
-
-  __device__ __forceinline__ void init() {
-    for (int i = 0; i < kSlots; ++i) ptx::mbarrier_init(&full[i], 1), ptx::mbarrier_init(&empty[i], 4);
-    jobs.init(4);
+// Of eight lanes, four apart: the one at place i gets v[i] of each, in their order.
+__device__ __forceinline__ void transpose_lanes(float (&v)[8]) {
+  const int place = ptx::opaque(threadIdx.x) % kWarpSize / 4;
+#pragma unroll
+  for (int distance = 1; distance < 8; distance *= 2) {
+    const bool upper = place & distance;
+#pragma unroll
+    for (int a = 0; a < 8; ++a) {
+      if (a & distance) continue;
+      float& low = v[a];
+      float& high = v[a | distance];
+      const float got = __shfl_xor_sync(kFullMask, upper ? low : high, distance * 4);
+      (upper ? low : high) = got;
+    }
   }
-};
-
-// RingPosition for any number of stages.
-template <class C>
-class SlotPosition {
-  static constexpr int kSlots = NarrowStorage<C>::kSlots;
-
- public:
-  __device__ __forceinline__ int slot() const { return slot_; }
-  // Of the piece's panel; kSlots at most.
-  __device__ __forceinline__ int slot(int panel) const { return slot_ + panel < kSlots ? slot_ + panel : slot_ + panel - kSlots; }
-  __device__ __forceinline__ unsigned full_parity() const { return parity_; }
-  __device__ __forceinline__ unsigned empty_parity() const { return parity_ ^ 1; }
-  __device__ __forceinline__ void advance() {
-    if (++slot_ == kSlots) slot_ = 0, parity_ ^= 1;
-  }
-
- private:
-  int slot_ = 0;
-  unsigned parity_ = 0;
-};
-
-// One warp: a piece's panels, each to the next slot. page: of this lane's box, one of the first 64 / page_size lanes.
-template <int kPanels, class C>
-__device__ __forceinline__ void load_piece(const ptx::TensorMap& map, const Job& job, int page, NarrowStorage<C>& s, SlotPosition<C>& at) {
-  const int lane = threadIdx.x % kWarpSize;
-#pragma unroll 1
-  for (int panel = 0; panel < kPanels; ++panel) {
-    const int slot = at.slot();
-    ptx::mbarrier_wait_parity(&s.empty[slot], at.empty_parity());
-    if (lane == 0) ptx::mbarrier_arrive_expect_tx(&s.full[slot], kSlotBytes);
-    __syncwarp();
-    if (lane < NarrowTile::kKeys >> job.page_shift)
-      ptx::cp_async_bulk_tensor_load(s.slots[slot] + (lane << job.page_shift) * kPanelRowBytes, map,
-                                     {panel * kPanelColumns, 0, job.at.kv_head, page}, &s.full[slot]);
-    at.advance();
-  }
-}
-
-// The warp that brings the narrow lane's pieces.
-template <class C>
-__device__ __forceinline__ void load_narrow(const AttentionParams& p, const KvMaps& maps, NarrowStorage<C>& s) {
-  const int lane = threadIdx.x % kWarpSize;
-  SlotPosition<C> at;
-  publish_jobs(p, s.jobs, p.num_wide_lists, p.num_lists, [&](const Job& job) {
-    // A page outside the job is not looked up: one past the last of the tensor gives zeros.
-    const auto page_in = [&](int tile) {
-      const int key = tile + ((lane << job.page_shift) % NarrowTile::kKeys);
-      const bool is_mine = key + job.page_size > job.at.kv_begin && key < job.at.kv_end;
-      return is_mine ? int(job.page(key)) : p.num_pages;
-    };
-    for_each_row_tile<NarrowTile>(job, [&](const RowTile& rows) {
-      // Looked up a tile before they are needed.
-      int page = page_in(rows.keys_begin), next_page = page_in(rows.keys_begin + NarrowTile::kKeys);
-      if (rows.keys_begin < rows.keys_end) load_piece<C::kPanelsQk>(maps.k, job, page, s, at);
-#pragma unroll 1
-      for (int tile = rows.keys_begin; tile < rows.keys_end; tile += NarrowTile::kKeys) {
-        const int page_after = page_in(tile + 2 * NarrowTile::kKeys);
-        if (tile + NarrowTile::kKeys < rows.keys_end) load_piece<C::kPanelsQk>(maps.k, job, next_page, s, at);
-        load_piece<C::kPanelsVo>(maps.v, job, page, s, at);
-        page = next_page, next_page = page_after;
-      }
-    });
-  });
 }
 
 // kRows rows, 8 or 16, from first_row on. A thread has the keys 16 warp + g + 8 i of a tile (g = lane / 4, i < 2), the same
@@ -128,11 +54,7 @@ class NarrowRows {
 
   // All tiles of the row tile, from where `ring` stands.
   __device__ __forceinline__ void attend(int tile, int tiles_end, Ring& ring) {
-    // Nobody reads q any more: share_sums().
-    load_q<C, kRows>(p_, rule_, job_, first_row_ + warp() * (kRows / 4), s_.q);
-    ptx::cp_async_wait_all();
-    ptx::fence_proxy_async();
-    sync();
+    load_q();
     if (tile < tiles_end) {
       Ring keys = take<C::kPanelsQk>(ring);
       start_scores(keys);
@@ -170,6 +92,37 @@ class NarrowRows {
   // Of this thread's 2 j + e.
   __device__ __forceinline__ static int row(int index) { return index / 2 * 8 + lane() % 4 * 2 + index % 2; }
 
+  // Rows past the job's end are its last row, columns past head_dim_qk 0, as K's are.
+  __device__ __forceinline__ void load_q() const {
+    constexpr int kChunks = C::kPanelsQk * 8;
+    const bool is_aligned = rows_aligned(p_.q, dtype_bytes(p_.q_dtype, 1), p_.q_token_stride, p_.q_head_stride);
+#pragma unroll 2
+    for (int i = ptx::opaque(threadIdx.x) % kGroupThreads; i < kRows * kChunks; i += kGroupThreads) {
+      const int r = i / kChunks, chunk = i % kChunks, row = min(first_row_ + r, job_.num_rows - 1);
+      Vec<T> packed{};
+      if (chunk * 8 < p_.head_dim_qk) {
+        const int64_t at = job_.token(row) * p_.q_token_stride + job_.head(row) * p_.q_head_stride + chunk * 8;
+        Floats8 values;
+        if (p_.q_dtype == DType::kBFloat16) values = load_floats<__nv_bfloat16>(p_.q, at, is_aligned);
+        else if (p_.q_dtype == DType::kFloat16) values = load_floats<__half>(p_.q, at, is_aligned);
+        else values = load_floats<float>(p_.q, at, is_aligned);
+#pragma unroll
+        for (int k = 0; k < 8; ++k) packed.at[k] = from_float<T>(values.at[k] * rule_.q_sign);
+      }
+      unsigned char* const panel = s_.q + chunk / 8 * (kRows * kPanelRowBytes);
+      *reinterpret_cast<Vec<T>*>(panel + ptx::swizzled(ptx::Swizzle::k128, r * kPanelRowBytes + chunk % 8 * 16)) = packed;
+    }
+    ptx::fence_proxy_async();
+    sync();
+  }
+
+  // a, K or V of the ring, b, the job's rows.
+  template <ptx::Major kMajorA>
+  __device__ __forceinline__ static void multiply(float (&d)[kRows / 2], uint64_t a, uint64_t b, bool accumulate) {
+    if constexpr (std::is_same_v<T, __half>) ptx::wgmma_m64k16_f16<kMajorA, ptx::Major::kK>(d, a, b, accumulate);
+    else ptx::wgmma_m64k16_bf16<kMajorA, ptx::Major::kK>(d, a, b, accumulate);
+  }
+
   template <int kPanels>
   __device__ __forceinline__ void release(const Ring& piece) const {
     if (lane() < kPanels) ptx::mbarrier_arrive(&s_.empty[piece.slot(lane())]);
@@ -197,8 +150,8 @@ class NarrowRows {
       const uint64_t k = descriptor(keys, panel);
 #pragma unroll
       for (int kc = 0; kc < min(4, C::kDimQk / 16 - 4 * panel); ++kc)
-        multiply<T, ptx::Major::kK>(scores_, ptx::wgmma_advance(k, kc * 32),
-                                    ptx::wgmma_advance(q, panel * (kRows * kPanelRowBytes) + kc * 32), panel + kc > 0);
+        multiply<ptx::Major::kK>(scores_, ptx::wgmma_advance(k, kc * 32),
+                                 ptx::wgmma_advance(q, panel * (kRows * kPanelRowBytes) + kc * 32), panel + kc > 0);
     }
     ptx::wgmma_commit_group();
   }
@@ -216,8 +169,8 @@ class NarrowRows {
       const uint64_t v = descriptor(values, panel);
 #pragma unroll
       for (int kc = 0; kc < NarrowTile::kKeys / 16; ++kc)
-        multiply<T, ptx::Major::kK, ptx::Major::kMN>(out_[panel], ptx::wgmma_advance(v, kc * 16 * kPanelRowBytes),
-                                                     ptx::wgmma_advance(weights, kc * 32), true);
+        multiply<ptx::Major::kMN>(out_[panel], ptx::wgmma_advance(v, kc * 16 * kPanelRowBytes),
+                                  ptx::wgmma_advance(weights, kc * 32), true);
     }
     ptx::wgmma_commit_group();
     wait_out(std::make_integer_sequence<int, C::kPanelsVo>{});
@@ -302,7 +255,7 @@ class NarrowRows {
     // To [row][key]: lane l has the place of row l % 8 of matrix l / 8.
     const unsigned row = lane() / 16 * 8 + lane() % 8, chunk = warp() * 2 + lane() / 8 % 2;
     ptx::stmatrix_x4_trans(s_.weights[buffer] + ptx::swizzled(ptx::Swizzle::k128, row * kPanelRowBytes + chunk * 16), packed);
-    return __any_sync(kFullMask, most > kLazyLog2);
+    return __any_sync(kFullMask, most > kNarrowLazyLog2);
   }
 
   // Rows with a logit of the tile far above their maximum take it as their maximum, and what they have accumulated moves there.
@@ -323,7 +276,7 @@ class NarrowRows {
 #pragma unroll
       for (int w = 0; w < 4; ++w) most[r] = fmaxf(most[r], s_.exchange[w][row(r)]);
       float alpha = 1.0f;
-      if (relative(most[r], r) > kLazyLog2) {
+      if (relative(most[r], r) > kNarrowLazyLog2) {
         const float top = most[r] * rule_.to_log2();
         alpha = ptx::ex2_approx(max_[r] - top), max_[r] = top;
       }
@@ -374,7 +327,7 @@ class NarrowRows {
           const int panel = panels + k / 4;
           columns.at[k] = panel < C::kPanelsVo ? out_[panel][4 * j + k % 4] * inverse[k % 2] : 0.0f;
         }
-        transpose_lanes<4>(columns.at);
+        transpose_lanes(columns.at);
         const int d = (panels + g / 4) * kPanelColumns + warp() * 16 + 8 * i;
         if (row < job_.num_rows && d < p_.head_dim_vo) writer.store_8(d, columns);
       }

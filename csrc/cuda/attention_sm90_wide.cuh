@@ -8,16 +8,66 @@
 #pragma once
 
 #include "cuda/attention_merge.cuh"
-#include "cuda/attention_sm90_rows.cuh"
+#include "cuda/attention_sm90_config.cuh"
 #include "cuda/common/exp2.cuh"
+#include "cuda/ptx/cp_async.cuh"
+#include "cuda/ptx/wgmma.cuh"
 
 namespace tilestream::cuda {
+
+constexpr float kLazyLog2 = 8.0f;  // weights stay below 2^8, and sums of 2^7 of them below float16's largest number
+
+template <class T>
+__device__ __forceinline__ unsigned pack_pair(float low, float high) {
+  if constexpr (std::is_same_v<T, __half>) return ptx::cvt_f16x2(low, high);
+  else return ptx::cvt_bf16x2(low, high);
+}
 
 // 2^x, for keys 8 n to 8 n + 7 of a tile. A head dim of 64 has as much work for the special function units as for the tensor
 // cores: there every fourth goes to the FMA pipes.
 template <class C>
 __device__ __forceinline__ float exp2_of(int n, float x) {
   return C::kDimVo <= 64 && n % 4 == 3 ? exp2_polynomial(x) : ptx::ex2_approx(x);
+}
+
+// A warp's 16 rows of q, from row `first` of the job on, to where wgmma reads them; those past the job's end are its last row,
+// columns past head_dim_qk 0, as K's are. Where q is as the products take it, it comes by copies that are still under way.
+template <class C>
+__device__ __forceinline__ void load_q(const AttentionParams& p, const LogitRule& rule, const Job& job, int first, unsigned char* q) {
+  using T = typename C::T;
+  constexpr int kChunks = C::kPanelsQk * 8;
+  const int thread = ptx::opaque(threadIdx.x), lane = thread % kWarpSize, warp = thread % kGroupThreads / kWarpSize;
+  const auto place = [&](int i) {
+    const int r = warp * 16 + i / kChunks, chunk = i % kChunks;
+    unsigned char* const panel = q + chunk / 8 * (kGroupRows * kPanelRowBytes);
+    return reinterpret_cast<Vec<T>*>(panel + ptx::swizzled(ptx::Swizzle::k128, r * kPanelRowBytes + chunk % 8 * 16));
+  };
+  const auto source = [&](int i) {
+    const int row = min(first + i / kChunks, job.num_rows - 1);
+    return job.token(row) * p.q_token_stride + job.head(row) * p.q_head_stride + i % kChunks * 8;
+  };
+  const bool is_aligned = rows_aligned(p.q, dtype_bytes(p.q_dtype, 1), p.q_token_stride, p.q_head_stride);
+  if (is_aligned && rule.q_sign == 1.0f && p.q_dtype == (std::is_same_v<T, __half> ? DType::kFloat16 : DType::kBFloat16)) {
+#pragma unroll 4  // as many rows' tokens are looked up at once
+    for (int i = lane; i < 16 * kChunks; i += kWarpSize) {
+      const bool is_column = i % kChunks * 8 < p.head_dim_qk;
+      ptx::cp_async<16>(place(i), static_cast<const T*>(p.q) + (is_column ? source(i) : 0), is_column ? 16 : 0);
+    }
+    return;
+  }
+#pragma unroll 1
+  for (int i = lane; i < 16 * kChunks; i += kWarpSize) {
+    Vec<T> packed{};
+    if (i % kChunks * 8 < p.head_dim_qk) {
+      Floats8 values;
+      if (p.q_dtype == DType::kBFloat16) values = load_floats<__nv_bfloat16>(p.q, source(i), is_aligned);
+      else if (p.q_dtype == DType::kFloat16) values = load_floats<__half>(p.q, source(i), is_aligned);
+      else values = load_floats<float>(p.q, source(i), is_aligned);
+#pragma unroll
+      for (int k = 0; k < 8; ++k) packed.at[k] = from_float<T>(values.at[k] * rule.q_sign);
+    }
+    *place(i) = packed;
+  }
 }
 
 // Where a warp of the wide lane stands in its stream of row tiles.
@@ -139,6 +189,17 @@ class WideRows {
     if (lane() == 0) ptx::mbarrier_arrive(&empty[at.stage()]);
   }
 
+  template <ptx::Major kMajorB, int kNum, class A>
+  __device__ __forceinline__ static void multiply(float (&d)[kNum], const A& a, uint64_t b, bool accumulate) {
+    if constexpr (std::is_same_v<A, uint64_t>) {
+      if constexpr (std::is_same_v<T, __half>) ptx::wgmma_m64k16_f16<ptx::Major::kK, kMajorB>(d, a, b, accumulate);
+      else ptx::wgmma_m64k16_bf16<ptx::Major::kK, kMajorB>(d, a, b, accumulate);
+    } else {
+      if constexpr (std::is_same_v<T, __half>) ptx::wgmma_m64k16_f16<kMajorB>(d, a, b, accumulate);
+      else ptx::wgmma_m64k16_bf16<kMajorB>(d, a, b, accumulate);
+    }
+  }
+
   // s_acc = q . K^T, of the tile at `keys`.
   __device__ __forceinline__ void start_scores(const Ring& keys) {
     ptx::mbarrier_wait_parity(&s_.k_full[keys.stage()], keys.full_parity());
@@ -150,8 +211,8 @@ class WideRows {
 #pragma unroll
     for (int kc = 0; kc < C::kDimQk / 16; ++kc) {
       const unsigned in_panel = kc % 4 * 32;
-      multiply<T, ptx::Major::kK>(s_acc_, ptx::wgmma_advance(q, kc / 4 * (kGroupRows * kPanelRowBytes) + in_panel),
-                                  ptx::wgmma_advance(k, kc / 4 * C::kPanelBytes + in_panel), kc > 0);
+      multiply<ptx::Major::kK>(s_acc_, ptx::wgmma_advance(q, kc / 4 * (kGroupRows * kPanelRowBytes) + in_panel),
+                               ptx::wgmma_advance(k, kc / 4 * C::kPanelBytes + in_panel), kc > 0);
     }
     ptx::wgmma_commit_group();
   }
@@ -164,7 +225,7 @@ class WideRows {
     ptx::wgmma_fence(out_, weights_);
 #pragma unroll
     for (int kc = 0; kc < C::kKeys / 16; ++kc)
-      multiply<T, ptx::Major::kMN>(out_, weights_[kc], ptx::wgmma_advance(v, kc * 16 * kPanelRowBytes), !first || kc > 0);
+      multiply<ptx::Major::kMN>(out_, weights_[kc], ptx::wgmma_advance(v, kc * 16 * kPanelRowBytes), !first || kc > 0);
     ptx::wgmma_commit_group();
   }
 
@@ -255,12 +316,29 @@ class WideRows {
           float four[4];
 #pragma unroll
           for (int n = 0; n < 4; ++n) four[n] = out_[(block * 4 + n) * 4 + 2 * i + e] * inverse;
-          transpose_lanes<1>(four);
+          transpose_quad(four);
 #pragma unroll
           for (int t = 0; t < 4; ++t) columns.at[2 * t + e] = four[t];
         }
         const int d = block * 32 + column * 8;
         if (row < job_.num_rows && d < p_.head_dim_vo) writer.store_8(d, columns);
+      }
+    }
+  }
+
+  // Lane t of four gets v[t] of each of them, in their order.
+  __device__ __forceinline__ static void transpose_quad(float (&v)[4]) {
+    const int t = lane() % 4;
+#pragma unroll
+    for (int distance = 1; distance <= 2; distance *= 2) {
+      const bool upper = t & distance;
+#pragma unroll
+      for (int a = 0; a < 4; ++a) {
+        if (a & distance) continue;
+        float& low = v[a];
+        float& high = v[a | distance];
+        const float got = __shfl_xor_sync(kFullMask, upper ? low : high, distance);
+        (upper ? low : high) = got;
       }
     }
   }
@@ -287,7 +365,7 @@ __device__ __forceinline__ void attend_wide(const AttentionParams& p, const Logi
   bool has_q = false;  // its copies are under way
   const auto start_q = [&](const RowCursor<C>& at) {
     const int first_row = int(ptx::opaque(threadIdx.x) - kGroupThreads) / kWarpSize * 16;
-    load_q<C, kGroupRows>(p, rule, at.job(), at.row_begin + first_row, s.q[group]);
+    load_q<C>(p, rule, at.job(), at.row_begin + first_row, s.q[group]);
     has_q = true;
   };
   RowCursor<C> cursor{s.jobs};
