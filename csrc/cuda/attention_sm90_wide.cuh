@@ -85,7 +85,7 @@ struct RowCursor {
     return is_last_of_job() ? RowCursor{ring, at.next()} : RowCursor{ring, at, row_begin + C::kRows};
   }
   __device__ __forceinline__ bool is_published() const {
-    return ptx::mbarrier_try_wait_parity(&ring.full[at.stage()], at.full_parity());
+    return ptx::mbarrier_test_wait_parity(&ring.full[at.stage()], at.full_parity());
   }
   __device__ __forceinline__ void wait() const { ptx::mbarrier_wait_parity(&ring.full[at.stage()], at.full_parity()); }
   // To the next, when it is published; what this one was of may be overwritten.

@@ -22,6 +22,7 @@ SIMT_TWIN void mbarrier_wait_parity(uint64_t* bar, unsigned parity) {
   while (!mbarrier_try_wait_parity(bar, parity)) {
   }
 }
+SIMT_TWIN bool mbarrier_test_wait_parity(uint64_t* bar, unsigned parity) { return simt::mbarrier_try_wait(bar, parity); }
 SIMT_TWIN bool mbarrier_try_wait_parity_cluster(uint64_t* bar, unsigned parity) { return simt::mbarrier_try_wait(bar, parity); }
 SIMT_TWIN void mbarrier_wait_parity_cluster(uint64_t* bar, unsigned parity) {
   while (!mbarrier_try_wait_parity_cluster(bar, parity)) {
