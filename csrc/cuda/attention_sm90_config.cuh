@@ -18,7 +18,8 @@ constexpr int kGroupThreads = 128, kGroupRows = 64;  // of a warpgroup
 constexpr int kPanelColumns = 64, kPanelRowBytes = 128;
 
 // Warps of the loading warpgroup. The rest of the block: wide warpgroups, then the narrow one.
-enum LoadWarp : int { kLoadWide = 0, kLoadNarrow = 1, kRepairWide = 2 };
+enum LoadWarp : int { kLoadWide = 0, kLoadNarrow = 1, kRepairWide = 2, kConvertWide = 2 };
+constexpr int kConvertWarps = 2;  // from kConvertWide on
 // Named barriers of the block.
 enum BarrierId : int { kTurn = 1, kGroup = 5 };  // + index of the wide warpgroup
 
@@ -35,6 +36,13 @@ struct Sm90Config {
   static constexpr int kPanelsQk = int(ceil_div(kDimQk, kPanelColumns)), kPanelsVo = int(ceil_div(kDimVo, kPanelColumns));
   static constexpr int kPanelBytes = kKeys * kPanelRowBytes;  // of a K or V tile
   static_assert(kKeys % 64 == 0, "a tile is whole pages of up to 64 tokens");
+  // Warps that make a tile's stage full; those that read the wide lane's jobs beside the warpgroups.
+  static constexpr bool kConverted = kSizes.kind == TileKind::kConverted, kHasScales = kIsQuantised<KV>;
+  static constexpr int kFilling = kConverted ? kConvertWarps : 1;
+  // Tiles on their way to be converted: 32 KB of K and V, and scales.
+  static constexpr int kRawRowBytes = kDimQk * kKvBits<KV> / 8;
+  static constexpr int kRawStages = kConverted ? 32 * 1024 / (2 * kKeys * kRawRowBytes) : 1;
+  static_assert(!kConverted || kDimQk == kDimVo, "K and V are converted by the same code");
 };
 
 // The keys of a row tile, in whole tiles; the last may end before keys_end.
@@ -137,15 +145,37 @@ struct WideStorage {
 
   __device__ __forceinline__ void init() {
     for (int i = 0; i < C::kStages; ++i) {
-      ptx::mbarrier_init(&k_full[i], 1), ptx::mbarrier_init(&k_empty[i], 4 * C::kGroups);
-      ptx::mbarrier_init(&v_full[i], 1), ptx::mbarrier_init(&v_empty[i], 4 * C::kGroups);
+      ptx::mbarrier_init(&k_full[i], C::kFilling), ptx::mbarrier_init(&k_empty[i], 4 * C::kGroups);
+      ptx::mbarrier_init(&v_full[i], C::kFilling), ptx::mbarrier_init(&v_empty[i], 4 * C::kGroups);
       ptx::mbarrier_init(&v_landed[i], 1);
     }
-    jobs.init(4 * C::kGroups + 1);
+    jobs.init(4 * C::kGroups + C::kFilling);
   }
 };
 
-// Maps of the cache's two sides: (column, token of the page, kv head, page), in boxes of one panel of one page.
+// Tiles as the cache has them, between TMA and the warps that convert them.
+template <class C>
+struct RawStorage {
+  struct Side {
+    alignas(128) unsigned char rows[C::kRawStages][C::kKeys * C::kRawRowBytes];
+    alignas(16) __half2 scales[C::kRawStages][C::kHasScales ? C::kKeys : 4];
+    uint64_t full[C::kRawStages], empty[C::kRawStages];
+  };
+  Side k, v;
+
+  __device__ __forceinline__ void init() {
+    for (int i = 0; i < C::kRawStages; ++i) {
+      ptx::mbarrier_init(&k.full[i], 1), ptx::mbarrier_init(&k.empty[i], kConvertWarps);
+      ptx::mbarrier_init(&v.full[i], 1), ptx::mbarrier_init(&v.empty[i], kConvertWarps);
+    }
+  }
+};
+struct NoRawStorage {
+  __device__ __forceinline__ void init() {}
+};
+
+// Maps of the cache's two sides: (column, token of the page, kv head, page), in boxes of one page, and of one panel where a
+// tile comes as the tensor cores take it.
 struct KvMaps {
   ptx::TensorMap k, v;
 };
