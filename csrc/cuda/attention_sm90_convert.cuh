@@ -83,8 +83,8 @@ __device__ __forceinline__ void convert_tile(const Job& job, int tile, const uns
   constexpr int kPanels = C::kPanelsQk;
   constexpr int kRowsOfAllBanks = C::kRawRowBytes < 128 ? 128 / C::kRawRowBytes : 1;
   // opaque: what follows from it would otherwise be kept in registers from tile to tile
-  const int thread = ptx::opaque(threadIdx.x), of_eight = thread / 4 % 8, quarter = thread % 4;
-  const int first_row = (thread / kWarpSize - kConvertWide) * 8 + of_eight, first_panel = of_eight / kRowsOfAllBanks % kPanels;
+  const unsigned thread = ptx::opaque(threadIdx.x), of_eight = thread / 4 % 8, quarter = thread % 4;
+  const int first_row = thread / 4 - kConvertWide * 8, first_panel = of_eight / kRowsOfAllBanks % kPanels;
   const int chunk = first_row * kPanelRowBytes + (2 * quarter ^ of_eight) * 16, other_chunk = chunk ^ 16;
   const int own_begin = job.at.kv_begin - tile - first_row, own_end = job.at.kv_end - tile - first_row;
   raw += first_row * C::kRawRowBytes + quarter * int(sizeof(Words));
@@ -99,8 +99,8 @@ __device__ __forceinline__ void convert_tile(const Job& job, int tile, const uns
 #pragma unroll
     for (int i = 0; i < kPanels; ++i) {
       const int panel = i ^ first_panel;
-      Words words = *reinterpret_cast<const Words*>(raw + panel * int(4 * sizeof(Words)) + r * C::kRawRowBytes);
-      if (!C::kHasScales && !is_mine) words = {};
+      Words words{};
+      if (C::kHasScales || is_mine) words = *reinterpret_cast<const Words*>(raw + panel * int(4 * sizeof(Words)) + r * C::kRawRowBytes);
       unsigned char* const to = dst + panel * C::kPanelBytes + r * kPanelRowBytes;
       *reinterpret_cast<Vec<T>*>(to + chunk) = values_8<T, KV>(words, 0, scale);
       *reinterpret_cast<Vec<T>*>(to + other_chunk) = values_8<T, KV>(words, 1, scale);
