@@ -2,10 +2,13 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <optional>
+
 #include "api/program.h"
 #include "cpu/common/cpus.h"
 #include "cpu/common/thread_pool.h"
 #include "cpu/dispatch.h"
+#include "tilestream/attention_tiles.h"
 
 namespace tilestream {
 void bind_planner(pybind11::module_& m);  // plan/bind_planner.cpp
@@ -34,6 +37,21 @@ PYBIND11_MODULE(_C, m) {
         tilestream::cpu::set_num_threads(num);
       },
       pybind11::arg("num"));
+  using tilestream::AttentionTile;
+  pybind11::class_<AttentionTile>(m, "AttentionTile", "A row of the table of the Hopper attention's tiles (attention_tiles.h).")
+      .def_property_readonly("wide_rows", &AttentionTile::wide_rows)
+      .def_readonly("tile_keys", &AttentionTile::tile_keys)
+      .def_readonly("narrow_rows", &AttentionTile::narrow_rows);
+  m.def(
+      "attention_tile",
+      [](const std::string& kv_dtype, int head_dim_qk, int head_dim_vo) -> std::optional<AttentionTile> {
+        const bool is_direct = kv_dtype == "bfloat16" || kv_dtype == "float16";
+        const auto kind = is_direct ? tilestream::TileKind::kDirect : tilestream::TileKind::kConverted;
+        const AttentionTile* const tile = tilestream::attention_tile(kind, head_dim_qk, head_dim_vo);
+        return tile == nullptr ? std::nullopt : std::optional(*tile);
+      },
+      pybind11::arg("kv_dtype"), pybind11::arg("head_dim_qk"), pybind11::arg("head_dim_vo"),
+      "The tile that the Hopper attention takes for a cache of these; None: other kernels run.");
   pybind11::class_<tilestream::Program>(m, "Program", "A recorded sequence of kernel launches, replayed without torch.")
       .def(pybind11::init<>())
       .def("begin", &tilestream::Program::begin, "Keep every op that this thread calls from now on.")

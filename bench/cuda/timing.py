@@ -84,23 +84,31 @@ def sample(graph: torch.cuda.CUDAGraph) -> float:
     return begin.elapsed_time(end) / 1e3
 
 
-def working(peers: dict[str, Run]) -> dict[str, Run]:
+def working(peers: dict[str, Run], complaint: Callable[[object], str] = lambda result: "") -> dict[str, Run]:
     """Those that take the case, and can be captured: not every backend of torch takes every shape. Of the others it is said
-    why not."""
+    why not. complaint: what is wrong with a result, if anything."""
     found = {}
     for name, run in peers.items():
         try:
-            capture(run, 1, 1)
-        except (RuntimeError, ValueError, TypeError) as error:
-            print(f"\nleft out: {name}: {str(error).strip().splitlines()[0][:200]}")
-        else:
-            found[name] = run
+            reason = complaint(run(0))
+            if not reason:
+                capture(run, 1, 1)
+                found[name] = run
+        except Exception as error:  # whatever a library raises: that it cannot is no fault of ours
+            reason = (str(error).strip() or repr(error)).splitlines()[0][:200]
+        if reason:
+            print(f"\nleft out: {name}: {reason}")
     return found
 
 
+def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
+    """By norms."""
+    return float((got.float() - expected.float()).norm() / expected.float().norm())
+
+
 def check(got: torch.Tensor, expected: torch.Tensor, bound: float) -> None:
-    """Against a reference of higher precision, by norms; NaN does not pass."""
-    error = float((got.float() - expected.float()).norm() / expected.float().norm())
+    """Against a reference of higher precision; NaN does not pass."""
+    error = relative_error(got, expected)
     assert error <= bound, f"relative error {error:.3g}, allowed {bound:g}"
 
 
@@ -116,7 +124,8 @@ def this_gpu() -> Machine:
         f"driver {driver or 'unknown'}, CUDA {torch.version.cuda}, {versions()}; graphs of many calls, buffers beyond L2"
     )
     name = re.sub(r"[^a-z0-9]+", "-", properties.name.lower()).strip("-")
-    return Machine(name, description, ("copy",), ("bf16", "int8"), lambda kind, num_bytes: copy_rate(), matrix_rate)
+    memory_rates = {"read": read_rate, "copy": copy_rate}
+    return Machine(name, description, tuple(memory_rates), ("bf16", "int8"), lambda kind, _: memory_rates[kind](), matrix_rate)
 
 
 @functools.cache
@@ -126,6 +135,14 @@ def copy_rate() -> float:
     target = torch.empty_like(source)
     times = interleave({"copy": lambda i: target.copy_(source)}, 1)["copy"]
     return 2 * _COPY_BYTES / statistics.median(times)
+
+
+@functools.cache
+def read_rate() -> float:
+    """Bytes per second of reading alone: of torch's ways to reduce a large buffer, or the copy, the fastest."""
+    source = torch.randn(_COPY_BYTES // 4, device=DEVICE)
+    times = interleave({"sum": lambda i: source.sum(), "largest": lambda i: source.amax()}, 1)
+    return max(copy_rate(), _COPY_BYTES / min(map(statistics.median, times.values())))
 
 
 @functools.cache

@@ -139,7 +139,8 @@ class Planner::JobWriter {
     if (partial) num_partial_rows_ += unit.num_q_tokens;
   }
 
-  void next_worker(int32_t first_job) {
+  // Cold, that is, kept out of the loops that call it: it runs once per worker, they once per job.
+  [[gnu::cold]] void next_worker(int32_t first_job) {
     worker_begin_[++worker_] = first_job;
     next_cut_ = worker_ + 1 < config_.num_workers ? (worker_ + 1) * share_ticks_ : INT64_MAX;
   }
@@ -162,8 +163,6 @@ Planner::Planner(const PlanConfig& config) : config_(config) {
   narrow_tokens_ = has_narrow ? config.narrow_rows / group_size_ : 0;
   num_lists_ = config.num_workers * (has_narrow ? 2 : 1);
 }
-
-inline bool Planner::is_narrow(const Unit& unit) const { return unit.num_q_tokens <= narrow_tokens_; }
 
 // The place in prefix_jobs_ of the unit that holds a row of a group's.
 int32_t Planner::prefix_unit(int32_t group, int32_t kv_head, int32_t group_row) const {
@@ -204,18 +203,27 @@ void Planner::prepare_groups() {
   prefix_jobs_.resize(first_unit);
 }
 
-// Calls visit(unit) in stream order. one_head_only: kv head 0 stands for all, where the heads share their lists.
-template <class Visit>
-void Planner::visit_units(bool one_head_only, Visit&& visit) const {
+// The tokens of a request or group that are in units of wanted heights: all its units but the last are full.
+template <class Wanted>
+Planner::Range Planner::wanted_tokens(int32_t num_tokens, Wanted&& wanted) const {
+  const int32_t last = num_tokens > tokens_per_tile_ ? (num_tokens - 1) / tokens_per_tile_ * tokens_per_tile_ : 0;
+  return {wanted(tokens_per_tile_) ? 0 : last, wanted(num_tokens - last) ? num_tokens : last};
+}
+
+// Calls visit(unit) in stream order, for the units whose wanted(num_q_tokens) is true. one_head_only: kv head 0 stands
+// for all, where the heads share their lists.
+template <class Wanted, class Visit>
+void Planner::visit_units(bool one_head_only, Wanted&& wanted, Visit&& visit) const {
   const PlanInput& in = input_;
   const int32_t num_heads = one_head_only ? 1 : config_.num_kv_heads;
   const int32_t lists = in.lists_per_head ? config_.num_kv_heads : 1;
   for (int32_t g = 0; g < in.num_groups; ++g) {
     const GroupState& group = groups_[g];
     if (group.num_rows == 0) continue;
+    const auto [rows_begin, rows_end] = wanted_tokens(group.num_rows, wanted);
     const int32_t first_list = in.group_requests[in.group_indptr[g]] * lists;
     for (int32_t h = 0; h < num_heads; ++h) {
-      for (int32_t row = 0; row < group.num_rows; row += tokens_per_tile_) {
+      for (int32_t row = rows_begin; row < rows_end; row += tokens_per_tile_) {
         visit(Unit{group.rows_begin + row, std::min(tokens_per_tile_, group.num_rows - row), h,
                    lists > 1 ? first_list + h : first_list, 0, group.prefix_tokens, kAllVisible, g, row});
       }
@@ -223,13 +231,15 @@ void Planner::visit_units(bool one_head_only, Visit&& visit) const {
   }
   for (int32_t b = 0; b < in.batch_size; ++b) {
     const int32_t token_begin = in.cu_seqlens_q[b], q_len = in.cu_seqlens_q[b + 1] - token_begin;
+    const auto [q_begin, q_end] = wanted_tokens(q_len, wanted);
+    if (q_begin == q_end) continue;
     const int32_t group = group_of_request_[b];
     const int32_t group_row = group >= 0 ? group_row_of_request_[b] : 0;
     const int32_t own_begin = group >= 0 ? groups_[group].prefix_tokens : 0;
     for (int32_t h = 0; h < num_heads; ++h) {
       const int32_t list = lists > 1 ? b * lists + h : b;
       const int32_t kv_len = in.kv_lens[list];
-      for (int32_t i = 0; i < q_len; i += tokens_per_tile_) {
+      for (int32_t i = q_begin; i < q_end; i += tokens_per_tile_) {
         const int32_t num_q_tokens = std::min(tokens_per_tile_, q_len - i);
         const int32_t q_pos = kv_len - q_len + i;
         int32_t begin = own_begin;
@@ -251,7 +261,7 @@ void Planner::measure(const Unit& unit, int64_t times) {
     return;
   }
   const int64_t tile_cost = config_.cost_tile + int64_t(config_.cost_row) * unit.num_q_tokens * group_size_;
-  Stream& stream = streams_[is_narrow(unit)];
+  Stream& stream = streams_[is_narrow(unit.num_q_tokens)];
   stream.total_cost += times * tile_cost * ceil_div(keys, config_.tile_keys);
   if (stream.total_cost > (int64_t(1) << 60) / config_.num_workers) {
     plan::reject("the step's tiles cost more than 2^60 / num_workers in all, which does not fit the planner's "
@@ -284,7 +294,8 @@ int64_t Planner::prepare(const PlanInput& input) {
   num_jobs_bound_ = num_merges_bound_ = num_parts_bound_ = 0;
   prepare_groups();
   const bool heads_alike = !input.lists_per_head;
-  visit_units(heads_alike, [&](const Unit& unit) { measure(unit, heads_alike ? config_.num_kv_heads : 1); });
+  const auto all = [](int32_t) { return true; };
+  visit_units(heads_alike, all, [&](const Unit& unit) { measure(unit, heads_alike ? config_.num_kv_heads : 1); });
   if (config_.mode == PlanMode::kBalanced) {
     // A cut adds a job; it makes a merge of each token of its unit, with at most two parts more.
     const int64_t cuts = config_.num_workers - 1;
@@ -318,26 +329,29 @@ void Planner::write_q_rows(int32_t* q_rows) const {
   }
 }
 
-void Planner::write_units(JobWriter& writer, bool narrow) {
+void Planner::write_units(JobWriter& writer) {
+  merged_.clear();
   const bool balanced = config_.mode == PlanMode::kBalanced;
-  writer.begin_stream(streams_[narrow]);
-  visit_units(false, [&](const Unit& unit) {
-    if (is_narrow(unit) != narrow) return;
-    const int32_t first_job = writer.num_jobs();
-    bool cut = false;
-    if (unit.kv_end > unit.kv_begin) {
-      const int64_t tile_cost = config_.cost_tile + int64_t(config_.cost_row) * unit.num_q_tokens * group_size_;
-      cut = balanced ? writer.add_balanced(unit, tile_cost) : writer.add_invariant(unit, tile_cost);
-    }
-    const JobRange jobs{first_job, writer.num_jobs()};
-    if (unit.is_prefix()) {
-      prefix_jobs_[prefix_unit(unit.group, unit.kv_head, unit.group_row)] = jobs;
-    } else if (cut || unit.always_merged() || unit.kv_end == unit.kv_begin) {
-      merged_.push_back({unit.q_rows_begin, unit.num_q_tokens, unit.kv_head, unit.q_pos_begin, unit.group,
-                         unit.group_row, jobs});
-    }
-  });
-  writer.end_stream();
+  for (int32_t kind = 0; kind * config_.num_workers < num_lists_; ++kind) {
+    writer.begin_stream(streams_[kind]);
+    const auto wanted = [&](int32_t num_q_tokens) { return is_narrow(num_q_tokens) == (kind == 1); };
+    visit_units(false, wanted, [&](const Unit& unit) {
+      const int32_t first_job = writer.num_jobs();
+      bool cut = false;
+      if (unit.kv_end > unit.kv_begin) {
+        const int64_t tile_cost = config_.cost_tile + int64_t(config_.cost_row) * unit.num_q_tokens * group_size_;
+        cut = balanced ? writer.add_balanced(unit, tile_cost) : writer.add_invariant(unit, tile_cost);
+      }
+      const Range jobs{first_job, writer.num_jobs()};
+      if (unit.is_prefix()) {
+        prefix_jobs_[prefix_unit(unit.group, unit.kv_head, unit.group_row)] = jobs;
+      } else if (cut || unit.always_merged() || unit.kv_end == unit.kv_begin) {
+        merged_.push_back({unit.q_rows_begin, unit.num_q_tokens, unit.kv_head, unit.q_pos_begin, unit.group,
+                           unit.group_row, jobs});
+      }
+    });
+    writer.end_stream();
+  }
 }
 
 // A token's parts: those of its prefix unit, then those of its own, each by rising kv. Parts in which the token sees
@@ -353,7 +367,7 @@ void Planner::write_merges(const PlanJob* jobs, int32_t* buffer, PlanHeader& hea
       int32_t* const first_part = part;
       if (unit.group >= 0) {
         const int32_t row = unit.group_row + i;
-        const JobRange prefix = prefix_jobs_[prefix_unit(unit.group, unit.kv_head, row)];
+        const Range prefix = prefix_jobs_[prefix_unit(unit.group, unit.kv_head, row)];
         part = append_parts(jobs, prefix.begin, prefix.end, row % tokens_per_tile_, part);
       }
       const int32_t q_pos = unit.q_pos_begin + i;
@@ -420,9 +434,7 @@ int64_t Planner::write(int32_t* buffer) {
   write_q_rows(buffer + header.q_rows_offset);
   PlanJob* jobs = reinterpret_cast<PlanJob*>(buffer + header.jobs_offset);
   JobWriter writer(config_, jobs, buffer + header.worker_begin_offset);
-  merged_.clear();
-  write_units(writer, false);
-  if (header.num_narrow_workers > 0) write_units(writer, true);
+  write_units(writer);
   header.num_jobs = writer.num_jobs();
   header.num_partial_rows = writer.num_partial_rows();
   header.merges_offset = header.jobs_offset + header.num_jobs * int32_t(sizeof(PlanJob) / sizeof(int32_t));

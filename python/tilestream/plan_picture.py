@@ -27,9 +27,9 @@ _MAX_REQUESTS_IN_LEGEND = 16  # more than fit beside the picture
 def draw_plan(plan: ArrayLike, path: str | PathLike[str], requests: Sequence[str] | None = None) -> None:
     """Draw a plan as a PNG.
 
-    Each worker is a column, filled from the top with its jobs in the order in which it runs them. A job is a stack of
-    KV tiles, each as tall as it costs, so that an even plan has an even bottom edge. A job whose output is merged
-    carries a white dot. The bar below counts the merged outputs of each request.
+    Each worker is a column, filled from the top with its jobs in the order in which it runs them; narrow lists come
+    last. A job is a stack of KV tiles, each as tall as it costs, so that an even plan has an even bottom edge, of each
+    kind of list. A job whose output is merged carries a white dot. The bar below counts the merged outputs of each request.
 
     Args:
         plan: int32 1-D array or CPU tensor, as tilestream._C.Planner.plan returns it.
@@ -116,7 +116,9 @@ def _draw_columns(axes: Axes, plan: Plan) -> None:
     if dots:
         size = 5 if many else 22
         axes.scatter(*zip(*dots, strict=True), s=size, color="white", edgecolor=_INK, linewidth=0.5, zorder=3)
-    axes.axhline(sum(_loads(plan)) / plan.num_workers / full_tile, color=_INK, linewidth=0.8, linestyle=(0, (5, 4)))
+    for workers in plan.kinds:
+        ends = (workers.start - 0.6, workers.stop - 0.4)
+        axes.hlines(_even_share(plan, workers) / full_tile, *ends, color=_INK, linewidth=0.8, linestyle=(0, (5, 4)))
     axes.set(xlim=(-0.6, plan.num_workers - 0.4), ylim=(max(deepest * 1.02, 1), 0))
     axes.set_xlabel("worker", color=_INK)
     axes.xaxis.set_label_position("top")
@@ -147,6 +149,10 @@ def _loads(plan: Plan) -> list[int]:
     return [sum(map(plan.cost, plan.worker_jobs(worker))) for worker in range(plan.num_workers)]
 
 
+def _even_share(plan: Plan, workers: range) -> float:
+    return sum(_loads(plan)[workers.start : workers.stop]) / len(workers)
+
+
 def _plain_axes(axes: Axes) -> None:
     axes.set_facecolor(_PAPER)
     axes.set_axisbelow(True)
@@ -158,7 +164,9 @@ def _plain_axes(axes: Axes) -> None:
 def _title(plan: Plan) -> str:
     tiles = [sum(map(plan.num_tiles, plan.worker_jobs(worker))) for worker in range(plan.num_workers)]
     loads = _loads(plan)
-    over = max(loads) * plan.num_workers / sum(loads) - 1 if plan.jobs else 0.0
+    over = max(
+        (max(loads[w.start : w.stop]) / share - 1 for w in plan.kinds if (share := _even_share(plan, w))), default=0.0
+    )
     parts = Counter((job.tokens, job.kv_head, job.is_prefix) for job in plan.jobs)
     num_split = sum(num > 1 for num in parts.values())
     mode = "batch-invariant" if plan.batch_invariant else "balanced"

@@ -1,7 +1,8 @@
 """What ptxas made of a kernel: its machine instructions (SASS), and its loops.
 
 `python -m tests.house.sass KERNEL [OBJECT ...]` prints, for the kernels of sm_90a whose names contain KERNEL, how many
-instructions of which kind stand in each loop; in the object files given, or else in those of the last build.
+instructions of which kind stand in each loop; in the object files given, or else in those of the last build. It needs the
+packages nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm.
 """
 
 from __future__ import annotations
@@ -135,7 +136,7 @@ def _counts(code: list[Instruction]) -> str:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 2:
+    if len(sys.argv) < 2 or disassembler() is None:
         sys.exit(__doc__)
     for path in [Path(name) for name in sys.argv[2:]] or kernel_table.objects().values():
         for name, code in disassemble(path).items():

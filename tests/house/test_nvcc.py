@@ -37,6 +37,13 @@ def test_no_kernel_spills(kernels: list[kernel_table.Kernel]) -> None:
 
 
 @built_here
+def test_no_wgmma_is_held_up() -> None:
+    """Where ptxas finds accumulators in use too early, it waits after each wgmma, and says so."""
+    told = [line for report in kernel_table.objects(".ptxas").values() for line in report.read_text().splitlines()]
+    assert [] == [line for line in told if "instructions are serialized" in line or "warpgroup.wait is injected" in line]
+
+
+@built_here
 def test_the_table_is_up_to_date(kernels: list[kernel_table.Kernel]) -> None:
     """`python -m tests.house.kernel_table` writes it."""
     if (version := kernel_table.nvcc_release()) != kernel_table.TABLE_RELEASE:

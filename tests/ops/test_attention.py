@@ -12,7 +12,7 @@ from tests.ops.attention_case import Case, Tensors, check, exact, make_plan, mak
 from tilestream import ops, testing
 from tilestream.testing.paged import FLOAT_DTYPES, stored_pages
 
-pytestmark = pytest.mark.simt
+pytestmark = pytest.mark.simt(archs=(80, 90))
 DTYPES = [  # (q and out, cache)
     ("float32", "float32"),
     ("float16", "float16"),

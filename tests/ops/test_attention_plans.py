@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from tests.ops.attention_case import Case, Tensors, check, make_plan, make_tensors, run
 from tilestream import ops, testing
+from tilestream.reference.plan import decode_plan
 
 STEP = Case(q_lens=(1, 40, 1, 3, 1), kv_lens=(300, 40, 1, 150, 65), dtype="bfloat16", kv_dtype="bfloat16")
 KV_DTYPES = ["float32", "bfloat16", "fp8", "int8", "int4"]
@@ -31,6 +32,18 @@ def test_any_tile_size(backend: testing.Backend, tile_rows: int, tile_keys: int)
     planner = (("tile_rows", tile_rows), ("tile_keys", tile_keys), ("split_tokens", 2 * tile_keys))
     check(dataclasses.replace(STEP, num_workers=4, planner=planner))
     check(dataclasses.replace(STEP, num_workers=4, planner=planner, batch_invariant=True, window_left=50))
+
+
+@pytest.mark.simt
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+@pytest.mark.parametrize("window_left", [-1, 50])
+def test_narrow_lists_and_merge_information(backend: testing.Backend, window_left: int, kv_dtype: str) -> None:
+    """Kernels that know one kind of list walk all of them, and leave the merge information alone."""
+    planner = (("narrow_rows", 16), ("merge_inside", True))
+    case = dataclasses.replace(STEP, num_workers=4, kv_dtype=kv_dtype, window_left=window_left, planner=planner)
+    check(case)
+    plan = decode_plan(make_plan(case, make_tensors(case)).host_plan)
+    assert plan.num_narrow_workers == 4 and plan.merge_of_row
 
 
 @pytest.mark.parametrize("kv_dtype", KV_DTYPES)

@@ -11,7 +11,7 @@ import torch
 from tests.ops.attention_case import Case, Tensors, check, make_tensors, run
 from tilestream import testing
 
-pytestmark = pytest.mark.simt
+pytestmark = pytest.mark.simt(archs=(80, 90))
 KV_DTYPES = [("float16", "float16"), ("bfloat16", "bfloat16"), ("float16", "int8"), ("bfloat16", "int4")]
 each_dtype = pytest.mark.parametrize(("dtype", "kv_dtype"), KV_DTYPES, ids=lambda d: d)
 

@@ -13,7 +13,7 @@ from tilestream.reference.plan import Job, Plan, decode_plan
 
 DEFAULTS: dict[str, Any] = dict(
     num_qo_heads=4, num_kv_heads=2, page_size=16, num_workers=4, tile_rows=16, tile_keys=16, split_tokens=64,
-    window_left=-1, causal=True, batch_invariant=False, cost_tile=8, cost_row=1,
+    window_left=-1, causal=True, batch_invariant=False, cost_tile=8, cost_row=1, narrow_rows=0, merge_inside=False,
 )  # fmt: skip
 
 
@@ -38,6 +38,10 @@ class Step:
         group_size = self.config["num_qo_heads"] // self.config["num_kv_heads"]
         return self.config["cost_tile"] + self.config["cost_row"] * len(job.tokens) * group_size
 
+    def is_narrow(self, job: Job) -> bool:
+        group_size = self.config["num_qo_heads"] // self.config["num_kv_heads"]
+        return len(job.tokens) * group_size <= self.config["narrow_rows"]
+
 
 @st.composite
 def configs(draw: st.DrawFn, **fixed: Any) -> dict[str, Any]:
@@ -56,6 +60,8 @@ def configs(draw: st.DrawFn, **fixed: Any) -> dict[str, Any]:
         batch_invariant=draw(st.booleans()),
         cost_tile=draw(st.sampled_from([0, 1, 50])),
         cost_row=draw(st.sampled_from([1, 7])),
+        narrow_rows=draw(st.sampled_from([0, 1, group_size, 2 * group_size, 16])),
+        merge_inside=draw(st.booleans()),
     )
     return config | fixed
 

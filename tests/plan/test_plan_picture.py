@@ -16,8 +16,10 @@ from .plan_steps import DEFAULTS
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
-def draw(path: Path, q_lens: list[int], kv_lens: list[int], groups: list, num_workers: int) -> np.ndarray:
-    planner = _C.Planner(**DEFAULTS | dict(num_workers=num_workers))
+def draw(
+    path: Path, q_lens: list[int], kv_lens: list[int], groups: list, num_workers: int, narrow_rows: int = 0
+) -> np.ndarray:
+    planner = _C.Planner(**DEFAULTS | dict(num_workers=num_workers, narrow_rows=narrow_rows))
     draw_plan(planner.plan(np.cumsum([0, *q_lens]), kv_lens, groups), path)
     assert path.read_bytes().startswith(PNG_SIGNATURE)
     return imread(path)
@@ -34,6 +36,12 @@ def test_a_mixed_step_is_drawn(tmp_path: Path) -> None:
 
 def test_a_gpu_sized_plan_is_drawn(tmp_path: Path) -> None:
     draw(tmp_path / "many.png", [1] * 40, [1000] * 40, [], 132)
+
+
+def test_narrow_lists_are_drawn_beside_the_wide_ones(tmp_path: Path) -> None:
+    step = ([40, 1, 1], [90, 700, 600], [], 4)
+    alone, beside = draw(tmp_path / "alone.png", *step), draw(tmp_path / "beside.png", *step, narrow_rows=4)
+    assert beside.shape[1] > alone.shape[1]  # eight columns instead of four
 
 
 def test_names_must_fit_the_batch(tmp_path: Path) -> None:

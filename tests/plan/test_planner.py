@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -83,6 +84,44 @@ def test_lists_per_head_name_their_row_of_the_block_table() -> None:
     ]  # fmt: skip
 
 
+def test_narrow_lists_take_the_decodes() -> None:
+    plan = step([8, 1, 1], [8, 64, 32], num_kv_heads=1, tile_rows=32, num_workers=2, narrow_rows=4).plan()
+    assert plan.num_workers == 4 and plan.num_narrow_workers == 2
+    assert plan.worker_begin == (0, 1, 1, 2, 4)
+    assert [(job.page_list, job.kv_begin, job.kv_end) for job in plan.jobs] == [
+        (0, 0, 8), (1, 0, 48), (1, 48, 64), (2, 0, 32),
+    ]  # fmt: skip
+
+
+def test_a_prefix_may_be_wide_where_its_group_is_narrow() -> None:
+    # The group's rows are two tiles of 4 and 1 tokens; the members' own parts are all narrow.
+    changes = dict(num_kv_heads=1, tile_rows=16, num_workers=1, narrow_rows=4)
+    plan = step([1] * 5, [50] * 5, [(48, list(range(5)))], **changes).plan()
+    assert plan.worker_begin == (0, 1, 7)
+    assert [(job.is_prefix, len(job.tokens)) for job in plan.jobs] == [(True, 4), (True, 1)] + [(False, 1)] * 5
+    assert [merge.parts for merge in plan.merges] == [(0, 5), (1, 6), (2, 7), (3, 8), (4, 9)]
+
+
+def test_batch_invariant_plans_have_no_narrow_lists() -> None:
+    want = step([8, 1], [8, 100], batch_invariant=True).plan()
+    assert step([8, 1], [8, 100], batch_invariant=True, narrow_rows=16).plan() == want
+
+
+def test_a_partial_row_names_its_merge() -> None:
+    # A window of 0 keys: each token sees its own key, in one of the two jobs of its unit.
+    config = dict(num_kv_heads=1, num_workers=2, tile_rows=128, window_left=0, merge_inside=True)
+    plan = step([32], [32], **config).plan()
+    assert [(job.kv_begin, job.kv_end) for job in plan.jobs] == [(0, 16), (16, 32)]
+    assert plan.merge_of_row == (*range(16), *[-1] * 16, *[-1] * 16, *range(16, 32))
+    assert plan.merge_counters == (0,) * (32 * 4)
+
+
+def test_a_plan_without_merge_information_is_the_same_but_for_it() -> None:
+    plain, full = (step([1], [1600], merge_inside=inside).plan() for inside in (False, True))
+    assert plain.merge_of_row is None and plain.merge_counters is None
+    assert replace(full, merge_of_row=None, merge_counters=None) == plain
+
+
 def test_an_empty_step_has_an_empty_plan() -> None:
     plan = step([], []).plan()
     assert not plan.jobs and not plan.merges and plan.worker_begin == (0,) * 5
@@ -123,6 +162,7 @@ def test_the_buffer_is_reused() -> None:
         (dict(batch_invariant=True, split_tokens=72), "split_tokens = 72 must be a multiple of tile_keys = 16"),
         (dict(batch_invariant=True, split_tokens=0), "split_tokens = 0 is out of range"),
         (dict(window_left=-2), "window_left = -2 is out of range: allowed are -1 to"),
+        (dict(narrow_rows=-1), "narrow_rows = -1 is out of range: allowed are 0 to 65536"),
         (dict(cost_tile=-1), "cost_tile = -1 is out of range"),
         (dict(cost_tile=0, cost_row=0), "a tile must cost something"),
     ],

@@ -168,21 +168,23 @@ class Planner {
     int32_t max_unit_tokens;
   };
   struct GroupState { int32_t prefix_tokens, num_rows, num_q_tiles, rows_begin, first_unit; };
-  struct JobRange { int32_t begin, end; };
+  struct Range { int32_t begin, end; };
   struct MergedUnit {
     int32_t token_begin, num_tokens, kv_head, q_pos_begin, group, group_row;
-    JobRange jobs;
+    Range jobs;
   };
   class JobWriter;
 
-  bool is_narrow(const Unit& unit) const;
+  bool is_narrow(int32_t num_q_tokens) const { return num_q_tokens <= narrow_tokens_; }
   int32_t prefix_unit(int32_t group, int32_t kv_head, int32_t group_row) const;
   void prepare_groups();
   void measure(const Unit& unit, int64_t times);
-  template <class Visit>
-  void visit_units(bool one_head_only, Visit&& visit) const;
+  template <class Wanted>
+  Range wanted_tokens(int32_t num_tokens, Wanted&& wanted) const;
+  template <class Wanted, class Visit>
+  void visit_units(bool one_head_only, Wanted&& wanted, Visit&& visit) const;
   void write_q_rows(int32_t* q_rows) const;
-  void write_units(JobWriter& writer, bool narrow);
+  void write_units(JobWriter& writer);
   void write_merges(const PlanJob* jobs, int32_t* buffer, PlanHeader& header) const;
   void write_merge_info(int32_t* buffer, PlanHeader& header) const;
 
@@ -198,7 +200,7 @@ class Planner {
   // Scratch, grown and never shrunk.
   std::vector<int32_t> group_of_request_, group_row_of_request_;
   std::vector<GroupState> groups_;
-  std::vector<JobRange> prefix_jobs_;  // of each prefix unit
+  std::vector<Range> prefix_jobs_;  // of each prefix unit
   std::vector<MergedUnit> merged_;
 };
 

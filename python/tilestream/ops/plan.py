@@ -37,6 +37,7 @@ class AttentionPlanner:
     Args:
         num_qo_heads, num_kv_heads: heads; num_qo_heads must be a multiple of num_kv_heads.
         head_dim_vo: elements of one output head (sizes the workspace).
+        head_dim_qk: elements of one q and K head; default: head_dim_vo. On CUDA the kernel's tiles depend on it.
         page_size: tokens per page: 16, 32 or 64.
         num_workers: workers the tiles are dealt to; default: the device's (CPU: threads; CUDA: the blocks that its SMs hold).
         device: where the attention runs: "cpu", "cuda", "cuda:1".
@@ -60,6 +61,7 @@ class AttentionPlanner:
         num_kv_heads: int,
         head_dim_vo: int,
         *,
+        head_dim_qk: int | None = None,
         page_size: int = 16,
         num_workers: int | None = None,
         causal: bool = True,
@@ -70,13 +72,13 @@ class AttentionPlanner:
         tile_rows: int | None = None,
         tile_keys: int | None = None,
         split_tokens: int = 1024,
-        cost_tile: int = 4,
-        cost_row: int = 1,
+        cost_tile: int | None = None,
+        cost_row: int | None = None,
         narrow_rows: int | None = None,
         merge_inside: bool | None = None,
     ) -> None:
         device = torch.device(device)
-        default = _cpu_shares() if device.type == "cpu" else _cuda_shares(device, head_dim_vo, kv_dtype)
+        default = _cpu_shares() if device.type == "cpu" else _cuda_shares(device, head_dim_qk or head_dim_vo, head_dim_vo, kv_dtype)
         group_size = max(1, num_qo_heads // max(1, num_kv_heads))
         self.row_floats = group_size * (head_dim_vo + 1)
         self.planner = _C.Planner(
@@ -90,8 +92,8 @@ class AttentionPlanner:
             window_left=window_left,
             causal=causal,
             batch_invariant=batch_invariant,
-            cost_tile=cost_tile,
-            cost_row=cost_row,
+            cost_tile=default.cost_tile if cost_tile is None else cost_tile,
+            cost_row=default.cost_row if cost_row is None else cost_row,
             narrow_rows=default.narrow_rows if narrow_rows is None else narrow_rows,
             merge_inside=default.merge_inside if merge_inside is None else merge_inside,
         )
@@ -159,14 +161,27 @@ class _Shares(NamedTuple):
     tile_keys: int
     narrow_rows: int = 0
     merge_inside: bool = False
+    cost_tile: int = 4
+    cost_row: int = 1
 
 
 def _cpu_shares() -> _Shares:
     return _Shares(_C.num_threads(), tile_rows=96, tile_keys=128)
 
 
-def _cuda_shares(device: torch.device, head_dim: int, kv_dtype: str) -> _Shares:
-    """As MmaConfig of csrc/cuda/attention_config.cuh has it: what an SM holds, and the rows of a tile."""
-    num_sms, narrow = torch.cuda.get_device_properties(device).multi_processor_count, kv_dtype in ("fp8", "int8", "int4")
-    blocks_per_sm = 3 if narrow and head_dim <= 128 else 2
-    return _Shares(num_sms * blocks_per_sm, tile_rows=64 if narrow or head_dim > 128 else 128, tile_keys=64)
+def _cuda_shares(device: torch.device, head_dim_qk: int, head_dim_vo: int, kv_dtype: str) -> _Shares:
+    properties = torch.cuda.get_device_properties(device)
+    num_sms = properties.multi_processor_count
+    hopper = properties.major == 9 and "90a-real" in _C.cuda_archs
+    tile = _C.attention_tile(kv_dtype, head_dim_qk, head_dim_vo) if hopper else None
+    if tile is not None:
+        return sm90_shares(num_sms, tile)
+    # As MmaConfig of csrc/cuda/attention_config.cuh has it: what an SM holds, and the rows of a tile.
+    unpacked, wide = kv_dtype in ("fp8", "int8", "int4"), max(head_dim_qk, head_dim_vo) > 128
+    return _Shares(num_sms * (3 if unpacked and not wide else 2), tile_rows=64 if unpacked or wide else 128, tile_keys=64)
+
+
+def sm90_shares(num_sms: int, tile: _C.AttentionTile) -> _Shares:
+    """For the Hopper kernel: a block on each SM, whose tiles take the same time however many of their rows are in use. Cut
+    every 64 keys, also where the wide lane's tiles have 128, for short decodes to reach all SMs."""
+    return _Shares(num_sms, tile.wide_rows, 64, tile.narrow_rows, merge_inside=True, cost_tile=1, cost_row=0)

@@ -15,7 +15,8 @@ ALL_VISIBLE = 1 << 30
 _HEADER_FIELDS = (
     "magic total_int32 batch_size num_tokens num_qo_heads num_kv_heads page_size num_workers tile_rows tile_keys "
     "causal window_left lists_per_head num_groups max_kv_len num_jobs num_merges num_merge_parts num_partial_rows "
-    "num_q_rows q_rows_offset jobs_offset worker_begin_offset merges_offset merge_parts_offset mode cost_tile cost_row"
+    "num_q_rows q_rows_offset jobs_offset worker_begin_offset merges_offset merge_parts_offset mode cost_tile cost_row "
+    "num_narrow_workers merge_of_row_offset merge_counters_offset"
 ).split()
 
 
@@ -81,13 +82,22 @@ class Plan:
     batch_invariant: bool
     cost_tile: int
     cost_row: int
+    num_narrow_workers: int
     jobs: tuple[Job, ...]
     worker_begin: tuple[int, ...]
     merges: tuple[Merge, ...]
+    merge_of_row: tuple[int, ...] | None
+    merge_counters: tuple[int, ...] | None
 
     @property
     def num_workers(self) -> int:
         return len(self.worker_begin) - 1
+
+    @property
+    def kinds(self) -> tuple[range, ...]:
+        """The workers that share one stream of tiles: all, or the wide and the narrow ones."""
+        wide = self.num_workers - self.num_narrow_workers
+        return (range(wide), range(wide, self.num_workers)) if self.num_narrow_workers else (range(wide),)
 
     def num_tiles(self, job: Job) -> int:
         return -(-(job.kv_end - job.kv_begin) // self.tile_keys)
@@ -133,9 +143,22 @@ def decode_plan(plan: ArrayLike) -> Plan:
         for token, head, begin, num in table("merges", h["num_merges"], 4)
     )
     begins = words[h["worker_begin_offset"] :][: h["num_workers"] + 1].tolist()
+
+    def optional(name: str, num: int) -> tuple[int, ...] | None:
+        begin = h[name + "_offset"]
+        return tuple(words[begin : begin + num].tolist()) if begin else None
+
     same_names = {name: h[name] for name in Plan.__dataclass_fields__ if name in h}
     same_names |= {name: bool(h[name]) for name in ("causal", "lists_per_head")}
-    return Plan(**same_names, batch_invariant=h["mode"] == 1, jobs=jobs, worker_begin=tuple(begins), merges=merges)
+    return Plan(
+        **same_names,
+        batch_invariant=h["mode"] == 1,
+        jobs=jobs,
+        worker_begin=tuple(begins),
+        merges=merges,
+        merge_of_row=optional("merge_of_row", h["num_partial_rows"]),
+        merge_counters=optional("merge_counters", len(merges) * (h["num_qo_heads"] // h["num_kv_heads"])),
+    )
 
 
 def mask(cu_seqlens_q: ArrayLike, kv_lens: ArrayLike, *, num_kv_heads: int, causal: bool, window_left: int) -> NDArray:
