@@ -9,6 +9,7 @@
 
 #include "cuda/attention_row.h"
 #include "cuda/attention_sm90_convert.cuh"
+#include "cuda/attention_sm90_float8.cuh"
 #include "cuda/attention_sm90_wide.cuh"
 #include "cuda/ptx/setmaxnreg.cuh"
 
@@ -17,7 +18,7 @@ namespace tilestream::cuda {
 template <class C>
 struct Sm90Storage {
   WideStorage<C> wide;
-  [[no_unique_address]] std::conditional_t<C::kConverted, RawStorage<C>, NoRawStorage> raw;
+  [[no_unique_address]] RawStorage<C> raw;
 };
 
 template <class C>
@@ -37,6 +38,9 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     if constexpr (C::kConverted) {
       if (warp == kLoadWide) load_raw<C>(p, maps, s.wide, s.raw);
       else if (warp >= kConvertWide) convert_wide<C>(s.wide, s.raw);
+    } else if constexpr (C::kFloat8) {
+      if (warp == kLoadWide) load_float8<C>(p, maps, s.wide, s.raw);
+      else if (warp >= kConvertWide) transpose_wide<C>(s.wide, s.raw);
     } else {
       if (warp == kLoadWide) load_wide<C>(p, maps, s.wide);
       else if (warp == kRepairWide) repair_wide<C>(s.wide);
@@ -58,7 +62,7 @@ void launch_attention_sm90(const AttentionParams& p, Stream stream) {
                             .stream = stream};
   KvMaps maps;
   if constexpr (C::kConverted) maps = {raw_map<C>(p, 0), raw_map<C>(p, 1)};
-  else maps = {kv_map(p, 0), kv_map(p, 1)};
+  else maps = {kv_map(p, 0, C::kRowBytes / sizeof(typename C::T), C::kSwizzle), kv_map(p, 1, C::kRowBytes / sizeof(typename C::T), C::kSwizzle)};
   launch(kernel, config, p, make_logit_rule(p), maps);
 }
 

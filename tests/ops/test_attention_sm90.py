@@ -1,4 +1,4 @@
-"""attention's kernel for Hopper over caches that it converts: what its lanes, rings and tiles make delicate.
+"""attention's kernel for Hopper over caches that it converts or turns: what its lanes, rings and tiles make delicate.
 
 Other tests of attention run as sm_90 too; here are the sizes at which tiles, pages and jobs end.
 """
@@ -13,7 +13,7 @@ from tests.ops.attention_case import Case, check
 from tilestream import testing
 
 pytestmark = pytest.mark.simt(archs=(90,))
-CACHES = [("bfloat16", "int8"), ("float16", "int4"), ("bfloat16", "fp8")]  # (q and out, cache)
+CACHES = [("bfloat16", "int8"), ("float16", "int4"), ("bfloat16", "fp8"), ("fp8", "fp8")]  # (q and out, cache)
 each_cache = pytest.mark.parametrize(("dtype", "kv_dtype"), [*CACHES, ("float16", "int8"), ("bfloat16", "int4"), ("float16", "fp8"),
                                                              ("float32", "fp8")], ids=lambda d: d)
 some_caches = pytest.mark.parametrize(("dtype", "kv_dtype"), CACHES, ids=lambda d: d)
@@ -55,6 +55,15 @@ VARIANTS = [
     {"window_left": 33, "soft_cap": 2.0, "sinks": True, "heads": (3, 1)},
     {"head_dim": 128, "head_dim_vo": 64},
 ]
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("variant", [{}, {"soft_cap": 3.0}, {"alibi": True, "heads": (6, 3)}, {"sm_scale": -0.2}, {"sm_scale": 3.0}], ids=str)
+def test_descales(backend: testing.Backend, variant: dict, head_dim: int) -> None:
+    """Those of q and K join sm_scale, that of V the output; head by head, and beside the cache's own."""
+    case = dataclasses.replace(CHUNKS, dtype="fp8", kv_dtype="fp8", head_dim=head_dim, k_scale=0.5, v_scale=2.0, **variant)
+    check(dataclasses.replace(case, descales=True))
+    check(dataclasses.replace(case, descales=True, num_workers=5, planner=(("merge_inside", True),)))
 
 
 @some_caches
