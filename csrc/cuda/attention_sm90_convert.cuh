@@ -88,23 +88,32 @@ __device__ __forceinline__ void convert_tile(const Job& job, int tile, const uns
   const int chunk = first_row * kPanelRowBytes + (2 * quarter ^ of_eight) * 16, other_chunk = chunk ^ 16;
   const int own_begin = job.at.kv_begin - tile - first_row, own_end = job.at.kv_end - tile - first_row;
   raw += first_row * C::kRawRowBytes + quarter * int(sizeof(Words));
+  const auto is_mine = [&](int r) { return r >= own_begin && r < own_end; };
+  const auto load_scale = [&](int r) {
+    if constexpr (!C::kHasScales) return float2{};
+    else return __half22float2(is_mine(r) ? scales[first_row + r] : __half2{});
+  };
+  const auto load_words = [&](int r, int panel) {
+    Words words{};
+    if (C::kHasScales || is_mine(r)) words = *reinterpret_cast<const Words*>(raw + panel * int(4 * sizeof(Words)) + r * C::kRawRowBytes);
+    return words;
+  };
+  // A step is a panel of a row. The next is read before this one is written: the compiler cannot know that they are not the same.
+  constexpr int kSteps = C::kKeys / (8 * kConvertWarps) * kPanels;
+  Words next = load_words(0, first_panel);
+  float2 next_scale = load_scale(0);
 #pragma unroll
-  for (int r = 0; r < C::kKeys; r += 8 * kConvertWarps) {
-    const bool is_mine = r >= own_begin && r < own_end;
-    float2 scale{};
-    if constexpr (C::kHasScales) {
-      const __half2 stored = scales[first_row + r];
-      scale = __half22float2(is_mine ? stored : __half2{});
+  for (int step = 0; step < kSteps; ++step) {
+    const int r = step / kPanels * (8 * kConvertWarps), after = (step + 1) / kPanels * (8 * kConvertWarps);
+    const Words words = next;
+    const float2 scale = next_scale;
+    if (step + 1 < kSteps) {
+      next = load_words(after, (step + 1) % kPanels ^ first_panel);
+      if (after != r) next_scale = load_scale(after);
     }
-#pragma unroll
-    for (int i = 0; i < kPanels; ++i) {
-      const int panel = i ^ first_panel;
-      Words words{};
-      if (C::kHasScales || is_mine) words = *reinterpret_cast<const Words*>(raw + panel * int(4 * sizeof(Words)) + r * C::kRawRowBytes);
-      unsigned char* const to = dst + panel * C::kPanelBytes + r * kPanelRowBytes;
-      *reinterpret_cast<Vec<T>*>(to + chunk) = values_8<T, KV>(words, 0, scale);
-      *reinterpret_cast<Vec<T>*>(to + other_chunk) = values_8<T, KV>(words, 1, scale);
-    }
+    unsigned char* const to = dst + (step % kPanels ^ first_panel) * C::kPanelBytes + r * kPanelRowBytes;
+    *reinterpret_cast<Vec<T>*>(to + chunk) = values_8<T, KV>(words, 0, scale);
+    *reinterpret_cast<Vec<T>*>(to + other_chunk) = values_8<T, KV>(words, 1, scale);
   }
 }
 

@@ -45,6 +45,7 @@ template <class C>
 __device__ __forceinline__ void transpose_tile(const Job& job, int tile, const unsigned char* raw, unsigned char* dst) {
   constexpr ptx::Swizzle kTurned = C::kKeys == 64 ? ptx::Swizzle::k64 : ptx::Swizzle::k128;
   static_assert(C::kKeys <= 128, "a column's keys are one row of the pattern");
+  constexpr int kBlocks = C::kDimVo == 64 ? 2 : 4;  // under way at once
   const unsigned thread = ptx::opaque(threadIdx.x), lane = thread % kWarpSize, matrix = lane / 8, row = lane % 8;
   const int first_column = (thread / kWarpSize - kConvertWide) * 16, column = 2 * row + (matrix % 2 ^ row / 4);
   const unsigned first = lane < 16 ? 0x6420 : 0x7531, second = first ^ 0x1111;  // bytes of the column that is stored first
@@ -54,13 +55,22 @@ __device__ __forceinline__ void transpose_tile(const Job& job, int tile, const u
     unsigned low = ~0u, high = ~0u;
     if (!is_all_own) low = own_keys(job, tile + key + 2 * (lane % 4)), high = own_keys(job, tile + key + 16 + 2 * (lane % 4));
 #pragma unroll
-    for (int i = 0; i < C::kDimVo; i += 16 * kConvertWarps) {
-      const int d = first_column + i;
-      unsigned pairs[4];
-      ptx::ldmatrix_x4_trans(pairs, raw + d / C::kRowBytes * C::kPanelBytes + ptx::swizzled(C::kSwizzle, (key + lane) * C::kRowBytes + d % C::kRowBytes));
-      const unsigned keys[4] = {ptx::prmt(pairs[0], pairs[1], first) & low, ptx::prmt(pairs[0], pairs[1], second) & low,
-                                ptx::prmt(pairs[2], pairs[3], first) & high, ptx::prmt(pairs[2], pairs[3], second) & high};
-      ptx::stmatrix_x4(dst + ptx::swizzled(kTurned, (d + column) * C::kKeys + key + matrix / 2 * 16), keys);
+    for (int i = 0; i < C::kDimVo; i += kBlocks * 16 * kConvertWarps) {
+      unsigned pairs[kBlocks][4];
+#pragma unroll
+      for (int block = 0; block < kBlocks; ++block) {
+        const int d = first_column + i + block * 16 * kConvertWarps;
+        ptx::ldmatrix_x4_trans(pairs[block], raw + d / C::kRowBytes * C::kPanelBytes +
+                                                 ptx::swizzled(C::kSwizzle, (key + lane) * C::kRowBytes + d % C::kRowBytes));
+      }
+#pragma unroll
+      for (int block = 0; block < kBlocks; ++block) {
+        const int d = first_column + i + block * 16 * kConvertWarps;
+        const unsigned(&p)[4] = pairs[block];
+        const unsigned keys[4] = {ptx::prmt(p[0], p[1], first) & low, ptx::prmt(p[0], p[1], second) & low,
+                                  ptx::prmt(p[2], p[3], first) & high, ptx::prmt(p[2], p[3], second) & high};
+        ptx::stmatrix_x4(dst + ptx::swizzled(kTurned, (d + column) * C::kKeys + key + matrix / 2 * 16), keys);
+      }
     }
   }
 }

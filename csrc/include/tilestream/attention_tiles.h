@@ -41,7 +41,7 @@ constexpr AttentionTile kAttentionTiles[] = {
     {TileKind::kConverted, 256, 256, 2, 64, 2, 0, 56, 224, 0},
     {TileKind::kFloat8, 64, 64, 3, 64, 4, 16, 40, 120, 80},
     {TileKind::kFloat8, 128, 128, 2, 128, 2, 16, 56, 192, 72},
-    {TileKind::kFloat8, 256, 256, 2, 64, 2, 0, 56, 224, 0},
+    {TileKind::kFloat8, 256, 256, 2, 64, 2, 0, 72, 216, 0},
 };
 constexpr int kNumAttentionTiles = sizeof(kAttentionTiles) / sizeof(kAttentionTiles[0]);
 
