@@ -5,5 +5,7 @@ namespace tilestream::cuda {
 
 std::span<const AttentionRow> attention_rows_of_sm90_bfloat16() { return {}; }
 std::span<const AttentionRow> attention_rows_of_sm90_float16() { return {}; }
+std::span<const AttentionRow> attention_rows_of_sm90_fp8() { return {}; }
+std::span<const AttentionRow> attention_rows_of_sm90_int() { return {}; }
 
 }  // namespace tilestream::cuda

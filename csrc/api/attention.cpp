@@ -48,29 +48,36 @@ void check_page_ids(const PlanView& plan, const at::Tensor& block_table, int64_t
   }
 }
 
-void check_per_head(const std::optional<at::Tensor>& t, const char* name, int64_t num_heads) {
+void check_per_head(const std::optional<at::Tensor>& t, const char* name, int64_t num_heads, const char* heads = "num_qo_heads") {
   if (!t.has_value()) return;
   check_tensor(*t, name, {at::kFloat}, 1);
-  check_size(*t, name, 0, num_heads, "num_qo_heads");
+  check_size(*t, name, 0, num_heads, heads);
 }
 
 void attention(const at::Tensor& q, const at::Tensor& k_cache, const at::Tensor& v_cache, const std::optional<at::Tensor>& kv_scales,
                const at::Tensor& block_table, const at::Tensor& plan, const at::Tensor& host_plan, const at::Tensor& workspace,
                const at::Tensor& out, const std::optional<at::Tensor>& lse, const std::optional<at::Tensor>& alibi_slopes,
                const std::optional<at::Tensor>& sinks, double sm_scale, double logits_soft_cap, double k_scale, double v_scale,
-               bool blocked, bool int4, std::optional<double> unified_max) {
-  check_tensor(q, "q", kFloatTypes, 3);
+               bool blocked, bool int4, std::optional<double> unified_max, const std::optional<at::Tensor>& q_descale,
+               const std::optional<at::Tensor>& k_descale, const std::optional<at::Tensor>& v_descale) {
+  check_tensor(q, "q", {at::kFloat, at::kHalf, at::kBFloat16, at::kFloat8_e4m3fn}, 3);
   check_tensor(block_table, "block_table", {at::kInt}, 2);
   const KvCacheArgs cache = check_kv_cache(k_cache, v_cache, kv_scales, k_scale, v_scale, blocked, int4);
   check_size(q, "q", 2, cache.head_dim_qk, "head_dim of k_cache");
   check_plan(plan, host_plan, q, block_table, cache);
   check_tensor(out, "out", kFloatTypes, 3);
-  check_same_dtype(out, "out", q, "q");
+  if (q.scalar_type() == at::kFloat8_e4m3fn) check_same_dtype(k_cache, "k_cache", q, "q");
+  else check_same_dtype(out, "out", q, "q");
   check_size(out, "out", 0, q.size(0), "num_tokens");
   check_size(out, "out", 1, q.size(1), "num_qo_heads");
   check_size(out, "out", 2, cache.head_dim_vo, "head_dim of v_cache");
   check_per_head(alibi_slopes, "alibi_slopes", q.size(1));
   check_per_head(sinks, "sinks", q.size(1));
+  for (const auto& [t, name] : {std::pair{&q_descale, "q_descale"}, {&k_descale, "k_descale"}, {&v_descale, "v_descale"}}) {
+    TORCH_CHECK_VALUE(!t->has_value() || q.scalar_type() == at::kFloat8_e4m3fn, name, " is given for a ", q.scalar_type(),
+                      " q; only a Float8_e4m3fn q and its cache have one");
+    check_per_head(*t, name, cache.num_kv_heads, "num_kv_heads");
+  }
   if (lse.has_value()) {
     check_tensor(*lse, "lse", {at::kFloat}, 2);
     check_contiguous(*lse, "lse");
@@ -95,13 +102,14 @@ void attention(const at::Tensor& q, const at::Tensor& k_cache, const at::Tensor&
   p.block_table = block_table.const_data_ptr<int32_t>();
   p.alibi_slopes = optional_data<float>(alibi_slopes);
   p.sinks = optional_data<float>(sinks);
+  p.q_descale = optional_data<float>(q_descale), p.k_descale = optional_data<float>(k_descale), p.v_descale = optional_data<float>(v_descale);
   p.workspace = workspace.mutable_data_ptr<float>();
   p.plan = PlanView{plan.const_data_ptr<int32_t>()};
   const PlanHeader& header = host_view.header();
   p.merge_inside = header.merge_counters_offset != 0;
   p.num_lists = header.num_workers, p.num_wide_lists = header.num_workers - header.num_narrow_workers;
   p.num_pages = int32_t(cache.num_pages), p.num_kv_heads = int32_t(cache.num_kv_heads), p.page_size = int32_t(cache.page_size);
-  p.q_dtype = dtype_of(q);
+  p.q_dtype = dtype_of(q), p.out_dtype = dtype_of(out);
   p.sm_scale = float(sm_scale * k_scale);
   p.v_scale = cache.v_scale;
   p.logits_soft_cap = float(logits_soft_cap);
@@ -145,7 +153,8 @@ TORCH_LIBRARY_FRAGMENT(tilestream, m) {
   m.def(
       "attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor? kv_scales, Tensor block_table, Tensor plan, "
       "Tensor host_plan, Tensor(a!) workspace, Tensor(b!) out, Tensor(c!)? lse, Tensor? alibi_slopes, Tensor? sinks, *, float sm_scale, "
-      "float logits_soft_cap, float k_scale=1.0, float v_scale=1.0, bool blocked, bool int4, float? unified_max=None) -> ()");
+      "float logits_soft_cap, float k_scale=1.0, float v_scale=1.0, bool blocked, bool int4, float? unified_max=None, "
+      "Tensor? q_descale=None, Tensor? k_descale=None, Tensor? v_descale=None) -> ()");
   m.def("merge_states(Tensor v, Tensor lse, Tensor(a!) out, Tensor(b!) out_lse) -> ()");
 }
 TORCH_LIBRARY_IMPL(tilestream, CPU, m) { implement(m); }

@@ -73,8 +73,8 @@ void write_merged(const Launch& launch, int token, int head, int num_parts, Part
     denominator += weight;
     for (int d = 0; d < p.head_dim_vo; d += 16) store(sum + d, fma(load(values + d), set1(weight), load(sum + d)));
   }
-  const F32x16 divisor = set1(denominator == 0.0f ? 1.0f : denominator / p.v_scale);
-  with_element(p.q_dtype, [&](auto element) {
+  const F32x16 divisor = set1(denominator == 0.0f ? 1.0f : denominator / p.out_scale(head / launch.group_size));
+  with_element(p.out_dtype, [&](auto element) {
     using E = decltype(element);
     auto* out = static_cast<typename E::Storage*>(p.out) + token * p.out_token_stride + head * p.out_head_stride;
     for (int d = 0; d < p.head_dim_vo; d += 16) E::store(out + d, div(load(sum + d), divisor));
@@ -165,13 +165,16 @@ class JobRunner {
   int head_of(int row) const { return job_.kv_head * launch_.group_size + row % launch_.group_size; }
 
   void load_q() {
+    const F32x16 factor = set1(launch_.q_sign * p_.score_descale(job_.kv_head));
     for (int r = 0; r < num_rows_; ++r) {
-      with_element(p_.q_dtype, [&](auto element) {
+      const auto load_row = [&](auto element) {
         using E = decltype(element);
         const auto* q = static_cast<const typename E::Storage*>(p_.q) + tokens_[token_of(r)] * p_.q_token_stride +
                         head_of(r) * p_.q_head_stride;
-        for (int d = 0; d < p_.head_dim_qk; d += 16) store(m_.row + d, mul(E::load(q + d), set1(launch_.q_sign)));
-      });
+        for (int d = 0; d < p_.head_dim_qk; d += 16) store(m_.row + d, mul(E::load(q + d), factor));
+      };
+      if (p_.q_dtype == DType::kFloat8E4M3) load_row(Float8{});
+      else with_element(p_.q_dtype, load_row);
       store_q_row(r);
     }
   }

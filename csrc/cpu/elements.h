@@ -27,6 +27,11 @@ struct BFloat16 {
   static void store_pair(uint16_t* p, F32x16 lo, F32x16 hi) { store_bf16x32(p, cvt_bf16x32(lo, hi)); }
 };
 
+struct Float8 {  // e4m3
+  using Storage = uint8_t;
+  static F32x16 load(const uint8_t* p) { return load_e4m3(p); }
+};
+
 // The first n (0..16) elements; the other lanes are 0 and their memory is neither read nor written.
 template <class E>
 inline F32x16 load_part(const typename E::Storage* p, int64_t n) {

@@ -49,8 +49,8 @@ void attention(const AttentionParams& p, Stream stream) {
   require_aligned("v_cache", p.v_cache, p.kv_dtype, p.v_page_stride, p.v_head_stride, p.v_token_stride);
   if (reinterpret_cast<uintptr_t>(p.workspace) % 16 != 0) throw std::invalid_argument("attention: workspace does not begin at a multiple of 16 bytes");
   for (const std::span<const AttentionRow> rows :
-       {attention_rows_of_sm90_bfloat16(), attention_rows_of_sm90_float16(), attention_rows_of_16bit(), attention_rows_of_fp8(),
-        attention_rows_of_int(), attention_rows_of_float()}) {
+       {attention_rows_of_sm90_bfloat16(), attention_rows_of_sm90_float16(), attention_rows_of_sm90_fp8(), attention_rows_of_sm90_int(),
+        attention_rows_of_16bit(), attention_rows_of_fp8(), attention_rows_of_int(), attention_rows_of_float()}) {
     for (const AttentionRow& row : rows) {
       if (!fits(row, p)) continue;
       row.launch(p, stream);

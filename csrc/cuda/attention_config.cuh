@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cuda/attention_job.cuh"
+#include "cuda/common/kv_values.cuh"
 #include "cuda/common/reduce.cuh"
 #include "cuda/ptx/mma.cuh"
 
@@ -80,11 +81,6 @@ __device__ __forceinline__ const void* chunks_at(const T* tile, int row, int lan
   return reinterpret_cast<const char*>(tile + row * kMaxDim) + (lane_row ^ pair * 32);
 }
 
-template <class T>
-__device__ __forceinline__ unsigned pack(float low, float high) {
-  if constexpr (std::is_same_v<T, __half>) return ptx::cvt_f16x2(low, high);
-  else return ptx::cvt_bf16x2(low, high);
-}
 template <class T>
 __device__ __forceinline__ void mma(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
   const unsigned b[2] = {b0, b1};

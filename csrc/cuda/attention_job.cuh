@@ -18,6 +18,10 @@ struct LogitRule {
   // What still multiplies a logit that logit() has seen, to take it to base 2. It comes last, after the maximum has been
   // subtracted: what rounds is then a distance, small where the weight is large.
   __device__ __forceinline__ float to_log2() const { return alibi ? 1.0f : scale; }
+  // For products that are `factor` times as large.
+  __device__ __forceinline__ LogitRule times(float factor) const {
+    return {cap_scale == 0.0f ? scale * factor : scale, cap_scale * factor, q_sign, alibi};
+  }
 };
 
 inline LogitRule make_logit_rule(const AttentionParams& p) {
@@ -182,12 +186,12 @@ class RowWriter {
     const float sink = sink_log2(p, head), most = larger_or_nan(sink, lse_log2);
     weight_ = part_weight(lse_log2, most);
     const float denominator = part_weight(sink, most) + weight_;
-    scale_ = p.v_scale / (denominator == 0.0f ? 1.0f : denominator);
+    scale_ = p.out_scale(job.at.kv_head) / (denominator == 0.0f ? 1.0f : denominator);
     if (first) store_lse(p, token, head, most, denominator);
   }
   __device__ __forceinline__ void store(int d, float v) const {
     if (is_partial_) partial_[d] = v;
-    else store_element(p_.q_dtype, p_.out, begin_ + d, v * weight_ * scale_);
+    else store_element(p_.out_dtype, p_.out, begin_ + d, v * weight_ * scale_);
   }
   // Columns d to d + 7, d a multiple of 8.
   __device__ __forceinline__ void store_8(int d, const Floats8& v) const {
@@ -195,9 +199,9 @@ class RowWriter {
     Floats8 out;
 #pragma unroll
     for (int k = 0; k < 8; ++k) out.at[k] = v.at[k] * weight_ * scale_;
-    const bool is_aligned = rows_aligned(p_.out, dtype_bytes(p_.q_dtype, 1), p_.out_token_stride, p_.out_head_stride);
-    if (p_.q_dtype == DType::kFloat32) store_floats<float>(p_.out, begin_ + d, out, is_aligned);
-    else if (p_.q_dtype == DType::kFloat16) store_floats<__half>(p_.out, begin_ + d, out, is_aligned);
+    const bool is_aligned = rows_aligned(p_.out, dtype_bytes(p_.out_dtype, 1), p_.out_token_stride, p_.out_head_stride);
+    if (p_.out_dtype == DType::kFloat32) store_floats<float>(p_.out, begin_ + d, out, is_aligned);
+    else if (p_.out_dtype == DType::kFloat16) store_floats<__half>(p_.out, begin_ + d, out, is_aligned);
     else store_floats<__nv_bfloat16>(p_.out, begin_ + d, out, is_aligned);
   }
 

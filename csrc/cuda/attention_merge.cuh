@@ -32,12 +32,12 @@ __device__ __forceinline__ void merge_row(const AttentionParams& p, const PlanMe
       if (d < p.head_dim_vo) sum[c] = fmaf(partials.out[row * p.head_dim_vo + d], weight, sum[c]);
     }
   }
-  const float scale = p.v_scale / (denominator == 0.0f ? 1.0f : denominator);
+  const float scale = p.out_scale(merge.kv_head) / (denominator == 0.0f ? 1.0f : denominator);
   const int64_t begin = merge.token * p.out_token_stride + head * p.out_head_stride;
 #pragma unroll
   for (int c = 0; c < kColumnsPerLane; ++c) {
     const int d = c * kWarpSize + lane;
-    if (d < p.head_dim_vo) store_element(p.q_dtype, p.out, begin + d, sum[c] * scale);
+    if (d < p.head_dim_vo) store_element(p.out_dtype, p.out, begin + d, sum[c] * scale);
   }
   if (lane == 0) store_lse(p, merge.token, head, most, denominator);
 }

@@ -23,9 +23,17 @@
 
 namespace tilestream::cuda {
 
-// Rows row_begin .. row_begin + num_rows of the job as T; those past its end are its last row.
+__device__ __forceinline__ Floats8 load_e4m3(const void* p, int64_t begin, bool is_aligned) {
+  const auto stored = load_eight(static_cast<const __nv_fp8_e4m3*>(p) + begin, is_aligned);
+  Floats8 floats;
+#pragma unroll
+  for (int k = 0; k < 8; ++k) floats.at[k] = to_float(stored.at[k]);
+  return floats;
+}
+
+// Rows row_begin .. row_begin + num_rows of the job as T, times `factor`; those past its end are its last row.
 template <class C>
-__device__ __forceinline__ void load_q_tile(const AttentionParams& p, const Job& job, float sign,
+__device__ __forceinline__ void load_q_tile(const AttentionParams& p, const Job& job, float factor,
                                             int row_begin, int num_rows, typename C::T* q) {
   const int chunks = p.head_dim_qk / 8;
   const bool is_aligned = rows_aligned(p.q, dtype_bytes(p.q_dtype, 1), p.q_token_stride, p.q_head_stride);
@@ -35,10 +43,11 @@ __device__ __forceinline__ void load_q_tile(const AttentionParams& p, const Job&
     Floats8 values;
     if (p.q_dtype == DType::kBFloat16) values = load_floats<__nv_bfloat16>(p.q, at, is_aligned);
     else if (p.q_dtype == DType::kFloat16) values = load_floats<__half>(p.q, at, is_aligned);
-    else values = load_floats<float>(p.q, at, is_aligned);
+    else if (p.q_dtype == DType::kFloat32) values = load_floats<float>(p.q, at, is_aligned);
+    else values = load_e4m3(p.q, at, is_aligned);
     Vec<typename C::T> packed;
 #pragma unroll
-    for (int k = 0; k < 8; ++k) packed.at[k] = from_float<typename C::T>(values.at[k] * sign);
+    for (int k = 0; k < 8; ++k) packed.at[k] = from_float<typename C::T>(values.at[k] * factor);
     *reinterpret_cast<Vec<typename C::T>*>(chunk_at<C::kMaxDim>(q, r, chunk)) = packed;
   }
 }
@@ -65,7 +74,7 @@ __device__ __forceinline__ bool run_row_tile(const AttentionParams& p, const Log
   const int begin = job.keys_begin(row_begin) / C::kTileKeys * C::kTileKeys, end = job.keys_end(last_row);
   __syncthreads();  // nobody reads the results before any more
   KvPipe<C> pipe(p, job, begin, end, smem.tiles);
-  load_q_tile<C>(p, job, rule.q_sign, row_begin, kRows, smem.tiles.q);
+  load_q_tile<C>(p, job, rule.q_sign * p.score_descale(job.at.kv_head), row_begin, kRows, smem.tiles.q);
   WarpRows<C, kFragments, kShared> rows(p, rule, row_begin, unified, smem);
   if constexpr (kShared) {
     __syncthreads();

@@ -8,43 +8,6 @@
 
 namespace tilestream::cuda {
 
-// Eight values of e4m3 as T, which holds each of them.
-template <class T>
-__device__ __forceinline__ Vec<T> e4m3_values(const unsigned* words) {
-  Vec<T> packed;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const unsigned halves = e4m3x2_to_f16x2((unsigned short)(words[i / 2] >> i % 2 * 16));
-    const float2 pair = __half22float2(reinterpret_cast<const __half2&>(halves));
-    reinterpret_cast<unsigned*>(&packed)[i] = std::is_same_v<T, __half> ? halves : pack<T>(pair.x, pair.y);
-  }
-  return packed;
-}
-
-// Eight values of 8- or 4-bit integers as T. A byte counts 1 in the mantissa of 32768.0f when it is its
-// second: one prmt puts it there, and the fma that scales it takes 32768 away again (within 2^-9 of a scale,
-// where T rounds more).
-template <class KV, class T>
-__device__ __forceinline__ Vec<T> kv_values(const unsigned* words, float2 scale) {
-  static_assert(kIsQuantised<KV>);
-  constexpr unsigned kBias = 0x47000000u;
-  const float zero = fmaf(-32768.0f, scale.x, scale.y);
-  unsigned bytes[2];  // int8: values 0-3, 4-7; int4: the even ones, the odd ones
-  if constexpr (kKvBits<KV> == 8) bytes[0] = words[0], bytes[1] = words[1];
-  else bytes[0] = words[0] & 0x0f0f0f0fu, bytes[1] = words[0] >> 4 & 0x0f0f0f0fu;
-  float values[8];
-#pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    const int word = kKvBits<KV> == 8 ? i / 4 : i % 2, byte = kKvBits<KV> == 8 ? i % 4 : i / 2;
-    values[i] = fmaf(__uint_as_float(ptx::prmt(bytes[word], kBias, 0x7404u | byte << 4)), scale.x, zero);
-  }
-  Vec<T> packed;
-#pragma unroll
-  for (int i = 0; i < 4; ++i)
-    reinterpret_cast<unsigned*>(&packed)[i] = pack<T>(values[2 * i], values[2 * i + 1]);
-  return packed;
-}
-
 template <class C>
 class KvPipe {
  public:

@@ -18,6 +18,8 @@ struct AttentionRow {
 // For Hopper alone; none in a build without sm_90a.
 std::span<const AttentionRow> attention_rows_of_sm90_bfloat16();
 std::span<const AttentionRow> attention_rows_of_sm90_float16();
+std::span<const AttentionRow> attention_rows_of_sm90_fp8();
+std::span<const AttentionRow> attention_rows_of_sm90_int();
 // For all.
 std::span<const AttentionRow> attention_rows_of_16bit();
 std::span<const AttentionRow> attention_rows_of_fp8();

@@ -8,6 +8,8 @@
 #pragma once
 
 #include "cuda/attention_row.h"
+#include "cuda/attention_sm90_convert.cuh"
+#include "cuda/attention_sm90_float8.cuh"
 #include "cuda/attention_sm90_narrow.cuh"
 #include "cuda/attention_sm90_wide.cuh"
 #include "cuda/ptx/setmaxnreg.cuh"
@@ -18,6 +20,7 @@ struct NoStorage {};
 template <class C>
 struct Sm90Storage {
   WideStorage<C> wide;
+  [[no_unique_address]] RawStorage<C> raw;
   [[no_unique_address]] std::conditional_t<C::kNarrow, NarrowStorage<C>, NoStorage> narrow;
 };
 
@@ -29,7 +32,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   if (threadIdx.x == 0) {
     ptx::prefetch_tensormap(maps.k);
     ptx::prefetch_tensormap(maps.v);
-    s.wide.init();
+    s.wide.init(), s.raw.init();
     if constexpr (C::kNarrow) s.narrow.init();
     ptx::fence_mbarrier_init();
   }
@@ -38,8 +41,16 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   if (group < 0) {
     ptx::setmaxnreg_dec<C::kSizes.load_registers>();
     const int warp = threadIdx.x / kWarpSize;
-    if (warp == kLoadWide) load_wide<C>(p, maps, s.wide);
-    else if (warp == kRepairWide) repair_wide<C>(s.wide);
+    if constexpr (C::kConverted) {
+      if (warp == kLoadWide) load_raw<C>(p, maps, s.wide, s.raw);
+      else if (warp >= kConvertWide) convert_wide<C>(s.wide, s.raw);
+    } else if constexpr (C::kFloat8) {
+      if (warp == kLoadWide) load_float8<C>(p, maps, s.wide, s.raw);
+      else if (warp >= kConvertWide) transpose_wide<C>(s.wide, s.raw);
+    } else {
+      if (warp == kLoadWide) load_wide<C>(p, maps, s.wide);
+      else if (warp == kRepairWide) repair_wide<C>(s.wide);
+    }
     if constexpr (C::kNarrow) {
       if (warp == kLoadNarrow) load_narrow<C>(p, maps, s.narrow);
     }
@@ -59,11 +70,19 @@ void launch_attention_sm90(const AttentionParams& p, Stream stream) {
   const auto kernel = attention_sm90_kernel<C>;
   const LaunchConfig config{.grid = resident_blocks(kernel, C::kThreads, kSmemBytes), .block = C::kThreads, .smem_bytes = kSmemBytes,
                             .stream = stream};
-  launch(kernel, config, p, make_logit_rule(p), KvMaps{kv_map(p, 0), kv_map(p, 1)});
+  KvMaps maps;
+  if constexpr (C::kConverted) maps = {raw_map<C>(p, 0), raw_map<C>(p, 1), narrow_raw_map<C>(p, 0), narrow_raw_map<C>(p, 1)};
+  else maps = {kv_map(p, 0, C::kRowBytes / sizeof(typename C::T), C::kSwizzle), kv_map(p, 1, C::kRowBytes / sizeof(typename C::T), C::kSwizzle)};
+  launch(kernel, config, p, make_logit_rule(p), maps);
 }
 
-// A cache of no pages has no address that a tensor map could hold.
-inline bool fits_sm90(const AttentionParams& p) { return device_arch() / 10 == 9 && p.num_pages > 0; }
+// A cache of no pages has no address that a tensor map could hold, nor has one whose rows are not at multiples of 16 bytes,
+// such as int4 with a head dim of 80: that is for the other kernels.
+inline bool fits_sm90(const AttentionParams& p) {
+  const int64_t bytes = p.kv_dtype == DType::kUInt4 ? 1 : dtype_bytes(p.kv_dtype, 1);
+  return device_arch() / 10 == 9 && p.num_pages > 0 && rows_aligned(p.k_cache, bytes, p.k_page_stride, p.k_head_stride, p.k_token_stride) &&
+         rows_aligned(p.v_cache, bytes, p.v_page_stride, p.v_head_stride, p.v_token_stride) && rows_aligned(p.kv_scales, 1);
+}
 
 template <class T, class KV, int kTile>
 constexpr AttentionRow sm90_row(DType kv_dtype, DType q_dtype) {

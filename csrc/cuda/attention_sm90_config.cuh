@@ -18,11 +18,12 @@ constexpr int kGroupThreads = 128, kGroupRows = 64;  // of a warpgroup
 constexpr int kPanelColumns = 64, kPanelRowBytes = 128;
 
 // Warps of the loading warpgroup. The rest of the block: wide warpgroups, then the narrow one.
-enum LoadWarp : int { kLoadWide = 0, kLoadNarrow = 1, kRepairWide = 2 };
+enum LoadWarp : int { kLoadWide = 0, kLoadNarrow = 1, kRepairWide = 2, kConvertWide = 2 };
+constexpr int kConvertWarps = 2;  // from kConvertWide on
 // Named barriers of the block.
 enum BarrierId : int { kTurn = 1, kGroup = 5 };  // + index of the wide warpgroup
 
-// T: element of the products, __half or __nv_bfloat16. KV: what the cache stores. kTile: row of kAttentionTiles.
+// T: element of the products, __half, __nv_bfloat16 or __nv_fp8_e4m3. KV: what the cache stores. kTile: row of kAttentionTiles.
 template <class T_, class KV_, int kTile>
 struct Sm90Config {
   using T = T_;
@@ -32,9 +33,26 @@ struct Sm90Config {
   static constexpr int kGroups = kSizes.wide_groups, kRows = kSizes.wide_rows();
   static constexpr bool kNarrow = kSizes.narrow_rows > 0;
   static constexpr int kThreads = kSizes.num_groups() * kGroupThreads;
-  static constexpr int kPanelsQk = int(ceil_div(kDimQk, kPanelColumns)), kPanelsVo = int(ceil_div(kDimVo, kPanelColumns));
-  static constexpr int kPanelBytes = kKeys * kPanelRowBytes;  // of a K or V tile
+  static constexpr bool kConverted = kSizes.kind == TileKind::kConverted, kHasScales = kIsQuantised<KV>;
+  // Rows of a panel of q, K and V; of e4m3 and a head dim of 64 half as long as others, in the pattern of that length.
+  static constexpr bool kFloat8 = kSizes.kind == TileKind::kFloat8;
+  static constexpr int kRowBytes = kDimQk * int(sizeof(T)) < kPanelRowBytes ? 64 : kPanelRowBytes;
+  static constexpr ptx::Swizzle kSwizzle = kRowBytes == 64 ? ptx::Swizzle::k64 : ptx::Swizzle::k128;
+  static constexpr int kPanelsQk = int(ceil_div(kDimQk * sizeof(T), kRowBytes)), kPanelsVo = int(ceil_div(kDimVo * sizeof(T), kRowBytes));
+  static constexpr int kPanelBytes = kKeys * kRowBytes;  // of a K or V tile
   static_assert(kKeys % 64 == 0, "a tile is whole pages of up to 64 tokens");
+  // One product of the tensor cores: 32 bytes along k.
+  static constexpr int kStepsQk = kDimQk * int(sizeof(T)) / 32, kStepsVo = kKeys * int(sizeof(T)) / 32;
+  // Warps that make a stage full. Those of V read the wide lane's jobs, beside the warpgroups.
+  static constexpr int kFillingK = kConverted ? kConvertWarps : 1, kFillingV = kConverted || kFloat8 ? kConvertWarps : 1;
+  // Tiles on their way to be converted: 32 KB of K and V, and scales.
+  static constexpr int kRawRowBytes = kDimQk * kKvBits<KV> / 8;
+  static constexpr int kRawStages = kConverted ? 32 * 1024 / (2 * kKeys * kRawRowBytes) : 1;
+  static_assert(kSizes.kind == TileKind::kDirect || kDimQk == kDimVo, "K and V are brought by the same code");
+  // A row's weights are relative to a maximum that lags by up to 2^kLazyLog2, and are kept times 2^kWeightLog2. 16 bits: sums of
+  // 2^7 weights stay below float16's largest number. e4m3 ends at 448 and is normal from 2^-6 on: weights up to 2^8, and of
+  // the largest of a row at least 2^6, so that those 2^12 times smaller keep all bits, and those 2^15 times smaller count.
+  static constexpr float kLazyLog2 = kFloat8 ? 2.0f : 8.0f, kWeightLog2 = kFloat8 ? 6.0f : 0.0f;
 };
 
 // The keys of a row tile, in whole tiles; the last may end before keys_end.
@@ -129,9 +147,9 @@ __device__ __forceinline__ void read_jobs(JobRing& ring, Run run) {
 // Tiles of K and V between the warps that bring them and those that multiply.
 template <class C>
 struct WideStorage {
-  alignas(1024) unsigned char q[C::kGroups][C::kPanelsQk * kGroupRows * kPanelRowBytes];
+  alignas(1024) unsigned char q[C::kGroups][C::kPanelsQk * kGroupRows * C::kRowBytes];
   alignas(1024) unsigned char k[C::kStages][C::kPanelsQk * C::kPanelBytes];
-  alignas(1024) unsigned char v[C::kStages][C::kPanelsVo * C::kPanelBytes];
+  alignas(1024) unsigned char v[C::kStages][C::kPanelsVo * C::kPanelBytes];  // of e4m3: a row for each column of V
   uint64_t k_full[C::kStages], k_empty[C::kStages];
   uint64_t v_full[C::kStages], v_empty[C::kStages];
   uint64_t v_landed[C::kStages];  // of a tile that is repaired before it is full
@@ -139,17 +157,50 @@ struct WideStorage {
 
   __device__ __forceinline__ void init() {
     for (int i = 0; i < C::kStages; ++i) {
-      ptx::mbarrier_init(&k_full[i], 1), ptx::mbarrier_init(&k_empty[i], 4 * C::kGroups);
-      ptx::mbarrier_init(&v_full[i], 1), ptx::mbarrier_init(&v_empty[i], 4 * C::kGroups);
+      ptx::mbarrier_init(&k_full[i], C::kFillingK), ptx::mbarrier_init(&k_empty[i], 4 * C::kGroups);
+      ptx::mbarrier_init(&v_full[i], C::kFillingV), ptx::mbarrier_init(&v_empty[i], 4 * C::kGroups);
       ptx::mbarrier_init(&v_landed[i], 1);
     }
-    jobs.init(4 * C::kGroups + 1);
+    jobs.init(4 * C::kGroups + C::kFillingV);
   }
 };
 
-// Maps of the cache's two sides: (column, token of the page, kv head, page), in boxes of one panel of one page.
+// Tiles as the cache has them, between TMA and the warps that make of them what the wide lane takes.
+template <class C, TileKind = C::kSizes.kind>
+struct RawStorage {
+  __device__ __forceinline__ void init() {}
+};
+template <class C>
+struct RawStorage<C, TileKind::kConverted> {
+  struct Side {
+    alignas(128) unsigned char rows[C::kRawStages][C::kKeys * C::kRawRowBytes];
+    alignas(16) __half2 scales[C::kRawStages][C::kHasScales ? C::kKeys : 4];
+    uint64_t full[C::kRawStages], empty[C::kRawStages];
+  };
+  Side k, v;
+
+  __device__ __forceinline__ void init() {
+    for (int i = 0; i < C::kRawStages; ++i) {
+      ptx::mbarrier_init(&k.full[i], 1), ptx::mbarrier_init(&k.empty[i], kConvertWarps);
+      ptx::mbarrier_init(&v.full[i], 1), ptx::mbarrier_init(&v.empty[i], kConvertWarps);
+    }
+  }
+};
+template <class C>
+struct RawStorage<C, TileKind::kFloat8> {
+  alignas(1024) unsigned char v[C::kStages][C::kPanelsVo * C::kPanelBytes];
+  uint64_t full[C::kStages], empty[C::kStages];
+
+  __device__ __forceinline__ void init() {
+    for (int i = 0; i < C::kStages; ++i) ptx::mbarrier_init(&full[i], 1), ptx::mbarrier_init(&empty[i], kConvertWarps);
+  }
+};
+
+// Maps of the cache's two sides: (column, token of the page, kv head, page), in boxes of one page, and of one panel where a
+// tile comes as the tensor cores take it.
 struct KvMaps {
   ptx::TensorMap k, v;
+  ptx::TensorMap narrow_k, narrow_v;  // of a cache that is converted, for the narrow lane
 };
 
 }  // namespace tilestream::cuda

@@ -6,25 +6,25 @@
 namespace tilestream::cuda {
 
 // Host.
-inline ptx::TensorMap kv_map(const AttentionParams& p, int side) {
+inline ptx::TensorMap kv_map(const AttentionParams& p, int side, uint32_t columns, ptx::Swizzle swizzle) {
   const uint64_t bytes = uint64_t(dtype_bytes(p.kv_dtype, 1)), page_size = uint64_t(p.page_size);
   const auto [page, head, token] = side == 0 ? std::array{p.k_page_stride, p.k_head_stride, p.k_token_stride}
                                              : std::array{p.v_page_stride, p.v_head_stride, p.v_token_stride};
   return ptx::make_tensor_map(side == 0 ? p.k_cache : p.v_cache, int(bytes),
-                              {{uint64_t(side == 0 ? p.head_dim_qk : p.head_dim_vo), bytes, kPanelColumns},
+                              {{uint64_t(side == 0 ? p.head_dim_qk : p.head_dim_vo), bytes, columns},
                                {page_size, uint64_t(token) * bytes, uint32_t(page_size)},
                                {uint64_t(p.num_kv_heads), uint64_t(head) * bytes, 1},
                                {uint64_t(p.num_pages), uint64_t(page) * bytes, 1}},
-                              ptx::Swizzle::k128);
+                              swizzle);
 }
 
-// One warp: kPanels panels of `num_keys` keys from key `tile` on, 128 bytes a key and panel, to `dst`; completes on `full`.
+// One warp: kPanels panels of `num_keys` keys from key `tile` on, kRowBytes a key and panel, to `dst`; completes on `full`.
 // A page outside the job is not looked up: one past the last of the tensor gives zeros.
-template <int kPanels>
+template <int kPanels, int kRowBytes = kPanelRowBytes, int kColumns = kPanelColumns>
 __device__ __forceinline__ void load_tile(const ptx::TensorMap& map, const AttentionParams& p, const Job& job, int tile, int num_keys,
                                           unsigned char* dst, uint64_t* full) {
   const int lane = threadIdx.x % kWarpSize;
-  if (lane == 0) ptx::mbarrier_arrive_expect_tx(full, kPanels * num_keys * kPanelRowBytes);
+  if (lane == 0) ptx::mbarrier_arrive_expect_tx(full, kPanels * num_keys * kRowBytes);
   __syncwarp();
   const int num_boxes = kPanels * (num_keys >> job.page_shift);
 #pragma unroll 1  // a map takes uniform registers, so lanes go one by one in any case
@@ -32,8 +32,8 @@ __device__ __forceinline__ void load_tile(const ptx::TensorMap& map, const Atten
     const int panel = box % kPanels, first = box / kPanels << job.page_shift, key = tile + first;
     const bool is_mine = key + job.page_size > job.at.kv_begin && key < job.at.kv_end;
     const int page = is_mine ? int(job.page(key)) : p.num_pages;
-    ptx::cp_async_bulk_tensor_load(dst + (panel * num_keys + first) * kPanelRowBytes, map,
-                                   {panel * kPanelColumns, 0, job.at.kv_head, page}, full);
+    ptx::cp_async_bulk_tensor_load(dst + (panel * num_keys + first) * kRowBytes, map,
+                                   {panel * kColumns, 0, job.at.kv_head, page}, full);
   }
 }
 

@@ -19,19 +19,49 @@ namespace tilestream::cuda {
 
 constexpr float kNarrowLazyLog2 = 8.0f;  // as the wide lane's
 
-// Of eight lanes, four apart: the one at place i gets v[i] of each, in their order.
-__device__ __forceinline__ void transpose_lanes(float (&v)[8]) {
-  const int place = ptx::opaque(threadIdx.x) % kWarpSize / 4;
+// Of kNum lanes, four apart: the one at place i gets v[i] of each, in their order.
+template <int kNum>
+__device__ __forceinline__ void transpose_lanes(float (&v)[kNum]) {
+  const int place = ptx::opaque(threadIdx.x) / 4 % kNum;
 #pragma unroll
-  for (int distance = 1; distance < 8; distance *= 2) {
+  for (int distance = 1; distance < kNum; distance *= 2) {
     const bool upper = place & distance;
 #pragma unroll
-    for (int a = 0; a < 8; ++a) {
+    for (int a = 0; a < kNum; ++a) {
       if (a & distance) continue;
       float& low = v[a];
       float& high = v[a | distance];
       const float got = __shfl_xor_sync(kFullMask, upper ? low : high, distance * 4);
       (upper ? low : high) = got;
+    }
+  }
+}
+
+// Where column d of q stands for products with keys that come as fragments a: lane t of four has a quarter of a key's columns,
+// one after the other, and of these four in each step, at its places 2 t, 2 t + 1, 2 t + 8 and 2 t + 9. d even.
+template <class C>
+__device__ __forceinline__ int fragment_column(int d) {
+  constexpr int kOwn = C::kDimQk / 4;
+  return d % kOwn / 4 * 16 + d / kOwn * 2 + d / 2 % 2 * 8;
+}
+
+// The values of the lowest bits of a word.
+template <class KV, int kNum>
+__device__ __forceinline__ void kv_floats(unsigned word, float2 scale, float (&values)[kNum]) {
+  if constexpr (kIsQuantised<KV>) {
+    constexpr unsigned kBias = 0x47000000u;  // as in kv_values()
+    const float zero = fmaf(-32768.0f, scale.x, scale.y);
+    const unsigned bytes[2] = {kKvBits<KV> == 8 ? word : word & 0x0f0f0f0fu, word >> 4 & 0x0f0f0f0fu};
+#pragma unroll
+    for (int i = 0; i < kNum; ++i) {
+      const int odd = kKvBits<KV> == 8 ? 0 : i % 2, byte = kKvBits<KV> == 8 ? i : i / 2;
+      values[i] = fmaf(__uint_as_float(ptx::prmt(bytes[odd], kBias, 0x7404u | byte << 4)), scale.x, zero);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kNum; i += 2) {
+      const float2 pair = __half22float2(half2_of_e4m3((unsigned short)(word >> 8 * i)));
+      values[i] = pair.x, values[i + 1] = pair.y;
     }
   }
 }
@@ -42,7 +72,9 @@ template <class C, int kRows>
 class NarrowRows {
  public:
   using T = typename C::T;
+  using KV = typename C::KV;
   using Ring = SlotPosition<C>;
+  using Storage = NarrowStorage<C>;
 
   __device__ __forceinline__ NarrowRows(const AttentionParams& p, const LogitRule& rule, const Job& job, NarrowStorage<C>& s, int first_row)
       : p_(p), rule_(rule), job_(job), s_(s), first_row_(first_row) {
@@ -56,7 +88,7 @@ class NarrowRows {
   __device__ __forceinline__ void attend(int tile, int tiles_end, Ring& ring) {
     load_q();
     if (tile < tiles_end) {
-      Ring keys = take<C::kPanelsQk>(ring);
+      Ring keys = take<Storage::kSlotsK>(ring);
       start_scores(keys);
       finish_scores(keys);
       for (unsigned buffer = 0;; buffer ^= 1, tile += NarrowTile::kKeys) {
@@ -65,19 +97,20 @@ class NarrowRows {
         for (int i = 0; i < kRows / 2; ++i) logits[i] = scores_[i];
         const bool is_last = tile + NarrowTile::kKeys >= tiles_end;
         if (!is_last) {
-          keys = take<C::kPanelsQk>(ring);
+          keys = take<Storage::kSlotsK>(ring);
           start_scores(keys);
         }
         mask(tile, logits);
-        if (has_foreign_keys<NarrowTile>(job_, tile)) repair(ring, tile);
+        if (needs_repair(tile)) repair(ring, tile);
         weigh(logits, buffer);
         if (!is_last) finish_scores(keys);
-        add_values(take<C::kPanelsVo>(ring), buffer);
+        add_values(take<Storage::kSlotsV>(ring), buffer);
         if (is_last) break;
       }
     }
     share_sums();
-    write();
+    if constexpr (C::kConverted) write_converted();
+    else write();
     sync();  // each warp has written its columns of all rows, and now finishes its rows
     const int warp_begin = first_row_ + warp() * (kRows / 4);
     finish_parts(p_, job_, warp_begin, min(warp_begin + kRows / 4, job_.num_rows));
@@ -109,8 +142,16 @@ class NarrowRows {
 #pragma unroll
         for (int k = 0; k < 8; ++k) packed.at[k] = from_float<T>(values.at[k] * rule_.q_sign);
       }
-      unsigned char* const panel = s_.q + chunk / 8 * (kRows * kPanelRowBytes);
-      *reinterpret_cast<Vec<T>*>(panel + ptx::swizzled(ptx::Swizzle::k128, r * kPanelRowBytes + chunk % 8 * 16)) = packed;
+      const auto place = [&](int column) {
+        return s_.q + column / kPanelColumns * (kRows * kPanelRowBytes) +
+               ptx::swizzled(ptx::Swizzle::k128, r * kPanelRowBytes + column % kPanelColumns * 2);
+      };
+      if constexpr (C::kConverted) {
+#pragma unroll
+        for (int k = 0; k < 4; ++k) *reinterpret_cast<unsigned*>(place(fragment_column<C>(chunk * 8 + 2 * k))) = reinterpret_cast<const unsigned*>(&packed)[k];
+      } else {
+        *reinterpret_cast<Vec<T>*>(place(chunk * 8)) = packed;
+      }
     }
     ptx::fence_proxy_async();
     sync();
@@ -118,9 +159,20 @@ class NarrowRows {
 
   // a, K or V of the ring, b, the job's rows.
   template <ptx::Major kMajorA>
+  __device__ __forceinline__ static void multiply(float (&d)[kRows / 2], const unsigned (&a)[4], uint64_t b, bool accumulate) {
+    if constexpr (std::is_same_v<T, __half>) ptx::wgmma_m64k16_f16<ptx::Major::kK>(d, a, b, accumulate);
+    else ptx::wgmma_m64k16_bf16<ptx::Major::kK>(d, a, b, accumulate);
+  }
+  template <ptx::Major kMajorA>
   __device__ __forceinline__ static void multiply(float (&d)[kRows / 2], uint64_t a, uint64_t b, bool accumulate) {
     if constexpr (std::is_same_v<T, __half>) ptx::wgmma_m64k16_f16<kMajorA, ptx::Major::kK>(d, a, b, accumulate);
     else ptx::wgmma_m64k16_bf16<kMajorA, ptx::Major::kK>(d, a, b, accumulate);
+  }
+
+  // Scales come with the job's pages alone.
+  __device__ __forceinline__ bool needs_repair(int tile) const {
+    if constexpr (C::kConverted && C::kHasScales) return tile + NarrowTile::kKeys > job_.at.kv_end || tile < job_.at.kv_begin;
+    else return has_foreign_keys<NarrowTile>(job_, tile);
   }
 
   template <int kPanels>
@@ -143,6 +195,7 @@ class NarrowRows {
 
   // scores = K . q^T.
   __device__ __forceinline__ void start_scores(const Ring& keys) {
+    if constexpr (C::kConverted) return start_converted_scores(keys);
     const uint64_t q = ptx::wgmma_descriptor(s_.q + ptx::opaque(0), ptx::Swizzle::k128, kEightRows);
     ptx::wgmma_fence(scores_);
 #pragma unroll
@@ -157,12 +210,17 @@ class NarrowRows {
   }
   __device__ __forceinline__ void finish_scores(const Ring& keys) {
     ptx::wgmma_wait_group<0>(scores_);
-    release<C::kPanelsQk>(keys);
+    release<Storage::kSlotsK>(keys);
   }
 
   // out += V^T . weights^T.
   __device__ __forceinline__ void add_values(const Ring& values, unsigned buffer) {
     const uint64_t weights = ptx::wgmma_descriptor(s_.weights[buffer], ptx::Swizzle::k128, kEightRows);
+    if constexpr (C::kConverted) {
+      add_converted_values(values, weights);
+      release<Storage::kSlotsV>(values);
+      return;
+    }
     ptx::wgmma_fence(out_);
 #pragma unroll
     for (int panel = 0; panel < C::kPanelsVo; ++panel) {
@@ -174,13 +232,103 @@ class NarrowRows {
     }
     ptx::wgmma_commit_group();
     wait_out(std::make_integer_sequence<int, C::kPanelsVo>{});
-    release<C::kPanelsVo>(values);
+    release<Storage::kSlotsV>(values);
   }
   template <int... kPanel>
   __device__ __forceinline__ void wait_out(std::integer_sequence<int, kPanel...>) { ptx::wgmma_wait_group<0>(out_[kPanel]...); }
 
+  // scores = K . q^T, of keys that become fragments a on the way: of this thread's two keys, in each step four of the columns
+  // that are its own (fragment_column()).
+  __device__ __forceinline__ void start_converted_scores(const Ring& keys) {
+    constexpr int kOwnBytes = C::kRawRowBytes / 4, kLoadBytes = kOwnBytes < 16 ? kOwnBytes : 16, kBytes = kKvBits<KV>;  // of 8 values
+    using Words = std::conditional_t<kLoadBytes == 16, uint4, uint2>;
+    const unsigned char* const tile = s_.slots[keys.slot()];
+    const uint64_t q = ptx::wgmma_descriptor(s_.q + ptx::opaque(0), ptx::Swizzle::k128, kEightRows);
+    const int key = warp() * 16 + lane() / 4;
+    float2 scale[2];
+    if constexpr (C::kHasScales) scale[0] = __half22float2(s_.scales[keys.slot()][key]), scale[1] = __half22float2(s_.scales[keys.slot()][key + 8]);
+#pragma unroll
+    for (int load = 0; load < kOwnBytes / kLoadBytes; ++load) {
+      Words words[2];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const unsigned at = (key + 8 * i) * C::kRawRowBytes + lane() % 4 * kOwnBytes + load * kLoadBytes;
+        words[i] = *reinterpret_cast<const Words*>(tile + ptx::swizzled(kRawSwizzle<C>, at));
+      }
+#pragma unroll
+      for (int n = 0; n < kLoadBytes / kBytes; ++n) {
+        const int eight = load * (kLoadBytes / kBytes) + n;
+        unsigned(&a)[2][4] = keys_[eight % 2];
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const unsigned* const from = reinterpret_cast<const unsigned*>(&words[i]) + n * kBytes / 4;
+          Vec<T> values;
+          if constexpr (C::kHasScales) values = kv_values<KV, T>(from, scale[i]);
+          else values = e4m3_values<T>(from);
+#pragma unroll
+          for (int w = 0; w < 4; ++w) a[w / 2][w % 2 * 2 + i] = reinterpret_cast<const unsigned*>(&values)[w];
+        }
+        ptx::wgmma_fence(scores_, a);
+#pragma unroll
+        for (int step = 0; step < 2; ++step) {
+          const int kc = 2 * eight + step;
+          multiply<ptx::Major::kK>(scores_, a[step], ptx::wgmma_advance(q, kc / 4 * (kRows * kPanelRowBytes) + kc % 4 * 32), kc > 0);
+        }
+        ptx::wgmma_commit_group();
+        ptx::wgmma_wait_group<1>(keys_[1 - eight % 2]);  // before they are written again
+      }
+    }
+  }
+
+  // out += V^T . weights^T, of values that become fragments a on the way: those of four keys in each step, in this thread's
+  // columns (own_column()).
+  __device__ __forceinline__ void add_converted_values(const Ring& values, uint64_t weights) {
+    constexpr int kColumns = 2 * C::kPanelsVo, kBytes = kColumns * kKvBits<KV> / 8;
+    using Word = std::conditional_t<kBytes == 4, unsigned, std::conditional_t<kBytes == 2, uint16_t, uint8_t>>;
+    const unsigned char* const tile = s_.slots[values.slot()];
+#pragma unroll
+    for (int kc = 0; kc < NarrowTile::kKeys / 16; ++kc) {
+      unsigned(&a)[C::kPanelsVo][4] = values_[kc % 2];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float of_key[2][kColumns];
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const int key = kc * 16 + half * 8 + lane() % 4 * 2 + e;
+          const unsigned at = key * C::kRawRowBytes + (warp() * 8 + lane() / 4) * kBytes;
+          const unsigned word = *reinterpret_cast<const Word*>(tile + ptx::swizzled(kRawSwizzle<C>, at));
+          float2 scale{};
+          if constexpr (C::kHasScales) scale = __half22float2(s_.scales[values.slot()][key]);
+          kv_floats<KV>(word, scale, of_key[e]);
+        }
+#pragma unroll
+        for (int c = 0; c < kColumns; ++c) a[c / 2][2 * half + c % 2] = pack_pair<T>(of_key[0][c], of_key[1][c]);
+      }
+      ptx::wgmma_fence(out_, a);
+#pragma unroll
+      for (int panel = 0; panel < C::kPanelsVo; ++panel)
+        multiply<ptx::Major::kK>(out_[panel], a[panel], ptx::wgmma_advance(weights, kc * 32), true);
+      ptx::wgmma_commit_group();
+      if (kc + 1 < NarrowTile::kKeys / 16) ptx::wgmma_wait_group<1>(values_[1 - kc % 2]);
+    }
+    wait_out(std::make_integer_sequence<int, C::kPanelsVo>{});
+  }
+
   // Zeros in the rows of V that are not the job's, before weigh()'s barrier.
   __device__ __forceinline__ void repair(Ring values, int tile) const {
+    if constexpr (C::kConverted && C::kHasScales) {  // scale and zero of 0
+      const int key = ptx::opaque(threadIdx.x) % kGroupThreads;
+      ptx::mbarrier_wait_parity(&s_.full[values.slot()], values.full_parity());
+      if (key < NarrowTile::kKeys && (tile + key < job_.at.kv_begin || tile + key >= job_.at.kv_end)) s_.scales[values.slot()][key] = {};
+      return;
+    }
+    if constexpr (C::kConverted) {
+      ptx::mbarrier_wait_parity(&s_.full[values.slot()], values.full_parity());
+      const int begin = (job_.at.kv_end - tile) * C::kRawRowBytes / 16;
+      auto* const rows = reinterpret_cast<uint4*>(s_.slots[values.slot()]);
+      for (int i = begin + ptx::opaque(threadIdx.x) % kGroupThreads; i < Storage::kSlotBytes / 16; i += kGroupThreads) rows[i] = {};
+      return;
+    }
     const int first = job_.at.kv_end - tile, end = first + job_.page_size - job_.offset(job_.at.kv_end);
     for (int panel = 0; panel < C::kPanelsVo; ++panel, values.advance()) {
       if (panel % 4 != warp()) continue;
@@ -334,6 +482,34 @@ class NarrowRows {
     }
   }
 
+  // A thread has kColumns neighbouring columns of a row, kLanes lanes have 8 of them. Each takes one of as many rows.
+  __device__ __forceinline__ void write_converted() const {
+    constexpr int kColumns = 2 * C::kPanelsVo, kLanes = 8 / kColumns;
+    const int place = lane() / 4 % kLanes, d = (warp() * 8 + lane() / 4 / kLanes * kLanes) * kColumns;
+#pragma unroll
+    for (int first = 0; first < kRows / 4; first += kLanes) {
+      Floats8 columns;
+      float sum = 0.0f, max = 0.0f;
+#pragma unroll
+      for (int c = 0; c < kColumns; ++c) {
+        float of_rows[kLanes];
+#pragma unroll
+        for (int k = 0; k < kLanes; ++k) {
+          const int r = first + k < kRows / 4 ? first + k : 0;
+          if (place == k) sum = sum_[r], max = max_[r];
+          of_rows[k] = out_[c / 2][r / 2 * 4 + c % 2 * 2 + r % 2] * (1.0f / (sum_[r] == 0.0f ? 1.0f : sum_[r]));
+        }
+        transpose_lanes(of_rows);
+#pragma unroll
+        for (int l = 0; l < kLanes; ++l) columns.at[l * kColumns + c] = of_rows[l];
+      }
+      const int row = first_row_ + this->row(first + place);
+      const bool is_mine = first + place < kRows / 4 && row < job_.num_rows;
+      const RowWriter writer(p_, job_, min(row, job_.num_rows - 1), sum == 0.0f ? -INFINITY : max + log2f(sum), is_mine && d == 0);
+      if (is_mine && d < p_.head_dim_vo) writer.store_8(d, columns);
+    }
+  }
+
   const AttentionParams& p_;
   const LogitRule& rule_;
   const Job& job_;
@@ -343,6 +519,7 @@ class NarrowRows {
   float max_[kRows / 4];      // in base 2
   float sum_[kRows / 4] = {};  // of this thread's weights
   float scores_[kRows / 2];
+  unsigned keys_[C::kConverted ? 2 : 1][2][4], values_[C::kConverted ? 2 : 1][C::kPanelsVo][4];  // fragments of K and V
   float out_[C::kPanelsVo][kRows / 2] = {};
 };
 

@@ -1,7 +1,7 @@
 // The Hopper attention's narrow lane: its shared memory, and the warp that fills it.
 #pragma once
 
-#include "cuda/attention_sm90_load.cuh"
+#include "cuda/attention_sm90_convert.cuh"
 
 namespace tilestream::cuda {
 
@@ -9,17 +9,22 @@ namespace tilestream::cuda {
 struct NarrowTile {
   static constexpr int kRows = 16, kKeys = 64;
 };
-constexpr int kSlotBytes = NarrowTile::kKeys * kPanelRowBytes;
 constexpr int kNarrowRowsBytes = NarrowTile::kRows * kPanelRowBytes;
 
 template <class C>
 struct NarrowStorage {
+  // A slot holds a panel of K or V; of a cache that is converted a tile of it, and its scales.
+  static constexpr int kSlotsK = C::kConverted ? 1 : C::kPanelsQk, kSlotsV = C::kConverted ? 1 : C::kPanelsVo;
+  static constexpr int kRowBytes = C::kConverted ? C::kRawRowBytes : kPanelRowBytes, kSlotBytes = NarrowTile::kKeys * kRowBytes;
+  static constexpr int kScales = C::kConverted && C::kHasScales ? NarrowTile::kKeys : 0;
   // What the wide lane leaves, in slots; 128 KB in flight are more than any memory asks for.
-  static constexpr int kOtherBytes = (C::kPanelsQk + 2) * kNarrowRowsBytes + 1024;
-  static constexpr int kSlots = std::min(16, int(227 * 1024 - sizeof(WideStorage<C>) - kOtherBytes) / kSlotBytes);
-  static_assert(kSlots > C::kPanelsQk + C::kPanelsVo, "a tile and more");
+  static constexpr int kOtherBytes = (C::kPanelsQk + 2) * kNarrowRowsBytes + 2048;
+  static constexpr int kSlots = std::min(16, int(227 * 1024 - sizeof(WideStorage<C>) - sizeof(RawStorage<C>) - kOtherBytes) /
+                                                 int(kSlotBytes + kScales * sizeof(__half2)));
+  static_assert(kSlots > kSlotsK + kSlotsV, "a tile and more");
 
   alignas(1024) unsigned char slots[kSlots][kSlotBytes];
+  alignas(16) __half2 scales[kSlots][kScales > 0 ? kScales : 1];
   alignas(1024) unsigned char q[C::kPanelsQk * kNarrowRowsBytes];
   alignas(1024) unsigned char weights[2][kNarrowRowsBytes];  // of this tile, and of the one before
   uint64_t full[kSlots], empty[kSlots];
@@ -32,6 +37,9 @@ struct NarrowStorage {
     jobs.init(4);
   }
 };
+
+template <class C>
+constexpr ptx::Swizzle kRawSwizzle = C::kRawRowBytes == 128 ? ptx::Swizzle::k128 : C::kRawRowBytes == 64 ? ptx::Swizzle::k64 : ptx::Swizzle::k32;
 
 // RingPosition for any number of stages.
 template <class C>
@@ -53,6 +61,30 @@ class SlotPosition {
   unsigned parity_ = 0;
 };
 
+// Host. The pattern of a row's length spreads what the narrow warpgroup reads at once over all banks.
+template <class C>
+ptx::TensorMap narrow_raw_map(const AttentionParams& p, int side) {
+  return raw_map<C>(p, side, kRawSwizzle<C>);
+}
+
+// One warp: a piece as the cache has it, and its scales. page: of this lane's box, one of the first 64 / page_size lanes.
+template <class C>
+__device__ __forceinline__ void load_raw_piece(const ptx::TensorMap& map, const AttentionParams& p, const Job& job, int side, int page,
+                                               NarrowStorage<C>& s, SlotPosition<C>& at) {
+  const int lane = threadIdx.x % kWarpSize, first = lane << job.page_shift, slot = at.slot();
+  const bool is_box = first < NarrowTile::kKeys, has_scales = C::kHasScales && is_box && page < p.num_pages;
+  const int scale_bytes = job.page_size * int(sizeof(__half2)), num_bytes = __popc(__ballot_sync(kFullMask, has_scales)) * scale_bytes;
+  ptx::mbarrier_wait_parity(&s.empty[slot], at.empty_parity());
+  if (lane == 0) ptx::mbarrier_arrive_expect_tx(&s.full[slot], NarrowStorage<C>::kSlotBytes + num_bytes);
+  __syncwarp();
+  if (is_box) ptx::cp_async_bulk_tensor_load(s.slots[slot] + first * C::kRawRowBytes, map, {0, 0, job.at.kv_head, page}, &s.full[slot]);
+  if (has_scales) {
+    const KvRows rows = kv_rows<typename C::KV>(p, side, job.at.kv_head, job.num_kv_heads, job.page_size);
+    ptx::cp_async_bulk_load(s.scales[slot] + first, rows.scale(page, 0), scale_bytes, &s.full[slot]);
+  }
+  at.advance();
+}
+
 // One warp: a piece's panels, each to the next slot. page: of this lane's box, one of the first 64 / page_size lanes.
 template <int kPanels, class C>
 __device__ __forceinline__ void load_piece(const ptx::TensorMap& map, const Job& job, int page, NarrowStorage<C>& s, SlotPosition<C>& at) {
@@ -61,7 +93,7 @@ __device__ __forceinline__ void load_piece(const ptx::TensorMap& map, const Job&
   for (int panel = 0; panel < kPanels; ++panel) {
     const int slot = at.slot();
     ptx::mbarrier_wait_parity(&s.empty[slot], at.empty_parity());
-    if (lane == 0) ptx::mbarrier_arrive_expect_tx(&s.full[slot], kSlotBytes);
+    if (lane == 0) ptx::mbarrier_arrive_expect_tx(&s.full[slot], NarrowStorage<C>::kSlotBytes);
     __syncwarp();
     if (lane < NarrowTile::kKeys >> job.page_shift)
       ptx::cp_async_bulk_tensor_load(s.slots[slot] + (lane << job.page_shift) * kPanelRowBytes, map,
@@ -82,15 +114,23 @@ __device__ __forceinline__ void load_narrow(const AttentionParams& p, const KvMa
       const bool is_mine = key + job.page_size > job.at.kv_begin && key < job.at.kv_end;
       return is_mine ? int(job.page(key)) : p.num_pages;
     };
+    const auto load_k = [&](int page) {
+      if constexpr (C::kConverted) load_raw_piece<C>(maps.narrow_k, p, job, 0, page, s, at);
+      else load_piece<C::kPanelsQk>(maps.k, job, page, s, at);
+    };
+    const auto load_v = [&](int page) {
+      if constexpr (C::kConverted) load_raw_piece<C>(maps.narrow_v, p, job, 1, page, s, at);
+      else load_piece<C::kPanelsVo>(maps.v, job, page, s, at);
+    };
     for_each_row_tile<NarrowTile>(job, [&](const RowTile& rows) {
       // Looked up a tile before they are needed.
       int page = page_in(rows.keys_begin), next_page = page_in(rows.keys_begin + NarrowTile::kKeys);
-      if (rows.keys_begin < rows.keys_end) load_piece<C::kPanelsQk>(maps.k, job, page, s, at);
+      if (rows.keys_begin < rows.keys_end) load_k(page);
 #pragma unroll 1
       for (int tile = rows.keys_begin; tile < rows.keys_end; tile += NarrowTile::kKeys) {
         const int page_after = page_in(tile + 2 * NarrowTile::kKeys);
-        if (tile + NarrowTile::kKeys < rows.keys_end) load_piece<C::kPanelsQk>(maps.k, job, next_page, s, at);
-        load_piece<C::kPanelsVo>(maps.v, job, page, s, at);
+        if (tile + NarrowTile::kKeys < rows.keys_end) load_k(next_page);
+        load_v(page);
         page = next_page, next_page = page_after;
       }
     });

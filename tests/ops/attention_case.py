@@ -12,7 +12,7 @@ import torch
 from tests.ops.layouts import layout_or_own
 from tilestream import ops, testing
 from tilestream.reference import attention as reference
-from tilestream.testing.paged import FLOAT_DTYPES
+from tilestream.testing.paged import FLOAT_DTYPES, KV_FLOAT_DTYPES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +36,7 @@ class Case:
     sinks: bool = False
     k_scale: float = 1.0
     v_scale: float = 1.0
+    descales: bool = False  # of q, K and V, by kv head
     unified_max: float | None = None
     prefix_groups: tuple[tuple[int, tuple[int, ...]], ...] = ()
     lists_per_head: bool = False
@@ -45,7 +46,11 @@ class Case:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        return FLOAT_DTYPES[self.dtype]
+        return KV_FLOAT_DTYPES[self.dtype]
+
+    @property
+    def out_dtype(self) -> torch.dtype:
+        return FLOAT_DTYPES.get(self.dtype, torch.bfloat16)
 
 
 @dataclasses.dataclass
@@ -58,6 +63,17 @@ class Tensors:
     kv_lens: torch.Tensor
     alibi_slopes: torch.Tensor | None
     sinks: torch.Tensor | None
+    descales: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
+
+    @property
+    def values(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What q, K and V stand for."""
+        q, k, v = self.q.double(), self.kv.k, self.kv.v
+        if not self.descales:
+            return q, k, v
+        by_head = {name: scale.double().view(-1, 1, 1) for name, scale in self.descales.items()}
+        q = q.unflatten(1, (k.size(1), -1)) * by_head["q_descale"]
+        return q.flatten(1, 2), k * by_head["k_descale"], v * by_head["v_descale"]
 
 
 def make_tensors(case: Case) -> Tensors:
@@ -82,6 +98,7 @@ def make_tensors(case: Case) -> Tensors:
         q=q, kv=kv, cu_seqlens_q=torch.tensor([0, *case.q_lens]).cumsum(0).int(), kv_lens=lengths,
         alibi_slopes=-torch.rand(num_qo_heads) if case.alibi else None,
         sinks=torch.randn(num_qo_heads) if case.sinks else None,
+        descales={f"{name}_descale": torch.rand(num_kv_heads) + 0.5 for name in "qkv"} if case.descales else {},
     )
 
 
@@ -97,12 +114,12 @@ def make_plan(case: Case, t: Tensors) -> ops.AttentionPlan:
 
 def run(case: Case, t: Tensors, plan: ops.AttentionPlan | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """The op's out and lse, every write outside of them caught."""
-    out = testing.Guarded((t.q.size(0), t.q.size(1), case.head_dim_vo or case.head_dim), t.q.dtype)
+    out = testing.Guarded((t.q.size(0), t.q.size(1), case.head_dim_vo or case.head_dim), case.out_dtype)
     lse, lse_memory = testing.guarded_contiguous((t.q.size(0), t.q.size(1)), torch.float32)
     ops.attention(
         t.q, t.kv.cache, t.kv.block_table, make_plan(case, t) if plan is None else plan, sm_scale=case.sm_scale,
         logits_soft_cap=case.soft_cap, alibi_slopes=t.alibi_slopes, sinks=t.sinks, unified_max=case.unified_max,
-        out=out.tensor, lse=lse,
+        out=out.tensor, lse=lse, **t.descales,
     )
     out.assert_untouched_outside()
     testing.assert_margins(lse_memory)
@@ -111,13 +128,14 @@ def run(case: Case, t: Tensors, plan: ops.AttentionPlan | None = None) -> tuple[
 
 def exact(case: Case, t: Tensors, one_group: Callable = reference.one_group) -> tuple[torch.Tensor, torch.Tensor]:
     return reference.attention(
-        t.q, t.kv.k, t.kv.v, t.kv.block_table, t.cu_seqlens_q, t.kv_lens, causal=case.causal, window_left=case.window_left,
+        *t.values, t.kv.block_table, t.cu_seqlens_q, t.kv_lens, causal=case.causal, window_left=case.window_left,
         sm_scale=case.sm_scale, logits_soft_cap=case.soft_cap, alibi_slopes=t.alibi_slopes, sinks=t.sinks, one_group=one_group,
     )
 
 
-def plain_one_group(q, k, v, mask, *, shuffle, dtype, sm_scale, logits_soft_cap, alibi_slopes, sinks):
-    """What a user would write in torch: matmul, softmax, matmul, every result in `dtype`; sums in some order."""
+def plain_one_group(q, k, v, mask, *, shuffle, dtype, weight_dtype, sm_scale, logits_soft_cap, alibi_slopes, sinks):
+    """What a user would write in torch: matmul, softmax, matmul, every result in `dtype`, what it multiplies V by in
+    `weight_dtype`; sums in some order."""
     q_len, kv_len = mask.shape
     distance = torch.arange(kv_len) - torch.arange(kv_len - q_len, kv_len).unsqueeze(1)
     keys = torch.randperm(kv_len) if shuffle else torch.arange(kv_len)
@@ -132,20 +150,21 @@ def plain_one_group(q, k, v, mask, *, shuffle, dtype, sm_scale, logits_soft_cap,
     scores = scores.masked_fill(~mask[:, keys], -math.inf)
     scores = torch.cat([scores, sinks.to(dtype).view(-1, 1, 1).expand(-1, q_len, 1)], 2)
     empty = ~mask.any(1)
-    weight = torch.softmax(scores, 2)[..., :-1]
+    weight = torch.softmax(scores, 2)[..., :-1].to(weight_dtype).to(dtype)
     out = torch.where(empty.unsqueeze(1), 0.0, (weight @ v).double())
     return out, torch.where(empty, -math.inf, torch.logsumexp(scores.float(), 2).double())
 
 
 def plain(case: Case, t: Tensors, want: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """Plain torch in the coarser of q's and the cache's dtype (quantised caches: over the values they represent; fp8 has no
-    arithmetic of its own and counts as bfloat16).
+    arithmetic of its own and counts as bfloat16, but under an fp8 q the weights are e4m3).
 
     One order of summation may happen to round well, so each element is the worst of four.
     """
     computes = {**FLOAT_DTYPES, "fp8": torch.bfloat16}
-    dtype = max(t.q.dtype, computes.get(case.kv_dtype, t.q.dtype), key=lambda d: torch.finfo(d).eps)
-    orders = [functools.partial(plain_one_group, shuffle=attempt > 0, dtype=dtype) for attempt in range(4)]
+    dtype = max(case.out_dtype, computes.get(case.kv_dtype, case.out_dtype), key=lambda d: torch.finfo(d).eps)
+    weight_dtype = torch.float8_e4m3fn if case.dtype == "fp8" else dtype
+    orders = [functools.partial(plain_one_group, shuffle=attempt > 0, dtype=dtype, weight_dtype=weight_dtype) for attempt in range(4)]
     outs, lses = zip(*[exact(case, t, one_group) for one_group in orders], strict=True)
     return testing.worst_of(list(outs), want[0]), testing.worst_of(list(lses), want[1])
 

@@ -10,7 +10,7 @@ import torch
 
 from tests.ops.attention_case import Case, Tensors, check, exact, make_plan, make_tensors, run
 from tilestream import ops, testing
-from tilestream.testing.paged import FLOAT_DTYPES, stored_pages
+from tilestream.testing.paged import KV_FLOAT_DTYPES, stored_pages
 
 pytestmark = pytest.mark.simt(archs=(80, 90))
 DTYPES = [  # (q and out, cache)
@@ -21,6 +21,7 @@ DTYPES = [  # (q and out, cache)
     ("bfloat16", "fp8"),
     ("float32", "fp8"),
     ("float16", "fp8"),
+    ("fp8", "fp8"),
     ("bfloat16", "int8"),
     ("bfloat16", "int4"),
     ("float32", "int8"),
@@ -148,6 +149,20 @@ def test_scales_of_an_fp8_cache(backend: testing.Backend, variant: dict, dtype: 
         check(dataclasses.replace(MIXED, dtype=dtype, kv_dtype="fp8", k_scale=0.375, v_scale=3.0, num_workers=num_workers, **variant))
 
 
+def test_descales(backend: testing.Backend) -> None:
+    """Each kv head's own, of a float8 q and its cache."""
+    for num_workers in (1, 5):
+        check(dataclasses.replace(MIXED, dtype="fp8", kv_dtype="fp8", k_scale=0.375, v_scale=3.0, descales=True, num_workers=num_workers))
+
+
+def test_a_float8_q_gives_any_dtype(backend: testing.Backend) -> None:
+    t = make_tensors(case := dataclasses.replace(MIXED, dtype="fp8", kv_dtype="fp8"))
+    plan = make_plan(case, t)
+    rounded = ops.attention(t.q, t.kv.cache, t.kv.block_table, plan)
+    out = ops.attention(t.q, t.kv.cache, t.kv.block_table, plan, out=torch.empty_like(rounded, dtype=torch.float32))
+    assert rounded.dtype == torch.bfloat16 and torch.equal(out.bfloat16(), rounded)
+
+
 def check_every_fp8_code(layout: str, dtype: str = "float32") -> None:
     """Request c sees one key, of which one element is code c, and one value, with 64 codes: lse and out are these.
 
@@ -161,7 +176,7 @@ def check_every_fp8_code(layout: str, dtype: str = "float32") -> None:
     pages = (stored_pages(k, "fp8", layout, side=0), stored_pages(v, "fp8", layout, side=1))
     kv = testing.PagedKv(ops.KvCache(*pages, blocked=layout == "blocked"), codes.int().unsqueeze(1), k.double(), v.double())
     case = Case(q_lens=(1,) * 256, kv_lens=tuple((1 + codes % 5).tolist()), heads=(1, 1), window_left=0, sm_scale=1.0)
-    q, cu_seqlens_q = torch.ones(256, 1, 64, dtype=FLOAT_DTYPES[dtype]), torch.arange(257, dtype=torch.int32)
+    q, cu_seqlens_q = torch.ones(256, 1, 64, dtype=KV_FLOAT_DTYPES[dtype]), torch.arange(257, dtype=torch.int32)
     t = Tensors(q, kv, cu_seqlens_q, torch.tensor(case.kv_lens, dtype=torch.int32), None, None)
     out, lse = run(case, t)
     want_out, want_lse = exact(case, t)
@@ -175,7 +190,7 @@ def test_every_fp8_code_on_every_simd_level(simd_level: str, layout: str) -> Non
     check_every_fp8_code(layout)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "fp8"])
 def test_every_fp8_code(backend: testing.Backend, dtype: str) -> None:
     check_every_fp8_code("hnd", dtype)
 
@@ -254,7 +269,8 @@ def _change(t, **changes):
 
 
 BAD_INPUT = {
-    "q dtype": (lambda t: _change(t, q=t.q.double()), TypeError, "q has dtype Double; supported: Float, Half, BFloat16"),
+    "q dtype": (lambda t: _change(t, q=t.q.double()), TypeError, "q has dtype Double; supported: Float, Half, BFloat16, Float8_e4m3fn"),
+    "q of fp8": (lambda t: _change(t, q=t.q.to(torch.float8_e4m3fn)), TypeError, "k_cache has dtype Float; it must be Float8_e4m3fn as q"),
     "q rank": (lambda t: _change(t, q=t.q[:, 0]), ValueError, r"q has 2 dimensions \[3, 64\]; it needs 3"),
     "q tokens": (lambda t: _change(t, q=t.q[:2]), ValueError, r"q has shape \[2, 4, 64\]; the plan was made for 3 tokens"),
     "q heads": (lambda t: _change(t, q=t.q[:, :3]), ValueError, r"q has shape .*dimension 1 must be 4"),
@@ -284,6 +300,7 @@ BAD_CACHE = {
     "plan": ({"plan": torch.zeros(100).int()}, ValueError, "host_plan does not hold a plan"),
     "short plan": ({"plan": torch.zeros(3).int()}, ValueError, "host_plan has 3 elements"),
     "out": ({"out": torch.zeros(3, 4, 32)}, ValueError, r"out has shape \[3, 4, 32\]; dimension 2 must be 64"),
+    "descale": ({"q_descale": torch.ones(2)}, ValueError, "q_descale is given for a Float q; only a Float8_e4m3fn q"),
     "lse": ({"lse": torch.zeros(3, 5)}, ValueError, r"lse has shape \[3, 5\]; dimension 1 must be 4"),
     "soft cap": ({"logits_soft_cap": -1.0}, ValueError, "logits_soft_cap is -1; allowed: 0"),
     "page size": ({"cache": ops.KvCache(*[torch.zeros(9, 2, 32, 64)] * 2)}, ValueError, "k_cache has page_size 32; the plan was made for 16"),
@@ -310,7 +327,7 @@ def test_bad_cache_plan_or_output(name: str) -> None:
     t = make_tensors(case)
     plan = make_plan(case, t)
     plan = ops.AttentionPlan(plan.plan, change.get("plan", plan.plan), plan.workspace)
-    options = {key: value for key, value in change.items() if key in ("out", "lse", "logits_soft_cap")}
+    options = {key: value for key, value in change.items() if key in ("out", "lse", "logits_soft_cap", "q_descale")}
     with pytest.raises(error, match=message):
         ops.attention(t.q, change.get("cache", t.kv.cache), change.get("block_table", t.kv.block_table), plan, **options)
 

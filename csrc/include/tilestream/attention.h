@@ -10,7 +10,7 @@ namespace tilestream {
 
 struct AttentionParams {
   const void* q;          // [num_tokens, num_qo_heads, head_dim_qk], q_dtype; last dim contiguous
-  void* out;              // [num_tokens, num_qo_heads, head_dim_vo], q_dtype; last dim contiguous
+  void* out;              // [num_tokens, num_qo_heads, head_dim_vo], out_dtype; last dim contiguous
   float* lse;             // [num_tokens, num_qo_heads], natural log, or null
   const void* k_cache;    // [num_pages, num_kv_heads, page_size, head_dim_qk] through strides, kv_dtype
   const void* v_cache;    // [num_pages, num_kv_heads, page_size, head_dim_vo] through strides, kv_dtype
@@ -18,6 +18,7 @@ struct AttentionParams {
   const int32_t* block_table;  // [lists, max_pages_per_seq]; row stride below
   const float* alibi_slopes;   // [num_qo_heads] or null: adds slope * (key position - query position)
   const float* sinks;          // [num_qo_heads] or null: exp(sink) joins the denominator (and the lse)
+  const float *q_descale, *k_descale, *v_descale;  // [num_kv_heads] or null: what a float8 q, K, V stores is multiplied by it
   float* workspace;            // plan_workspace_floats() floats
   PlanView plan;
   // Of the plan's header, the same for all plans of a planner:
@@ -26,7 +27,7 @@ struct AttentionParams {
 
   int32_t head_dim_qk, head_dim_vo;
   int32_t num_pages, num_kv_heads, page_size;
-  DType q_dtype;
+  DType q_dtype, out_dtype;  // the same but for a float8 q, which a float8 cache alone allows
   KvDType kv_dtype;
   KvLayout kv_layout;
   float sm_scale;         // k_scale of a float8 cache included
@@ -39,6 +40,14 @@ struct AttentionParams {
   int64_t k_page_stride, k_head_stride, k_token_stride;
   int64_t v_page_stride, v_head_stride, v_token_stride;
   int64_t block_table_stride;
+
+  // What scores and outputs of a kv head are multiplied by.
+  TILESTREAM_HOST_DEVICE float score_descale(int kv_head) const {
+    return (q_descale != nullptr ? q_descale[kv_head] : 1.0f) * (k_descale != nullptr ? k_descale[kv_head] : 1.0f);
+  }
+  TILESTREAM_HOST_DEVICE float out_scale(int kv_head) const {
+    return v_descale != nullptr ? v_scale * v_descale[kv_head] : v_scale;
+  }
 };
 
 // out[n, h] = sum_s w_s v[n, s, h] / sum_s w_s, w_s = exp(lse[n, s, h] - max_s); lse' = log sum exp.

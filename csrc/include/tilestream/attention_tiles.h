@@ -36,6 +36,12 @@ constexpr AttentionTile kAttentionTiles[] = {
     {TileKind::kDirect, 192, 128, 2, 64, 2, 16, 40, 200, 72},
     {TileKind::kDirect, 192, 192, 2, 64, 2, 16, 40, 192, 88},
     {TileKind::kDirect, 256, 256, 2, 64, 2, 0, 40, 232, 0},
+    {TileKind::kConverted, 64, 64, 3, 64, 4, 0, 56, 152, 0},
+    {TileKind::kConverted, 128, 128, 2, 64, 2, 16, 80, 168, 88},
+    {TileKind::kConverted, 256, 256, 2, 64, 2, 0, 56, 224, 0},
+    {TileKind::kFloat8, 64, 64, 3, 64, 4, 0, 40, 120, 0},
+    {TileKind::kFloat8, 128, 128, 2, 128, 2, 0, 56, 192, 0},
+    {TileKind::kFloat8, 256, 256, 2, 64, 2, 0, 72, 216, 0},
 };
 constexpr int kNumAttentionTiles = sizeof(kAttentionTiles) / sizeof(kAttentionTiles[0]);
 

@@ -19,6 +19,9 @@ def attention(
     alibi_slopes: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
     unified_max: float | None = None,
+    q_descale: torch.Tensor | None = None,
+    k_descale: torch.Tensor | None = None,
+    v_descale: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     lse: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -28,7 +31,9 @@ def attention(
 
     Args:
         q: [num_tokens, num_qo_heads, head_dim], float32, float16 or bfloat16, last dim contiguous; requests packed
-            one after another as in the plan's cu_seqlens_q. Rows past the plan's tokens are left alone.
+            one after another as in the plan's cu_seqlens_q. Rows past the plan's tokens are left alone. With an fp8 cache
+            also float8_e4m3fn: on Hopper both products are then of e4m3, and so are the weights; elsewhere q counts as
+            bfloat16.
         kv_cache: pages of one layer; this step's own tokens already appended.
         block_table: [batch_size, max_pages_per_seq] (or [batch_size * num_kv_heads, ...] for a plan with per-head
             lists), int32; entries past a request's length are never read.
@@ -43,14 +48,18 @@ def attention(
             far from it for the weights' range is done again with the online softmax. The result is the same but for
             rounding. Not used with a batch-invariant plan; the CPU backend always keeps the online softmax, whose
             rescaling is not what binds it.
-        out: [num_tokens, num_qo_heads, head_dim_vo], as q; allocated when None.
+        q_descale, k_descale, v_descale: [num_kv_heads], float32, for a float8 q: value = stored * descale, one number for
+            each kv head (of q: for its q heads); k_scale and v_scale of the cache still count.
+        out: [num_tokens, num_qo_heads, head_dim_vo], as q, for a float8 q of any other dtype of q; allocated when None, for a
+            float8 q in bfloat16.
         lse: [num_tokens, num_qo_heads], float32, written when given: natural log of the denominator.
     Returns:
         out. A row that sees no key is 0, with lse = -inf.
     Raises:
         ValueError, TypeError: which argument, what it was, what is allowed; on the CPU page ids are checked too.
         RuntimeError: a CUDA graph is being captured, and the plan is not of a planner with reserved buffers.
-    Error: at most 2x plain torch in the cache's dtype (fp8: in bfloat16), against reference.attention in float64.
+    Error: at most 2x plain torch in the cache's dtype (fp8: in bfloat16; under a float8 q with weights rounded to e4m3), against
+    reference.attention in float64.
     Source: FlashAttention-2 (2307.08691); stream-K decode, Lean Attention (2405.10480); unified maximum,
     FlashDecoding++ (2311.01282), section 3. Reads: KV once per q tile.
     Deterministic: yes; bitwise independent of the batch with a batch-invariant plan.
@@ -61,7 +70,8 @@ def attention(
             "the largest step first"
         )
     if out is None:
-        out = q.new_empty(q.size(0), q.size(1), kv_cache.head_dim_vo)
+        dtype = torch.bfloat16 if q.dtype == torch.float8_e4m3fn else q.dtype
+        out = q.new_empty(q.size(0), q.size(1), kv_cache.head_dim_vo, dtype=dtype)
     torch.ops.tilestream.attention(
         q,
         kv_cache.k_cache,
@@ -82,6 +92,9 @@ def attention(
         blocked=kv_cache.blocked,
         int4=kv_cache.int4,
         unified_max=unified_max,
+        q_descale=q_descale,
+        k_descale=k_descale,
+        v_descale=v_descale,
     )
     return out
 
