@@ -33,9 +33,9 @@ struct Sm90Config {
   static constexpr int kGroups = kSizes.wide_groups, kRows = kSizes.wide_rows();
   static constexpr bool kNarrow = kSizes.narrow_rows > 0;
   static constexpr int kThreads = kSizes.num_groups() * kGroupThreads;
-  static constexpr bool kConverted = kSizes.kind == TileKind::kConverted, kHasScales = kIsQuantised<KV>;
+  static constexpr bool kConverted = kSizes.kind == TileKind::kConverted, kFloat8 = kSizes.kind == TileKind::kFloat8;
+  static constexpr bool kHasScales = kIsQuantised<KV>;
   // Rows of a panel of q, K and V; of e4m3 and a head dim of 64 half as long as others, in the pattern of that length.
-  static constexpr bool kFloat8 = kSizes.kind == TileKind::kFloat8;
   static constexpr int kRowBytes = kDimQk * int(sizeof(T)) < kPanelRowBytes ? 64 : kPanelRowBytes;
   static constexpr ptx::Swizzle kSwizzle = kRowBytes == 64 ? ptx::Swizzle::k64 : ptx::Swizzle::k128;
   static constexpr int kPanelsQk = int(ceil_div(kDimQk * sizeof(T), kRowBytes)), kPanelsVo = int(ceil_div(kDimVo * sizeof(T), kRowBytes));

@@ -39,36 +39,35 @@ __device__ __forceinline__ unsigned own_keys(const Job& job, int first) {
 
 // A warp's share of a V tile: 16 columns in turn with the others. Matrices of 16-bit elements are transposed as they are read:
 // a lane then has pairs of columns of four keys, which prmt parts. Lanes of the upper rows store the two columns the other way
-// round, for 8 rows of a store to lie in different banks.
-template <class C>
+// round, for 8 rows of a store to lie in different banks. kWhole: all keys are the job's.
+template <class C, bool kWhole>
 __device__ __forceinline__ void transpose_tile(const Job& job, int tile, const unsigned char* raw, unsigned char* dst) {
   constexpr ptx::Swizzle kTurned = C::kKeys == 64 ? ptx::Swizzle::k64 : ptx::Swizzle::k128;
   static_assert(C::kKeys <= 128, "a column's keys are one row of the pattern");
-  constexpr int kBlocks = C::kDimVo == 64 ? 2 : 4;  // under way at once
+  constexpr int kStride = 16 * kConvertWarps, kOfPanel = C::kRowBytes / kStride;  // columns; shares of the warp in a panel
+  // opaque: what follows from it would otherwise be kept in registers from tile to tile
   const unsigned thread = ptx::opaque(threadIdx.x), lane = thread % kWarpSize, matrix = lane / 8, row = lane % 8;
-  const int first_column = (thread / kWarpSize - kConvertWide) * 16, column = 2 * row + (matrix % 2 ^ row / 4);
+  const unsigned first_column = (thread / kWarpSize - kConvertWide) * 16, column = first_column + 2 * row + (matrix % 2 ^ row / 4);
   const unsigned first = lane < 16 ? 0x6420 : 0x7531, second = first ^ 0x1111;  // bytes of the column that is stored first
-  const bool is_all_own = tile >= job.at.kv_begin && tile + C::kKeys <= job.at.kv_end;
-#pragma unroll 1
+  unsigned from[kOfPanel];
+#pragma unroll
+  for (int i = 0; i < kOfPanel; ++i) from[i] = ptx::swizzled(C::kSwizzle, lane * C::kRowBytes + first_column + i * kStride);
+#pragma unroll
   for (int key = 0; key < C::kKeys; key += 32) {
+    unsigned char* const to = dst + ptx::swizzled(kTurned, column * C::kKeys + key + matrix / 2 * 16);
     unsigned low = ~0u, high = ~0u;
-    if (!is_all_own) low = own_keys(job, tile + key + 2 * (lane % 4)), high = own_keys(job, tile + key + 16 + 2 * (lane % 4));
+    if constexpr (!kWhole) low = own_keys(job, tile + key + 2 * (lane % 4)), high = own_keys(job, tile + key + 16 + 2 * (lane % 4));
 #pragma unroll
-    for (int i = 0; i < C::kDimVo; i += kBlocks * 16 * kConvertWarps) {
-      unsigned pairs[kBlocks][4];
+    for (int panel = 0; panel < C::kPanelsVo; ++panel) {
+      unsigned pairs[kOfPanel][4];
 #pragma unroll
-      for (int block = 0; block < kBlocks; ++block) {
-        const int d = first_column + i + block * 16 * kConvertWarps;
-        ptx::ldmatrix_x4_trans(pairs[block], raw + d / C::kRowBytes * C::kPanelBytes +
-                                                 ptx::swizzled(C::kSwizzle, (key + lane) * C::kRowBytes + d % C::kRowBytes));
-      }
+      for (int i = 0; i < kOfPanel; ++i) ptx::ldmatrix_x4_trans(pairs[i], raw + panel * C::kPanelBytes + key * C::kRowBytes + from[i]);
 #pragma unroll
-      for (int block = 0; block < kBlocks; ++block) {
-        const int d = first_column + i + block * 16 * kConvertWarps;
-        const unsigned(&p)[4] = pairs[block];
+      for (int i = 0; i < kOfPanel; ++i) {
+        const unsigned(&p)[4] = pairs[i];
         const unsigned keys[4] = {ptx::prmt(p[0], p[1], first) & low, ptx::prmt(p[0], p[1], second) & low,
                                   ptx::prmt(p[2], p[3], first) & high, ptx::prmt(p[2], p[3], second) & high};
-        ptx::stmatrix_x4(dst + ptx::swizzled(kTurned, (d + column) * C::kKeys + key + matrix / 2 * 16), keys);
+        ptx::stmatrix_x4(to + (panel * C::kRowBytes + i * kStride) * C::kKeys, keys);
       }
     }
   }
@@ -84,7 +83,8 @@ __device__ __forceinline__ void transpose_wide(WideStorage<C>& s, RawStorage<C>&
         const int stage = at.stage();
         ptx::mbarrier_wait_parity(&raw.full[stage], at.full_parity());
         ptx::mbarrier_wait_parity(&s.v_empty[stage], at.empty_parity());
-        transpose_tile<C>(job, tile, raw.v[stage], s.v[stage]);
+        if (tile >= job.at.kv_begin && tile + C::kKeys <= job.at.kv_end) transpose_tile<C, true>(job, tile, raw.v[stage], s.v[stage]);
+        else transpose_tile<C, false>(job, tile, raw.v[stage], s.v[stage]);
         ptx::fence_proxy_async();
         __syncwarp();
         if (threadIdx.x % kWarpSize == 0) ptx::mbarrier_arrive(&raw.empty[stage]), ptx::mbarrier_arrive(&s.v_full[stage]);

@@ -48,10 +48,6 @@ class Case:
     def torch_dtype(self) -> torch.dtype:
         return KV_FLOAT_DTYPES[self.dtype]
 
-    @property
-    def out_dtype(self) -> torch.dtype:
-        return FLOAT_DTYPES.get(self.dtype, torch.bfloat16)
-
 
 @dataclasses.dataclass
 class Tensors:
@@ -64,6 +60,10 @@ class Tensors:
     alibi_slopes: torch.Tensor | None
     sinks: torch.Tensor | None
     descales: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
+
+    @property
+    def out_dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.q.dtype == torch.float8_e4m3fn else self.q.dtype
 
     @property
     def values(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -114,7 +114,7 @@ def make_plan(case: Case, t: Tensors) -> ops.AttentionPlan:
 
 def run(case: Case, t: Tensors, plan: ops.AttentionPlan | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """The op's out and lse, every write outside of them caught."""
-    out = testing.Guarded((t.q.size(0), t.q.size(1), case.head_dim_vo or case.head_dim), case.out_dtype)
+    out = testing.Guarded((t.q.size(0), t.q.size(1), case.head_dim_vo or case.head_dim), t.out_dtype)
     lse, lse_memory = testing.guarded_contiguous((t.q.size(0), t.q.size(1)), torch.float32)
     ops.attention(
         t.q, t.kv.cache, t.kv.block_table, make_plan(case, t) if plan is None else plan, sm_scale=case.sm_scale,
@@ -162,8 +162,8 @@ def plain(case: Case, t: Tensors, want: tuple[torch.Tensor, torch.Tensor]) -> tu
     One order of summation may happen to round well, so each element is the worst of four.
     """
     computes = {**FLOAT_DTYPES, "fp8": torch.bfloat16}
-    dtype = max(case.out_dtype, computes.get(case.kv_dtype, case.out_dtype), key=lambda d: torch.finfo(d).eps)
-    weight_dtype = torch.float8_e4m3fn if case.dtype == "fp8" else dtype
+    dtype = max(t.out_dtype, computes.get(case.kv_dtype, t.out_dtype), key=lambda d: torch.finfo(d).eps)
+    weight_dtype = torch.float8_e4m3fn if t.q.dtype == torch.float8_e4m3fn else dtype
     orders = [functools.partial(plain_one_group, shuffle=attempt > 0, dtype=dtype, weight_dtype=weight_dtype) for attempt in range(4)]
     outs, lses = zip(*[exact(case, t, one_group) for one_group in orders], strict=True)
     return testing.worst_of(list(outs), want[0]), testing.worst_of(list(lses), want[1])

@@ -117,9 +117,10 @@ def test_unequal_head_dims(backend: testing.Backend) -> None:
 @each_dtype
 def test_long_context(backend: testing.Backend, dtype: str, kv_dtype: str) -> None:
     """The error of a sum must not grow with its length faster than torch's does."""
+    case = Case(q_lens=(1,), kv_lens=(9001,), heads=(3, 1), page_size=64, dtype=dtype, kv_dtype=kv_dtype)
+    t = make_tensors(case)
     for num_workers in (1, 5):
-        check(Case(q_lens=(1,), kv_lens=(9001,), heads=(3, 1), page_size=64, dtype=dtype, kv_dtype=kv_dtype,
-                   num_workers=num_workers))
+        check(dataclasses.replace(case, num_workers=num_workers), t)
 
 
 @each_dtype
@@ -180,9 +181,10 @@ def check_every_fp8_code(layout: str, dtype: str = "float32") -> None:
     t = Tensors(q, kv, cu_seqlens_q, torch.tensor(case.kv_lens, dtype=torch.int32), None, None)
     out, lse = run(case, t)
     want_out, want_lse = exact(case, t)
-    testing.assert_within(out, want_out, 0.0)
-    testing.assert_same_special(lse, want_lse)
-    assert bool(((lse - want_lse).abs() <= 1e-6 * want_lse.abs())[want_lse.isfinite()].all())
+    # 2^-14: a kernel that adds up weights before it rounds them has 1 + 2^-15 for the only weight of a logit of 448.
+    for got, want, tolerance in ((out, want_out, 2.0**-14), (lse, want_lse, 1e-6)):
+        testing.assert_same_special(got, want)
+        assert bool(((got - want).abs() <= (tolerance * want.abs()).clamp_min(1e-6))[want.isfinite()].all())
 
 
 @pytest.mark.parametrize("layout", ["hnd", "blocked"])
