@@ -71,7 +71,8 @@ void launch_attention_sm90(const AttentionParams& p, Stream stream) {
   const LaunchConfig config{.grid = resident_blocks(kernel, C::kThreads, kSmemBytes), .block = C::kThreads, .smem_bytes = kSmemBytes,
                             .stream = stream};
   KvMaps maps;
-  if constexpr (C::kConverted) maps = {raw_map<C>(p, 0), raw_map<C>(p, 1), narrow_raw_map<C>(p, 0), narrow_raw_map<C>(p, 1)};
+  if constexpr (C::kConverted && C::kNarrow) maps = {raw_map<C>(p, 0), raw_map<C>(p, 1), narrow_raw_map<C>(p, 0), narrow_raw_map<C>(p, 1)};
+  else if constexpr (C::kConverted) maps = {raw_map<C>(p, 0), raw_map<C>(p, 1)};
   else maps = {kv_map(p, 0, C::kRowBytes / sizeof(typename C::T), C::kSwizzle), kv_map(p, 1, C::kRowBytes / sizeof(typename C::T), C::kSwizzle)};
   launch(kernel, config, p, make_logit_rule(p), maps);
 }
