@@ -8,9 +8,13 @@
 // Each warp has 16 of the 64 keys. A row's maximum is lazy (kNarrowLazyLog2): the warps agree on one at the first tile that a row
 // sees, and again only when a logit is far above it, which a flag beside the weights tells. So tiles seldom exchange maxima,
 // which is what a maximum calibrated beforehand would give (FlashDecoding++, 2311.01282): p.unified_max is not needed.
+// Caches of 8 and 4 bits come as they are, and become fragments a of the products in registers: scale and zero are applied value
+// by value, 2.5 instructions each, so that such a cache is bound by these rather than by memory (int8 nearly as long as memory
+// takes, int4 twice as long; an estimate, from instructions).
 // Source: swapped operands, FlashMLA's and FlashInfer's decodes ("swap AB"); Flash-Decoding.
 #pragma once
 
+#include "cuda/attention_sm90_narrow_lanes.cuh"
 #include "cuda/attention_sm90_narrow_load.cuh"
 #include "cuda/attention_sm90_wide.cuh"
 #include "cuda/ptx/ldmatrix.cuh"
@@ -18,53 +22,6 @@
 namespace tilestream::cuda {
 
 constexpr float kNarrowLazyLog2 = 8.0f;  // as the wide lane's
-
-// Of kNum lanes, four apart: the one at place i gets v[i] of each, in their order.
-template <int kNum>
-__device__ __forceinline__ void transpose_lanes(float (&v)[kNum]) {
-  const int place = ptx::opaque(threadIdx.x) / 4 % kNum;
-#pragma unroll
-  for (int distance = 1; distance < kNum; distance *= 2) {
-    const bool upper = place & distance;
-#pragma unroll
-    for (int a = 0; a < kNum; ++a) {
-      if (a & distance) continue;
-      float& low = v[a];
-      float& high = v[a | distance];
-      const float got = __shfl_xor_sync(kFullMask, upper ? low : high, distance * 4);
-      (upper ? low : high) = got;
-    }
-  }
-}
-
-// Where column d of q stands for products with keys that come as fragments a: lane t of four has a quarter of a key's columns,
-// one after the other, and of these four in each step, at its places 2 t, 2 t + 1, 2 t + 8 and 2 t + 9. d even.
-template <class C>
-__device__ __forceinline__ int fragment_column(int d) {
-  constexpr int kOwn = C::kDimQk / 4;
-  return d % kOwn / 4 * 16 + d / kOwn * 2 + d / 2 % 2 * 8;
-}
-
-// The values of the lowest bits of a word.
-template <class KV, int kNum>
-__device__ __forceinline__ void kv_floats(unsigned word, float2 scale, float (&values)[kNum]) {
-  if constexpr (kIsQuantised<KV>) {
-    constexpr unsigned kBias = 0x47000000u;  // as in kv_values()
-    const float zero = fmaf(-32768.0f, scale.x, scale.y);
-    const unsigned bytes[2] = {kKvBits<KV> == 8 ? word : word & 0x0f0f0f0fu, word >> 4 & 0x0f0f0f0fu};
-#pragma unroll
-    for (int i = 0; i < kNum; ++i) {
-      const int odd = kKvBits<KV> == 8 ? 0 : i % 2, byte = kKvBits<KV> == 8 ? i : i / 2;
-      values[i] = fmaf(__uint_as_float(ptx::prmt(bytes[odd], kBias, 0x7404u | byte << 4)), scale.x, zero);
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < kNum; i += 2) {
-      const float2 pair = __half22float2(half2_of_e4m3((unsigned short)(word >> 8 * i)));
-      values[i] = pair.x, values[i + 1] = pair.y;
-    }
-  }
-}
 
 // kRows rows, 8 or 16, from first_row on. A thread has the keys 16 warp + g + 8 i of a tile (g = lane / 4, i < 2), the same
 // columns of each panel of V, and the rows 8 j + 2 t + e (t = lane % 4, e < 2): scores[4 j + 2 i + e].
@@ -135,12 +92,7 @@ class NarrowRows {
       Vec<T> packed{};
       if (chunk * 8 < p_.head_dim_qk) {
         const int64_t at = job_.token(row) * p_.q_token_stride + job_.head(row) * p_.q_head_stride + chunk * 8;
-        Floats8 values;
-        if (p_.q_dtype == DType::kBFloat16) values = load_floats<__nv_bfloat16>(p_.q, at, is_aligned);
-        else if (p_.q_dtype == DType::kFloat16) values = load_floats<__half>(p_.q, at, is_aligned);
-        else values = load_floats<float>(p_.q, at, is_aligned);
-#pragma unroll
-        for (int k = 0; k < 8; ++k) packed.at[k] = from_float<T>(values.at[k] * rule_.q_sign);
+        packed = converted_q<T>(p_, at, rule_.q_sign, is_aligned);
       }
       const auto place = [&](int column) {
         return s_.q + column / kPanelColumns * (kRows * kPanelRowBytes) +
@@ -177,6 +129,7 @@ class NarrowRows {
 
   template <int kPanels>
   __device__ __forceinline__ void release(const Ring& piece) const {
+    if constexpr (C::kConverted) __syncwarp();  // all lanes have read it
     if (lane() < kPanels) ptx::mbarrier_arrive(&s_.empty[piece.slot(lane())]);
   }
 
@@ -281,10 +234,10 @@ class NarrowRows {
   }
 
   // out += V^T . weights^T, of values that become fragments a on the way: those of four keys in each step, in this thread's
-  // columns (own_column()).
+  // neighbouring columns.
   __device__ __forceinline__ void add_converted_values(const Ring& values, uint64_t weights) {
     constexpr int kColumns = 2 * C::kPanelsVo, kBytes = kColumns * kKvBits<KV> / 8;
-    using Word = std::conditional_t<kBytes == 4, unsigned, std::conditional_t<kBytes == 2, uint16_t, uint8_t>>;
+    using Word = std::conditional_t<kBytes == 4, unsigned, uint16_t>;
     const unsigned char* const tile = s_.slots[values.slot()];
 #pragma unroll
     for (int kc = 0; kc < NarrowTile::kKeys / 16; ++kc) {

@@ -10,6 +10,7 @@
 #include "cuda/attention_merge.cuh"
 #include "cuda/attention_sm90_config.cuh"
 #include "cuda/common/exp2.cuh"
+#include "cuda/ptx/cp_async.cuh"
 #include "cuda/ptx/fp8.cuh"
 #include "cuda/ptx/wgmma.cuh"
 
@@ -28,6 +29,87 @@ __device__ __forceinline__ float exp2_of(int n, float x) {
   return C::kDimVo <= 64 && n % 4 == 3 ? exp2_polynomial(x) : ptx::ex2_approx(x);
 }
 
+// As converted_q, of e4m3 as it is.
+__device__ __forceinline__ Vec<__nv_fp8_e4m3> signed_q(const AttentionParams& p, int64_t at, float sign, bool is_aligned) {
+  using Values = Vec<__nv_fp8_e4m3>;
+  const auto* const from = static_cast<const __nv_fp8_e4m3*>(p.q) + at;
+  Values packed = is_aligned ? load_vec<true>(from, Values::kSize) : load_vec<false>(from, Values::kSize);
+#pragma unroll
+  for (int w = 0; w < 4; ++w) {
+    unsigned& word = reinterpret_cast<unsigned*>(&packed)[w];
+    word = sign == 0.0f ? 0 : sign < 0.0f ? word ^ 0x80808080u : word;
+  }
+  return packed;
+}
+
+// A warp's 16 rows of q, from row `first` of the job on, to where wgmma reads them; those past the job's end are its last row,
+// columns past head_dim_qk 0, as K's are. Where q is as the products take it, it comes by copies that are still under way.
+template <class C>
+__device__ __forceinline__ void load_q(const AttentionParams& p, const LogitRule& rule, const Job& job, int first, unsigned char* q) {
+  using T = typename C::T;
+  constexpr int kChunks = C::kPanelsQk * C::kRowBytes / 16, kValues = Vec<T>::kSize;
+  constexpr DType kType = C::kFloat8 ? DType::kFloat8E4M3 : std::is_same_v<T, __half> ? DType::kFloat16 : DType::kBFloat16;
+  const unsigned thread = ptx::opaque(threadIdx.x), lane = thread % kWarpSize, warp = thread % kGroupThreads / kWarpSize;
+  const auto place = [&](int i) {
+    const unsigned r = warp * 16 + i / kChunks, byte = i % kChunks * 16;
+    unsigned char* const panel = q + byte / C::kRowBytes * (kGroupRows * C::kRowBytes);
+    return reinterpret_cast<Vec<T>*>(panel + ptx::swizzled(C::kSwizzle, r * C::kRowBytes + byte % C::kRowBytes));
+  };
+  const auto source = [&](int i) {
+    const int row = min(first + i / kChunks, job.num_rows - 1);
+    return job.token(row) * p.q_token_stride + job.head(row) * p.q_head_stride + i % kChunks * kValues;
+  };
+  const bool is_aligned = rows_aligned(p.q, dtype_bytes(p.q_dtype, 1), p.q_token_stride, p.q_head_stride);
+  if (is_aligned && rule.q_sign == 1.0f && p.q_dtype == kType) {
+#pragma unroll 4  // as many rows' tokens are looked up at once
+    for (int i = lane; i < 16 * kChunks; i += kWarpSize) {
+      const bool is_column = i % kChunks * kValues < p.head_dim_qk;
+      ptx::cp_async<16>(place(i), static_cast<const T*>(p.q) + (is_column ? source(i) : 0), is_column ? 16 : 0);
+    }
+    return;
+  }
+#pragma unroll 1
+  for (int i = lane; i < 16 * kChunks; i += kWarpSize) {
+    Vec<T> packed{};
+    if (i % kChunks * kValues < p.head_dim_qk) {
+      if constexpr (C::kFloat8) packed = signed_q(p, source(i), rule.q_sign, is_aligned);
+      else packed = converted_q<T>(p, source(i), rule.q_sign, is_aligned);
+    }
+    *place(i) = packed;
+  }
+}
+
+// Where a warp of the wide lane stands in its stream of row tiles.
+template <class C>
+struct RowCursor {
+  JobRing& ring;
+  RingPosition<JobRing::kJobs> at;
+  int row_begin = 0;
+
+  __device__ __forceinline__ const Job& job() const { return ring.jobs[at.stage()]; }
+  __device__ __forceinline__ bool ended() const { return job().num_rows == 0; }
+  __device__ __forceinline__ bool is_last_of_job() const { return row_begin + C::kRows >= job().num_rows; }
+  // The row tile behind this one; its job may still be on its way.
+  __device__ __forceinline__ RowCursor next() const {
+    return is_last_of_job() ? RowCursor{ring, at.next()} : RowCursor{ring, at, row_begin + C::kRows};
+  }
+  __device__ __forceinline__ bool is_published() const {
+    return ptx::mbarrier_test_wait_parity(&ring.full[at.stage()], at.full_parity());
+  }
+  __device__ __forceinline__ void wait() const { ptx::mbarrier_wait_parity(&ring.full[at.stage()], at.full_parity()); }
+  // To the next, when it is published; what this one was of may be overwritten.
+  __device__ __forceinline__ void advance() {
+    if (!is_last_of_job()) {
+      row_begin += C::kRows;
+      return;
+    }
+    __syncwarp();
+    if (threadIdx.x % kWarpSize == 0) ptx::mbarrier_arrive(&ring.empty[at.stage()]);
+    at.advance(), row_begin = 0;
+    wait();
+  }
+};
+
 template <class C>
 class WideRows {
  public:
@@ -39,11 +121,12 @@ class WideRows {
       : p_(p), rule_(rule_of(p, rule, job)), job_(job), s_(s), group_(group), first_row_(row_begin + group * kGroupRows) {}
 
   // All tiles of the row tile, from where `ring` stands. Tiles that no row sees would leave all as it is: those of
-  // [seen_begin, seen_end) are multiplied.
-  __device__ __forceinline__ void attend(int tile, int tiles_end, Ring& ring) {
+  // [seen_begin, seen_end) are multiplied. Calls q_is_free() while the last product is under
+  // way, in which q has no part.
+  template <class Free>
+  __device__ __forceinline__ void attend(int tile, int tiles_end, Ring& ring, Free q_is_free) {
     int seen_begin = tiles_end, seen_end = tiles_end;
     if (first_row_ < job_.num_rows) {
-      load_q();
       const int last_row = min(first_row_ + kGroupRows, job_.num_rows) - 1;
       seen_begin = job_.keys_begin(first_row_), seen_end = min(tiles_end, job_.keys_end(last_row));
       all_begin_ = job_.keys_begin(last_row), all_end_ = job_.keys_end(first_row_);
@@ -66,7 +149,7 @@ class WideRows {
         end_turn();
         ptx::wgmma_wait_group<1>(s_acc_);
         release(s_.k_empty, ring.next());
-        weigh(tile, alpha);
+          weigh(tile, alpha);
         ptx::wgmma_wait_group<0>(out_, weights_);
         release(s_.v_empty, ring);
         rescale(alpha);
@@ -75,6 +158,7 @@ class WideRows {
         ring.advance();
       }
       start_out(ring, first);
+      q_is_free();
       ptx::wgmma_wait_group<0>(out_, weights_);
       release(s_.v_empty, ring);
       ring.advance();
@@ -118,48 +202,6 @@ class WideRows {
 
   __device__ __forceinline__ static void release(uint64_t* empty, const Ring& at) {
     if (lane() == 0) ptx::mbarrier_arrive(&empty[at.stage()]);
-  }
-
-  // This warpgroup's rows of q; those past the job's end are its last row, columns past head_dim_qk 0, as K's are.
-  __device__ __forceinline__ void load_q() {
-    constexpr int kChunks = C::kPanelsQk * C::kRowBytes / 16, kValues = Vec<T>::kSize;
-    ptx::bar_sync(kGroup + group_, kGroupThreads);  // nobody multiplies with the rows before any more
-    const bool is_aligned = rows_aligned(p_.q, dtype_bytes(p_.q_dtype, 1), p_.q_token_stride, p_.q_head_stride);
-#pragma unroll 2
-    for (int i = threadIdx.x % kGroupThreads; i < kGroupRows * kChunks; i += kGroupThreads) {
-      const int r = i / kChunks, chunk = i % kChunks, row = min(first_row_ + r, job_.num_rows - 1);
-      Vec<T> packed{};
-      if (chunk * kValues < p_.head_dim_qk) {
-        const int64_t at = job_.token(row) * p_.q_token_stride + job_.head(row) * p_.q_head_stride + chunk * kValues;
-        if constexpr (C::kFloat8) packed = signed_q(at, is_aligned);
-        else packed = converted_q(at, is_aligned);
-      }
-      unsigned char* const panel = s_.q[group_] + chunk * 16 / C::kRowBytes * (kGroupRows * C::kRowBytes);
-      *reinterpret_cast<Vec<T>*>(panel + ptx::swizzled(C::kSwizzle, r * C::kRowBytes + chunk * 16 % C::kRowBytes)) = packed;
-    }
-    ptx::fence_proxy_async();
-    ptx::bar_sync(kGroup + group_, kGroupThreads);
-  }
-
-  __device__ __forceinline__ Vec<T> converted_q(int64_t at, bool is_aligned) const {
-    Floats8 values;
-    if (p_.q_dtype == DType::kBFloat16) values = load_floats<__nv_bfloat16>(p_.q, at, is_aligned);
-    else if (p_.q_dtype == DType::kFloat16) values = load_floats<__half>(p_.q, at, is_aligned);
-    else values = load_floats<float>(p_.q, at, is_aligned);
-    Vec<T> packed;
-#pragma unroll
-    for (int k = 0; k < 8; ++k) packed.at[k] = from_float<T>(values.at[k] * rule_.q_sign);
-    return packed;
-  }
-  __device__ __forceinline__ Vec<T> signed_q(int64_t at, bool is_aligned) const {
-    const T* const from = static_cast<const T*>(p_.q) + at;
-    Vec<T> packed = is_aligned ? load_vec<true>(from, Vec<T>::kSize) : load_vec<false>(from, Vec<T>::kSize);
-#pragma unroll
-    for (int w = 0; w < 4; ++w) {
-      unsigned& word = reinterpret_cast<unsigned*>(&packed)[w];
-      word = rule_.q_sign == 0.0f ? 0 : rule_.q_sign < 0.0f ? word ^ 0x80808080u : word;
-    }
-    return packed;
   }
 
   template <ptx::Major kMajorB, int kNum, class A>
@@ -347,9 +389,26 @@ __device__ __forceinline__ void attend_wide(const AttentionParams& p, const Logi
   RingPosition<C::kStages> ring;
   if (group == C::kGroups - 1) ptx::bar_arrive(kTurn, 2 * kGroupThreads);  // the first turn is the first warpgroup's
   if (threadIdx.x / kWarpSize == 4) write_empty_rows(p);                   // while the first tiles are on their way
-  read_jobs(s.jobs, [&](const Job& job) {
-    for_each_row_tile<C>(job, [&](const RowTile& tile) { WideRows<C>(p, rule, job, s, group, tile.row_begin).attend(tile.keys_begin, tile.keys_end, ring); });
-  });
+  bool has_q = false;  // its copies are under way
+  const auto start_q = [&](const RowCursor<C>& at) {
+    const int first_row = int(ptx::opaque(threadIdx.x) - kGroupThreads) / kWarpSize * 16;
+    load_q<C>(p, rule, at.job(), at.row_begin + first_row, s.q[group]);
+    has_q = true;
+  };
+  RowCursor<C> cursor{s.jobs};
+  for (cursor.wait(); !cursor.ended(); cursor.advance()) {
+    if (!has_q) start_q(cursor);
+    ptx::cp_async_wait_all();
+    ptx::fence_proxy_async();
+    ptx::bar_sync(kGroup + group, kGroupThreads);
+    has_q = false;
+    const RowTile tile = row_tile<C>(cursor.job(), cursor.row_begin);
+    WideRows<C>(p, rule, cursor.job(), s, group, tile.row_begin).attend(tile.keys_begin, tile.keys_end, ring, [&] {
+      ptx::bar_sync(kGroup + group, kGroupThreads);
+      const RowCursor<C> next = cursor.next();
+      if (next.is_published() && !next.ended()) start_q(next);
+    });
+  }
   if (group == 0) ptx::bar_sync(kTurn, 2 * kGroupThreads);  // the turn that nobody takes
 }
 

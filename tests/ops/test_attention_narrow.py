@@ -35,6 +35,14 @@ def test_head_dims(backend: testing.Backend, case: Case, head_dims: tuple[int, i
     check(dataclasses.replace(case, head_dim=head_dims[0], head_dim_vo=head_dims[1], num_workers=3))
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("kv_dtype", ["int8", "int4", "fp8"])
+@pytest.mark.parametrize("head_dim", [96, 128])
+@pytest.mark.parametrize("case", [DECODES, MIXED], ids=["decodes", "mixed"])
+def test_converted_caches(backend: testing.Backend, case: Case, head_dim: int, kv_dtype: str, dtype: str) -> None:
+    check(dataclasses.replace(case, head_dim=head_dim, kv_dtype=kv_dtype, dtype=dtype, num_workers=3))
+
+
 @pytest.mark.parametrize("group_size", [1, 3, 7, 8, 9, 16])
 def test_group_sizes(backend: testing.Backend, group_size: int) -> None:
     """Of up to eight rows, and of more; a narrow job here is a token, or several."""
@@ -50,19 +58,21 @@ def test_jobs_of_more_rows_than_a_row_tile(backend: testing.Backend) -> None:
     check(case)
 
 
+@pytest.mark.parametrize("kv_dtype", ["bfloat16", "int8", "int4", "fp8"])
 @pytest.mark.parametrize("page_size", [16, 32, 64])
 @pytest.mark.parametrize("layout", ["hnd", "nhd"])
-def test_layouts(backend: testing.Backend, layout: str, page_size: int) -> None:
+def test_layouts(backend: testing.Backend, layout: str, page_size: int, kv_dtype: str) -> None:
     """Each length of DECODES leaves another part of its last page to nobody: NaN, there."""
-    check(dataclasses.replace(DECODES, layout=layout, page_size=page_size, num_workers=2))
+    check(dataclasses.replace(DECODES, layout=layout, page_size=page_size, kv_dtype=kv_dtype, num_workers=2))
 
 
+@pytest.mark.parametrize("kv_dtype", ["bfloat16", "int8", "fp8"])
 @pytest.mark.parametrize("merge_inside", [False, True])
 @pytest.mark.parametrize("tile_keys", [16, 64])
 @pytest.mark.parametrize("case", [DECODES, MIXED], ids=["decodes", "mixed"])
-def test_cut_along_kv(backend: testing.Backend, case: Case, tile_keys: int, merge_inside: bool) -> None:
+def test_cut_along_kv(backend: testing.Backend, case: Case, tile_keys: int, merge_inside: bool, kv_dtype: str) -> None:
     planner = (("narrow_rows", 16), ("merge_inside", merge_inside), ("tile_keys", tile_keys))
-    case = dataclasses.replace(case, num_workers=7, planner=planner)
+    case = dataclasses.replace(case, num_workers=7, planner=planner, kv_dtype=kv_dtype, head_dim=128)
     assert any(not job.is_final for job in narrow_jobs(case))
     check(case)
 
