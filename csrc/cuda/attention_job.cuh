@@ -129,19 +129,6 @@ __device__ __forceinline__ void store_floats(void* p, int64_t begin, const Float
   }
 }
 
-// Eight neighbours of q, whatever its 16- or 32-bit dtype, as T.
-template <class T>
-__device__ __forceinline__ Vec<T> converted_q(const AttentionParams& p, int64_t begin, float sign, bool is_aligned) {
-  Floats8 values;
-  if (p.q_dtype == DType::kBFloat16) values = load_floats<__nv_bfloat16>(p.q, begin, is_aligned);
-  else if (p.q_dtype == DType::kFloat16) values = load_floats<__half>(p.q, begin, is_aligned);
-  else values = load_floats<float>(p.q, begin, is_aligned);
-  Vec<T> packed;
-#pragma unroll
-  for (int k = 0; k < 8; ++k) packed.at[k] = from_float<T>(values.at[k] * sign);
-  return packed;
-}
-
 // A row's partial results, in the workspace: outputs of all rows, then their base-2 log-sum-exps.
 struct Partials {
   float* out;

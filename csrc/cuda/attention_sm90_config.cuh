@@ -196,6 +196,19 @@ struct RawStorage<C, TileKind::kFloat8> {
   }
 };
 
+// Eight neighbours of q, whatever its 16- or 32-bit dtype, as T.
+template <class T>
+__device__ __forceinline__ Vec<T> converted_q(const AttentionParams& p, int64_t begin, float sign, bool is_aligned) {
+  Floats8 values;
+  if (p.q_dtype == DType::kBFloat16) values = load_floats<__nv_bfloat16>(p.q, begin, is_aligned);
+  else if (p.q_dtype == DType::kFloat16) values = load_floats<__half>(p.q, begin, is_aligned);
+  else values = load_floats<float>(p.q, begin, is_aligned);
+  Vec<T> packed;
+#pragma unroll
+  for (int k = 0; k < 8; ++k) packed.at[k] = from_float<T>(values.at[k] * sign);
+  return packed;
+}
+
 // Maps of the cache's two sides: (column, token of the page, kv head, page), in boxes of one page, and of one panel where a
 // tile comes as the tensor cores take it.
 struct KvMaps {
