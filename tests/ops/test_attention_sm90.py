@@ -1,6 +1,6 @@
-"""attention's kernel for Hopper over caches that it converts or turns: what its lanes, rings and tiles make delicate.
+"""attention's kernel for Hopper: what its lanes, rings and tiles make delicate. The narrow lane: test_attention_narrow.py.
 
-Other tests of attention run as sm_90 too; here are the sizes at which tiles, pages and jobs end.
+Other tests of attention run as sm_90 too, with one schedule; here are the sizes at which tiles, pages and jobs end, with all.
 """
 
 from __future__ import annotations
@@ -13,16 +13,18 @@ from tests.ops.attention_case import Case, check
 from tilestream import testing
 
 pytestmark = pytest.mark.simt(archs=(90,))
-CACHES = [("bfloat16", "int8"), ("float16", "int4"), ("bfloat16", "fp8"), ("fp8", "fp8")]  # (q and out, cache)
-each_cache = pytest.mark.parametrize(("dtype", "kv_dtype"), [*CACHES, ("float16", "int8"), ("bfloat16", "int4"), ("float16", "fp8"),
-                                                             ("float32", "fp8")], ids=lambda d: d)
+# (q and out, cache)
+CACHES = [("bfloat16", "bfloat16"), ("bfloat16", "int8"), ("float16", "int4"), ("bfloat16", "fp8"), ("fp8", "fp8")]
+OTHERS = [("float16", "float16"), ("float32", "bfloat16"), ("float16", "int8"), ("bfloat16", "int4"), ("float16", "fp8"),
+          ("float32", "fp8")]  # fmt: skip
+each_cache = pytest.mark.parametrize(("dtype", "kv_dtype"), CACHES + OTHERS, ids=lambda d: d)
 some_caches = pytest.mark.parametrize(("dtype", "kv_dtype"), CACHES, ids=lambda d: d)
 
 CHUNKS = Case(q_lens=(1, 70, 3), kv_lens=(130, 70, 75), layout="hnd")
 
 
 @each_cache
-@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 192, 256])
 def test_head_dims(backend: testing.Backend, head_dim: int, dtype: str, kv_dtype: str) -> None:
     check(dataclasses.replace(CHUNKS, head_dim=head_dim, dtype=dtype, kv_dtype=kv_dtype))
 
