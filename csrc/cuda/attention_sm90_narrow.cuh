@@ -237,7 +237,7 @@ class NarrowRows {
   // neighbouring columns.
   __device__ __forceinline__ void add_converted_values(const Ring& values, uint64_t weights) {
     constexpr int kColumns = 2 * C::kPanelsVo, kBytes = kColumns * kKvBits<KV> / 8;
-    using Word = std::conditional_t<kBytes == 4, unsigned, uint16_t>;
+    using Word = std::conditional_t<kBytes == 4, unsigned, std::conditional_t<kBytes == 2, uint16_t, uint8_t>>;
     const unsigned char* const tile = s_.slots[values.slot()];
 #pragma unroll
     for (int kc = 0; kc < NarrowTile::kKeys / 16; ++kc) {

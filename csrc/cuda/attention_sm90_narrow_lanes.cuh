@@ -36,13 +36,12 @@ __device__ __forceinline__ int fragment_column(int d) {
 template <class KV, int kNum>
 __device__ __forceinline__ void kv_floats(unsigned word, float2 scale, float (&values)[kNum]) {
   if constexpr (kIsQuantised<KV>) {
-    constexpr unsigned kBias = 0x47000000u;  // as in kv_values()
-    const float zero = fmaf(-32768.0f, scale.x, scale.y);
+    const float zero = fmaf(-kByteBias<KV>, scale.x, scale.y);
     const unsigned bytes[2] = {kKvBits<KV> == 8 ? word : word & 0x0f0f0f0fu, word >> 4 & 0x0f0f0f0fu};
 #pragma unroll
     for (int i = 0; i < kNum; ++i) {
       const int odd = kKvBits<KV> == 8 ? 0 : i % 2, byte = kKvBits<KV> == 8 ? i : i / 2;
-      values[i] = fmaf(__uint_as_float(ptx::prmt(bytes[odd], kBias, 0x7404u | byte << 4)), scale.x, zero);
+      values[i] = fmaf(biased<KV>(bytes[odd], byte), scale.x, zero);
     }
   } else {
 #pragma unroll

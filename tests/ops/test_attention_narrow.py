@@ -37,8 +37,8 @@ def test_head_dims(backend: testing.Backend, case: Case, head_dims: tuple[int, i
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("kv_dtype", ["int8", "int4", "fp8"])
-@pytest.mark.parametrize("head_dim", [96, 128])
-@pytest.mark.parametrize("case", [DECODES, MIXED], ids=["decodes", "mixed"])
+@pytest.mark.parametrize("head_dim", [64, 96, 128])
+@pytest.mark.parametrize("case", [DECODES, MIXED], ids=["decode", "mix"])
 def test_converted_caches(backend: testing.Backend, case: Case, head_dim: int, kv_dtype: str, dtype: str) -> None:
     check(dataclasses.replace(case, head_dim=head_dim, kv_dtype=kv_dtype, dtype=dtype, num_workers=3))
 
