@@ -8,7 +8,7 @@ A *load* is what a launch asks of one SM: cycles of each resource. Loads add: a 
              tile for each element of the output; what unpacks K and V
     smem     bytes / 128: read by wgmma (Q or K and V as a, the other as b), written by TMA, read and written to be unpacked
     L2       bytes of K and V / 24, of every job: jobs with other rows read the same tiles again
-    unpack   instructions of the two warps that unpack, one a cycle each: at best
+    unpack   instructions of the warps that unpack, two for the wide lane and four for the narrow one, one a cycle each: at best
     HBM      bytes of K, V, q and out, once each, over an SM's share of the bandwidth
 
     limit    = the largest of these: everything overlaps
@@ -42,7 +42,7 @@ POLYNOMIAL_SHARE = {64: 0.25}  # of a head_dim's exponentials
 
 # A Hopper SM, per cycle.
 FLOP, WIDTH = {"bf16": 4096, "fp8": 8192}, {"bf16": 2, "fp8": 1}  # WIDTH: bytes of an operand's element
-SMEM_BYTES, L2_BYTES, EX2, ISSUE, UNPACK_WARPS, LANES = 128, 24, 16, 4, 2, 32
+SMEM_BYTES, L2_BYTES, EX2, ISSUE, UNPACK_WARPS, NARROW_WARPS, LANES = 128, 24, 16, 4, 2, 4, 32
 NUM_SMS, CLOCK_HZ = 132, 1.75e9
 HBM_BYTES_PER_S = {"H200": 4.3e12, "H100": 3.0e12}
 
@@ -100,13 +100,16 @@ def our_wide_tile(heads: Heads, product: str = "bf16") -> Cycles:
 
 
 def narrow_tile(dim: int, kv_dtype: str, rows: int) -> Cycles:
-    """Cycles for one KV tile against at most 16 rows: S^T = K Q^T and O^T = V^T P^T, with K and V as the operand a."""
+    """Cycles for one KV tile against at most 16 rows: S^T = K Q^T and O^T = V^T P^T, with K and V as the operand a: from shared
+    memory, or, of a cache that is unpacked, from the registers of the four warps that unpack it."""
     columns = next(n for n in NARROW_ROWS if n >= rows)
     keys, values = NARROW_KEYS, 2 * NARROW_KEYS * dim
-    smem_qk, smem_pv = 2 * dim * (keys + columns), 2 * keys * (dim + columns * math.ceil(dim / 64))
     stored, scores = 2 * keys * ROW_BYTES[kv_dtype](dim), keys * columns
+    smem_qk, smem_pv = 2 * dim * columns, 2 * keys * columns * math.ceil(dim / 64)
+    if kv_dtype == "bfloat16":
+        smem_qk, smem_pv = smem_qk + 2 * dim * keys, smem_pv + 2 * keys * dim
     unpack = values * UNPACK_INSTRUCTIONS[kv_dtype] / LANES
-    unpacked = 0 if kv_dtype == "bfloat16" else stored + 2 * values  # bytes read and written to unpack
+    unpacked = 0 if kv_dtype == "bfloat16" else stored  # bytes read to unpack
     instructions = scores * SCORE_INSTRUCTIONS + columns * dim
     return {
         "wgmma": _wgmma(keys, columns, dim, smem_qk, "bf16") + _wgmma(dim, columns, keys, smem_pv, "bf16"),
@@ -114,7 +117,7 @@ def narrow_tile(dim: int, kv_dtype: str, rows: int) -> Cycles:
         "issue": (instructions / LANES + unpack) / ISSUE,
         "smem": (smem_qk + smem_pv + stored + unpacked) / SMEM_BYTES,
         "L2": stored / L2_BYTES,
-        "unpack": unpack / UNPACK_WARPS,
+        "unpack": unpack / NARROW_WARPS,
     }
 
 

@@ -18,8 +18,8 @@ struct NarrowStorage {
   static constexpr int kRowBytes = C::kConverted ? C::kRawRowBytes : kPanelRowBytes, kSlotBytes = NarrowTile::kKeys * kRowBytes;
   static constexpr int kScales = C::kConverted && C::kHasScales ? NarrowTile::kKeys : 0;
   // What the wide lane leaves, in slots; 128 KB in flight are more than any memory asks for.
-  static constexpr int kOtherBytes = (C::kPanelsQk + 2) * kNarrowRowsBytes + 2048;
-  static constexpr int kSlots = std::min(16, int(227 * 1024 - sizeof(WideStorage<C>) - sizeof(RawStorage<C>) - kOtherBytes) /
+  static constexpr int kOtherBytes = (C::kPanelsQk + 2) * kNarrowRowsBytes + 2048 + (C::kConverted ? sizeof(RawStorage<C>) : 0);
+  static constexpr int kSlots = std::min(16, int(227 * 1024 - sizeof(WideStorage<C>) - kOtherBytes) /
                                                  int(kSlotBytes + kScales * sizeof(__half2)));
   static_assert(kSlots > kSlotsK + kSlotsV, "a tile and more");
 
