@@ -66,8 +66,9 @@ class Pages:
 class Batch:
     """A step over pages: request b of them, counted from `first`, has q_lens[b] query tokens, its last ones."""
 
-    def __init__(self, pages: Pages, q_lens: Sequence[int], num_qo_heads: int, *, first: int = 0, prefix: int = 0) -> None:
-        """prefix: tokens that all requests share, and that the plan is told of."""
+    def __init__(self, pages: Pages, q_lens: Sequence[int], num_qo_heads: int, *, first: int = 0, prefix: int = 0,
+                 float8_q: bool = False) -> None:
+        """prefix: tokens that all requests share, and that the plan is told of. float8_q: ours is given q in e4m3."""
         cache = pages.caches[0]
         num_kv_heads, head_dim = cache.k_cache.size(1), cache.head_dim_vo
         self.pages, self.first, self.q_lens = pages, first, list(q_lens)
@@ -75,6 +76,9 @@ class Batch:
         self.table = pages.block_table[first : first + len(q_lens)]
         self.starts = torch.tensor([0, *q_lens]).cumsum(0).int()
         self.q = torch.randn(sum(q_lens), num_qo_heads, head_dim, dtype=torch.bfloat16, device=DEVICE)
+        self.float8_q = self.q.to(torch.float8_e4m3fn) if float8_q else None
+        if self.float8_q is not None:
+            self.q = self.float8_q.bfloat16()
         self.out = torch.full_like(self.q, math.nan)
         self.planner = AttentionPlanner(
             num_qo_heads, num_kv_heads, head_dim, page_size=PAGE_SIZE, device=DEVICE, kv_dtype=pages.kv_dtype
@@ -85,7 +89,8 @@ class Batch:
         self.plan = self.planner.plan(self.starts, lengths, groups)
 
     def ours(self, i: int) -> torch.Tensor:
-        return ops.attention(self.q, self.pages.caches[i], self.table, self.plan, out=self.out)
+        q = self.q if self.float8_q is None else self.float8_q
+        return ops.attention(q, self.pages.caches[i], self.table, self.plan, out=self.out)
 
     @property
     def paged(self) -> PagedBatch:
