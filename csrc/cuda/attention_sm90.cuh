@@ -70,10 +70,11 @@ void launch_attention_sm90(const AttentionParams& p, Stream stream) {
   const auto kernel = attention_sm90_kernel<C>;
   const LaunchConfig config{.grid = resident_blocks(kernel, C::kThreads, kSmemBytes), .block = C::kThreads, .smem_bytes = kSmemBytes,
                             .stream = stream};
-  KvMaps maps;
-  if constexpr (C::kConverted && C::kNarrow) maps = {raw_map<C>(p, 0), raw_map<C>(p, 1), narrow_raw_map<C>(p, 0), narrow_raw_map<C>(p, 1)};
-  else if constexpr (C::kConverted) maps = {raw_map<C>(p, 0), raw_map<C>(p, 1)};
-  else maps = {kv_map(p, 0, C::kRowBytes / sizeof(typename C::T), C::kSwizzle), kv_map(p, 1, C::kRowBytes / sizeof(typename C::T), C::kSwizzle)};
+  constexpr uint32_t kRowBytes = C::kConverted ? C::kRawRowBytes : C::kRowBytes;
+  constexpr ptx::Swizzle kSwizzle = C::kConverted ? ptx::Swizzle::kNone : C::kSwizzle;
+  KvMaps maps{.k = kv_map(p, 0, kRowBytes, kSwizzle), .v = kv_map(p, 1, kRowBytes, kSwizzle)};
+  if constexpr (C::kConverted && C::kNarrow)
+    maps.narrow_k = kv_map(p, 0, kRowBytes, kRawSwizzle<C>), maps.narrow_v = kv_map(p, 1, kRowBytes, kRawSwizzle<C>);
   launch(kernel, config, p, make_logit_rule(p), maps);
 }
 

@@ -69,6 +69,13 @@ template <class C, class Run>
 __device__ __forceinline__ void for_each_row_tile(const Job& job, Run run) {
   for (int row = 0; row < job.num_rows; row += C::kRows) run(row_tile<C>(job, row));
 }
+// Calls run(tile) for each tile of each of them, by its first key.
+template <class C, class Run>
+__device__ __forceinline__ void for_each_tile(const Job& job, Run run) {
+  for_each_row_tile<C>(job, [&](const RowTile& rows) {
+    for (int tile = rows.keys_begin; tile < rows.keys_end; tile += C::kKeys) run(tile);
+  });
+}
 // Whether the tile holds tokens that the job does not own: they may be NaN.
 template <class C>
 __device__ __forceinline__ bool has_foreign_keys(const Job& job, int tile) {
@@ -209,7 +216,7 @@ __device__ __forceinline__ Vec<T> converted_q(const AttentionParams& p, int64_t 
   return packed;
 }
 
-// Maps of the cache's two sides: (column, token of the page, kv head, page), in boxes of one page, and of one panel where a
+// Maps of the cache's two sides: (byte of a row, token of the page, kv head, page), in boxes of one page, and of one panel where a
 // tile comes as the tensor cores take it.
 struct KvMaps {
   ptx::TensorMap k, v;

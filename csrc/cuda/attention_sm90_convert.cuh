@@ -12,21 +12,6 @@
 
 namespace tilestream::cuda {
 
-// Host. As kv_map, but of bytes, and a box has whole rows of a page, without swizzle. Columns past the cache's own are zeros.
-template <class C>
-ptx::TensorMap raw_map(const AttentionParams& p, int side, ptx::Swizzle swizzle = ptx::Swizzle::kNone) {
-  const uint64_t bytes = p.kv_dtype == DType::kUInt4 ? 1 : dtype_bytes(p.kv_dtype, 1), page_size = uint64_t(p.page_size);
-  const auto [page, head, token] = side == 0 ? std::array{p.k_page_stride, p.k_head_stride, p.k_token_stride}
-                                             : std::array{p.v_page_stride, p.v_head_stride, p.v_token_stride};
-  const int head_dim = side == 0 ? p.head_dim_qk : p.head_dim_vo;
-  return ptx::make_tensor_map(side == 0 ? p.k_cache : p.v_cache, 1,
-                              {{uint64_t(dtype_bytes(p.kv_dtype, head_dim)), 1, C::kRawRowBytes},
-                               {page_size, uint64_t(token) * bytes, uint32_t(page_size)},
-                               {uint64_t(p.num_kv_heads), uint64_t(head) * bytes, 1},
-                               {uint64_t(p.num_pages), uint64_t(page) * bytes, 1}},
-                              swizzle);
-}
-
 // One warp: the job's pages of a tile's K (side 0) or V (side 1), and their scales; completes on `full`.
 template <class C>
 __device__ __forceinline__ void load_raw_tile(const ptx::TensorMap& map, const AttentionParams& p, const Job& job, int tile, int side,
@@ -52,15 +37,13 @@ template <class C>
 __device__ __forceinline__ void load_raw(const AttentionParams& p, const KvMaps& maps, WideStorage<C>& s, RawStorage<C>& raw) {
   RingPosition<C::kRawStages> at;
   publish_jobs(p, s.jobs, 0, C::kNarrow ? p.num_wide_lists : p.num_lists, [&](const Job& job) {
-    for_each_row_tile<C>(job, [&](const RowTile& rows) {
-      for (int tile = rows.keys_begin; tile < rows.keys_end; tile += C::kKeys) {
-        const int stage = at.stage();
-        ptx::mbarrier_wait_parity(&raw.k.empty[stage], at.empty_parity());
-        load_raw_tile<C>(maps.k, p, job, tile, 0, raw.k, stage);
-        ptx::mbarrier_wait_parity(&raw.v.empty[stage], at.empty_parity());
-        load_raw_tile<C>(maps.v, p, job, tile, 1, raw.v, stage);
-        at.advance();
-      }
+    for_each_tile<C>(job, [&](int tile) {
+      const int stage = at.stage();
+      ptx::mbarrier_wait_parity(&raw.k.empty[stage], at.empty_parity());
+      load_raw_tile<C>(maps.k, p, job, tile, 0, raw.k, stage);
+      ptx::mbarrier_wait_parity(&raw.v.empty[stage], at.empty_parity());
+      load_raw_tile<C>(maps.v, p, job, tile, 1, raw.v, stage);
+      at.advance();
     });
   });
 }
@@ -130,13 +113,11 @@ __device__ __forceinline__ void convert_wide(WideStorage<C>& s, RawStorage<C>& r
     if (threadIdx.x % kWarpSize == 0) ptx::mbarrier_arrive(&side.empty[from.stage()]), ptx::mbarrier_arrive(full);
   };
   read_jobs(s.jobs, [&](const Job& job) {
-    for_each_row_tile<C>(job, [&](const RowTile& rows) {
-      for (int tile = rows.keys_begin; tile < rows.keys_end; tile += C::kKeys) {
-        const int stage = to.stage();
-        convert(job, tile, raw.k, s.k[stage], &s.k_full[stage], &s.k_empty[stage]);
-        convert(job, tile, raw.v, s.v[stage], &s.v_full[stage], &s.v_empty[stage]);
-        from.advance(), to.advance();
-      }
+    for_each_tile<C>(job, [&](int tile) {
+      const int stage = to.stage();
+      convert(job, tile, raw.k, s.k[stage], &s.k_full[stage], &s.k_empty[stage]);
+      convert(job, tile, raw.v, s.v[stage], &s.v_full[stage], &s.v_empty[stage]);
+      from.advance(), to.advance();
     });
   });
 }

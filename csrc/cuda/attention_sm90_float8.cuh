@@ -13,15 +13,13 @@ template <class C>
 __device__ __forceinline__ void load_float8(const AttentionParams& p, const KvMaps& maps, WideStorage<C>& s, RawStorage<C>& raw) {
   RingPosition<C::kStages> at;
   publish_jobs(p, s.jobs, 0, C::kNarrow ? p.num_wide_lists : p.num_lists, [&](const Job& job) {
-    for_each_row_tile<C>(job, [&](const RowTile& rows) {
-      for (int tile = rows.keys_begin; tile < rows.keys_end; tile += C::kKeys) {
-        const int stage = at.stage();
-        ptx::mbarrier_wait_parity(&s.k_empty[stage], at.empty_parity());
-        load_tile<C::kPanelsQk, C::kRowBytes, C::kRowBytes>(maps.k, p, job, tile, C::kKeys, s.k[stage], &s.k_full[stage]);
-        ptx::mbarrier_wait_parity(&raw.empty[stage], at.empty_parity());
-        load_tile<C::kPanelsVo, C::kRowBytes, C::kRowBytes>(maps.v, p, job, tile, C::kKeys, raw.v[stage], &raw.full[stage]);
-        at.advance();
-      }
+    for_each_tile<C>(job, [&](int tile) {
+      const int stage = at.stage();
+      ptx::mbarrier_wait_parity(&s.k_empty[stage], at.empty_parity());
+      load_tile<C::kPanelsQk, C::kRowBytes>(maps.k, p, job, tile, C::kKeys, s.k[stage], &s.k_full[stage]);
+      ptx::mbarrier_wait_parity(&raw.empty[stage], at.empty_parity());
+      load_tile<C::kPanelsVo, C::kRowBytes>(maps.v, p, job, tile, C::kKeys, raw.v[stage], &raw.full[stage]);
+      at.advance();
     });
   });
 }
@@ -78,18 +76,16 @@ template <class C>
 __device__ __forceinline__ void transpose_wide(WideStorage<C>& s, RawStorage<C>& raw) {
   RingPosition<C::kStages> at;
   read_jobs(s.jobs, [&](const Job& job) {
-    for_each_row_tile<C>(job, [&](const RowTile& rows) {
-      for (int tile = rows.keys_begin; tile < rows.keys_end; tile += C::kKeys) {
-        const int stage = at.stage();
-        ptx::mbarrier_wait_parity(&raw.full[stage], at.full_parity());
-        ptx::mbarrier_wait_parity(&s.v_empty[stage], at.empty_parity());
-        if (tile >= job.at.kv_begin && tile + C::kKeys <= job.at.kv_end) transpose_tile<C, true>(job, tile, raw.v[stage], s.v[stage]);
-        else transpose_tile<C, false>(job, tile, raw.v[stage], s.v[stage]);
-        ptx::fence_proxy_async();
-        __syncwarp();
-        if (threadIdx.x % kWarpSize == 0) ptx::mbarrier_arrive(&raw.empty[stage]), ptx::mbarrier_arrive(&s.v_full[stage]);
-        at.advance();
-      }
+    for_each_tile<C>(job, [&](int tile) {
+      const int stage = at.stage();
+      ptx::mbarrier_wait_parity(&raw.full[stage], at.full_parity());
+      ptx::mbarrier_wait_parity(&s.v_empty[stage], at.empty_parity());
+      if (tile >= job.at.kv_begin && tile + C::kKeys <= job.at.kv_end) transpose_tile<C, true>(job, tile, raw.v[stage], s.v[stage]);
+      else transpose_tile<C, false>(job, tile, raw.v[stage], s.v[stage]);
+      ptx::fence_proxy_async();
+      __syncwarp();
+      if (threadIdx.x % kWarpSize == 0) ptx::mbarrier_arrive(&raw.empty[stage]), ptx::mbarrier_arrive(&s.v_full[stage]);
+      at.advance();
     });
   });
 }

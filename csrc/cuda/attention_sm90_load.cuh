@@ -5,22 +5,23 @@
 
 namespace tilestream::cuda {
 
-// Host.
-inline ptx::TensorMap kv_map(const AttentionParams& p, int side, uint32_t columns, ptx::Swizzle swizzle) {
-  const uint64_t bytes = uint64_t(dtype_bytes(p.kv_dtype, 1)), page_size = uint64_t(p.page_size);
+// Host. A side of the cache, 0 for K, 1 for V, in bytes; a box has row_bytes of each token of a page. Columns past the cache's own
+// are zeros.
+inline ptx::TensorMap kv_map(const AttentionParams& p, int side, uint32_t row_bytes, ptx::Swizzle swizzle) {
+  const uint64_t unit = p.kv_dtype == DType::kUInt4 ? 1 : dtype_bytes(p.kv_dtype, 1), page_size = uint64_t(p.page_size);
   const auto [page, head, token] = side == 0 ? std::array{p.k_page_stride, p.k_head_stride, p.k_token_stride}
                                              : std::array{p.v_page_stride, p.v_head_stride, p.v_token_stride};
-  return ptx::make_tensor_map(side == 0 ? p.k_cache : p.v_cache, int(bytes),
-                              {{uint64_t(side == 0 ? p.head_dim_qk : p.head_dim_vo), bytes, columns},
-                               {page_size, uint64_t(token) * bytes, uint32_t(page_size)},
-                               {uint64_t(p.num_kv_heads), uint64_t(head) * bytes, 1},
-                               {uint64_t(p.num_pages), uint64_t(page) * bytes, 1}},
+  return ptx::make_tensor_map(side == 0 ? p.k_cache : p.v_cache, 1,
+                              {{uint64_t(dtype_bytes(p.kv_dtype, side == 0 ? p.head_dim_qk : p.head_dim_vo)), 1, row_bytes},
+                               {page_size, uint64_t(token) * unit, uint32_t(page_size)},
+                               {uint64_t(p.num_kv_heads), uint64_t(head) * unit, 1},
+                               {uint64_t(p.num_pages), uint64_t(page) * unit, 1}},
                               swizzle);
 }
 
 // One warp: kPanels panels of `num_keys` keys from key `tile` on, kRowBytes a key and panel, to `dst`; completes on `full`.
 // A page outside the job is not looked up: one past the last of the tensor gives zeros.
-template <int kPanels, int kRowBytes = kPanelRowBytes, int kColumns = kPanelColumns>
+template <int kPanels, int kRowBytes = kPanelRowBytes>
 __device__ __forceinline__ void load_tile(const ptx::TensorMap& map, const AttentionParams& p, const Job& job, int tile, int num_keys,
                                           unsigned char* dst, uint64_t* full) {
   const int lane = threadIdx.x % kWarpSize;
@@ -33,7 +34,7 @@ __device__ __forceinline__ void load_tile(const ptx::TensorMap& map, const Atten
     const bool is_mine = key + job.page_size > job.at.kv_begin && key < job.at.kv_end;
     const int page = is_mine ? int(job.page(key)) : p.num_pages;
     ptx::cp_async_bulk_tensor_load(dst + (panel * num_keys + first) * kRowBytes, map,
-                                   {panel * kColumns, 0, job.at.kv_head, page}, full);
+                                   {panel * kRowBytes, 0, job.at.kv_head, page}, full);
   }
 }
 
@@ -43,16 +44,14 @@ __device__ __forceinline__ void load_wide(const AttentionParams& p, const KvMaps
   RingPosition<C::kStages> at;
   // Without a narrow lane, all jobs.
   publish_jobs(p, s.jobs, 0, C::kNarrow ? p.num_wide_lists : p.num_lists, [&](const Job& job) {
-    for_each_row_tile<C>(job, [&](const RowTile& rows) {
-      for (int tile = rows.keys_begin; tile < rows.keys_end; tile += C::kKeys) {
-        const int stage = at.stage();
-        ptx::mbarrier_wait_parity(&s.k_empty[stage], at.empty_parity());
-        load_tile<C::kPanelsQk>(maps.k, p, job, tile, C::kKeys, s.k[stage], &s.k_full[stage]);
-        ptx::mbarrier_wait_parity(&s.v_empty[stage], at.empty_parity());
-        uint64_t* const full = has_foreign_keys<C>(job, tile) ? s.v_landed : s.v_full;
-        load_tile<C::kPanelsVo>(maps.v, p, job, tile, C::kKeys, s.v[stage], &full[stage]);
-        at.advance();
-      }
+    for_each_tile<C>(job, [&](int tile) {
+      const int stage = at.stage();
+      ptx::mbarrier_wait_parity(&s.k_empty[stage], at.empty_parity());
+      load_tile<C::kPanelsQk>(maps.k, p, job, tile, C::kKeys, s.k[stage], &s.k_full[stage]);
+      ptx::mbarrier_wait_parity(&s.v_empty[stage], at.empty_parity());
+      uint64_t* const full = has_foreign_keys<C>(job, tile) ? s.v_landed : s.v_full;
+      load_tile<C::kPanelsVo>(maps.v, p, job, tile, C::kKeys, s.v[stage], &full[stage]);
+      at.advance();
     });
   });
 }
@@ -77,18 +76,16 @@ __device__ __forceinline__ void repair_wide(WideStorage<C>& s) {
   RingPosition<C::kStages> at;
   unsigned parities = 0;  // of v_landed, by stage
   read_jobs(s.jobs, [&](const Job& job) {
-    for_each_row_tile<C>(job, [&](const RowTile& rows) {
-      for (int tile = rows.keys_begin; tile < rows.keys_end; tile += C::kKeys) {
-        const int stage = at.stage();
-        if (has_foreign_keys<C>(job, tile)) {
-          ptx::mbarrier_wait_parity(&s.v_landed[stage], parities >> stage & 1);
-          parities ^= 1u << stage;
-          const int first = job.at.kv_end - tile, end = first + job.page_size - job.offset(job.at.kv_end);
-          zero_rows<C::kPanelsVo>(s.v[stage], C::kKeys, first, end);
-          if (threadIdx.x % kWarpSize == 0) ptx::mbarrier_arrive(&s.v_full[stage]);
-        }
-        at.advance();
+    for_each_tile<C>(job, [&](int tile) {
+      const int stage = at.stage();
+      if (has_foreign_keys<C>(job, tile)) {
+        ptx::mbarrier_wait_parity(&s.v_landed[stage], parities >> stage & 1);
+        parities ^= 1u << stage;
+        const int first = job.at.kv_end - tile, end = first + job.page_size - job.offset(job.at.kv_end);
+        zero_rows<C::kPanelsVo>(s.v[stage], C::kKeys, first, end);
+        if (threadIdx.x % kWarpSize == 0) ptx::mbarrier_arrive(&s.v_full[stage]);
       }
+      at.advance();
     });
   });
 }

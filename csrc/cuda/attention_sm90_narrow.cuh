@@ -5,7 +5,7 @@
 //   scores^T = K q^T, out^T += V^T weights^T, K and V as they lie in shared memory.
 // A panel (64 keys by 64 columns, 8 KB) is what a slot of the ring holds. K of tile i + 1 comes before V of tile i: its product
 // runs under the softmax of tile i, and who waits for memory holds no slot.
-// Each warp has 16 of the 64 keys. A row's maximum is lazy (kNarrowLazyLog2): the warps agree on one at the first tile that a row
+// Each warp has 16 of the 64 keys. A row's maximum is lazy (kLazyLog2): the warps agree on one at the first tile that a row
 // sees, and again only when a logit is far above it, which a flag beside the weights tells. So tiles seldom exchange maxima,
 // which is what a maximum calibrated beforehand would give (FlashDecoding++, 2311.01282): p.unified_max is not needed.
 // Caches of 8 and 4 bits come as they are, and become fragments a of the products in registers: scale and zero are applied value
@@ -20,8 +20,6 @@
 #include "cuda/ptx/ldmatrix.cuh"
 
 namespace tilestream::cuda {
-
-constexpr float kNarrowLazyLog2 = 8.0f;  // as the wide lane's
 
 // kRows rows, 8 or 16, from first_row on. A thread has the keys 16 warp + g + 8 i of a tile (g = lane / 4, i < 2), the same
 // columns of each panel of V, and the rows 8 j + 2 t + e (t = lane % 4, e < 2): scores[4 j + 2 i + e].
@@ -255,7 +253,7 @@ class NarrowRows {
           kv_floats<KV>(word, scale, of_key[e]);
         }
 #pragma unroll
-        for (int c = 0; c < kColumns; ++c) a[c / 2][2 * half + c % 2] = pack_pair<T>(of_key[0][c], of_key[1][c]);
+        for (int c = 0; c < kColumns; ++c) a[c / 2][2 * half + c % 2] = pack<T>(of_key[0][c], of_key[1][c]);
       }
       ptx::wgmma_fence(out_, a);
 #pragma unroll
@@ -351,12 +349,12 @@ class NarrowRows {
         float& to = sum[n / 2 * 2 + e];
         to = n % 2 == 0 ? weight[e] : to + weight[e];
       }
-      packed[n] = pack_pair<T>(weight[0], weight[1]);
+      packed[n] = pack<T>(weight[0], weight[1]);
     }
     // To [row][key]: lane l has the place of row l % 8 of matrix l / 8.
     const unsigned row = lane() / 16 * 8 + lane() % 8, chunk = warp() * 2 + lane() / 8 % 2;
     ptx::stmatrix_x4_trans(s_.weights[buffer] + ptx::swizzled(ptx::Swizzle::k128, row * kPanelRowBytes + chunk * 16), packed);
-    return __any_sync(kFullMask, most > kNarrowLazyLog2);
+    return __any_sync(kFullMask, most > C::kLazyLog2);
   }
 
   // Rows with a logit of the tile far above their maximum take it as their maximum, and what they have accumulated moves there.
@@ -377,7 +375,7 @@ class NarrowRows {
 #pragma unroll
       for (int w = 0; w < 4; ++w) most[r] = fmaxf(most[r], s_.exchange[w][row(r)]);
       float alpha = 1.0f;
-      if (relative(most[r], r) > kNarrowLazyLog2) {
+      if (relative(most[r], r) > C::kLazyLog2) {
         const float top = most[r] * rule_.to_log2();
         alpha = ptx::ex2_approx(max_[r] - top), max_[r] = top;
       }

@@ -38,6 +38,7 @@ struct NarrowStorage {
   }
 };
 
+// The pattern of a row's length spreads what the narrow warpgroup reads at once of a cache that is converted over all banks.
 template <class C>
 constexpr ptx::Swizzle kRawSwizzle = C::kRawRowBytes == 128 ? ptx::Swizzle::k128 : C::kRawRowBytes == 64 ? ptx::Swizzle::k64 : ptx::Swizzle::k32;
 
@@ -60,12 +61,6 @@ class SlotPosition {
   int slot_ = 0;
   unsigned parity_ = 0;
 };
-
-// Host. The pattern of a row's length spreads what the narrow warpgroup reads at once over all banks.
-template <class C>
-ptx::TensorMap narrow_raw_map(const AttentionParams& p, int side) {
-  return raw_map<C>(p, side, kRawSwizzle<C>);
-}
 
 // One warp: a piece as the cache has it, and its scales. page: of this lane's box, one of the first 64 / page_size lanes.
 template <class C>
@@ -97,7 +92,7 @@ __device__ __forceinline__ void load_piece(const ptx::TensorMap& map, const Job&
     __syncwarp();
     if (lane < NarrowTile::kKeys >> job.page_shift)
       ptx::cp_async_bulk_tensor_load(s.slots[slot] + (lane << job.page_shift) * kPanelRowBytes, map,
-                                     {panel * kPanelColumns, 0, job.at.kv_head, page}, &s.full[slot]);
+                                     {panel * kPanelRowBytes, 0, job.at.kv_head, page}, &s.full[slot]);
     at.advance();
   }
 }

@@ -10,17 +10,12 @@
 #include "cuda/attention_merge.cuh"
 #include "cuda/attention_sm90_config.cuh"
 #include "cuda/common/exp2.cuh"
+#include "cuda/common/kv_values.cuh"
 #include "cuda/ptx/cp_async.cuh"
 #include "cuda/ptx/fp8.cuh"
 #include "cuda/ptx/wgmma.cuh"
 
 namespace tilestream::cuda {
-
-template <class T>
-__device__ __forceinline__ unsigned pack_pair(float low, float high) {
-  if constexpr (std::is_same_v<T, __half>) return ptx::cvt_f16x2(low, high);
-  else return ptx::cvt_bf16x2(low, high);
-}
 
 // 2^x, for keys 8 n to 8 n + 7 of a tile. A head dim of 64 has as much work for the special function units as for the tensor
 // cores: there every fourth goes to the FMA pipes.
@@ -121,8 +116,7 @@ class WideRows {
       : p_(p), rule_(rule_of(p, rule, job)), job_(job), s_(s), group_(group), first_row_(row_begin + group * kGroupRows) {}
 
   // All tiles of the row tile, from where `ring` stands. Tiles that no row sees would leave all as it is: those of
-  // [seen_begin, seen_end) are multiplied. Calls q_is_free() while the last product is under
-  // way, in which q has no part.
+  // [seen_begin, seen_end) are multiplied. Calls q_is_free() while the last product is under way, in which q has no part.
   template <class Free>
   __device__ __forceinline__ void attend(int tile, int tiles_end, Ring& ring, Free q_is_free) {
     int seen_begin = tiles_end, seen_end = tiles_end;
@@ -149,7 +143,7 @@ class WideRows {
         end_turn();
         ptx::wgmma_wait_group<1>(s_acc_);
         release(s_.k_empty, ring.next());
-          weigh(tile, alpha);
+        weigh(tile, alpha);
         ptx::wgmma_wait_group<0>(out_, weights_);
         release(s_.v_empty, ring);
         rescale(alpha);
@@ -318,7 +312,7 @@ class WideRows {
           const float* const s = s_acc_ + 16 * kc + e / 2 * 8 + e % 2 * 2;
           weights_[kc][e] = ptx::cvt_e4m3x2(s[0], s[1]) | ptx::cvt_e4m3x2(s[4], s[5]) << 16;
         } else {
-          weights_[kc][e] = pack_pair<T>(s_acc_[8 * kc + 2 * e], s_acc_[8 * kc + 2 * e + 1]);
+          weights_[kc][e] = cuda::pack<T>(s_acc_[8 * kc + 2 * e], s_acc_[8 * kc + 2 * e + 1]);
         }
       }
     }

@@ -11,6 +11,8 @@ import pytest
 
 from tests.ops.attention_case import Case, check
 from tilestream import testing
+from tilestream._native import _C
+from tilestream.ops.plan import sm90_shares
 
 pytestmark = pytest.mark.simt(archs=(90,))
 # (q and out, cache)
@@ -72,3 +74,12 @@ def test_descales(backend: testing.Backend, variant: dict, head_dim: int) -> Non
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: "-".join(v))
 def test_variants(backend: testing.Backend, variant: dict, dtype: str, kv_dtype: str) -> None:
     check(dataclasses.replace(CHUNKS, dtype=dtype, kv_dtype=kv_dtype, **variant))
+
+
+@some_caches
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_as_a_gpu_plans_it(backend: testing.Backend, head_dim: int, dtype: str, kv_dtype: str) -> None:
+    """Chunks beside decodes, dealt as AttentionPlanner does on Hopper."""
+    shares = sm90_shares(3, _C.attention_tile(kv_dtype, head_dim, head_dim))._asdict()
+    case = Case(q_lens=(70, 1, 1), kv_lens=(150, 330, 65), head_dim=head_dim, layout="hnd", dtype=dtype, kv_dtype=kv_dtype)
+    check(dataclasses.replace(case, num_workers=shares.pop("num_workers"), planner=tuple(shares.items())))
