@@ -9,6 +9,7 @@
 #include "cpu/common/thread_pool.h"
 #include "cpu/dispatch.h"
 #include "tilestream/attention_tiles.h"
+#include "tilestream/linear.h"
 
 namespace tilestream {
 void bind_planner(pybind11::module_& m);  // plan/bind_planner.cpp
@@ -39,12 +40,14 @@ PYBIND11_MODULE(_C, m) {
       pybind11::arg("num"));
   using tilestream::AttentionTile;
   pybind11::class_<AttentionTile>(m, "AttentionTile", "A row of the table of the Hopper attention's tiles (attention_tiles.h).")
-      .def_readonly("dim_qk", &AttentionTile::dim_qk)
-      .def_readonly("dim_vo", &AttentionTile::dim_vo)
       .def_readonly("wide_groups", &AttentionTile::wide_groups)
       .def_property_readonly("wide_rows", &AttentionTile::wide_rows)
       .def_readonly("tile_keys", &AttentionTile::tile_keys)
       .def_readonly("narrow_rows", &AttentionTile::narrow_rows);
+  m.def(
+      "packed_bytes",
+      [](int format, int64_t n, int64_t k) { return tilestream::packed_bytes(tilestream::PackedFormat(format), n, k); },
+      pybind11::arg("format"), pybind11::arg("n"), pybind11::arg("k"));
   m.def(
       "attention_tile",
       [](const std::string& kv_dtype, int head_dim_qk, int head_dim_vo) -> std::optional<AttentionTile> {

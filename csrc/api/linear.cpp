@@ -47,7 +47,7 @@ LinearParams linear_params(const at::Tensor& weight, const std::optional<at::Ten
 }
 
 void linear(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias, const at::Tensor& out, int64_t n,
-            int64_t format, bool gemv) {
+            int64_t format, bool gemv, int64_t act_bits) {
   check_tensor(x, "x", kFloatTypes, 2);
   check_same_dtype(out, "out", x, "x");
   LinearParams p = linear_params(weight, bias, out, x.size(0), n, x.size(1), format);
@@ -60,17 +60,22 @@ void linear(const at::Tensor& x, const at::Tensor& weight, const std::optional<a
     TORCH_CHECK_VALUE(reinterpret_cast<uintptr_t>(p.x) % 16 == 0 && (p.m <= 1 || p.x_row_stride % 8 == 0), "x has strides ", x.strides(),
                       "; with a row-major weight its rows must start at multiples of 16 bytes");
   } else {
-    TORCH_CHECK_VALUE(!gemv, "gemv is for row-major weights (formats 6 and 7); format is ", format);
+    TORCH_CHECK_VALUE(!gemv, "gemv is for row-major weights (formats 9 and 10); format is ", format);
   }
+  TORCH_CHECK_VALUE(act_bits == 8 || (act_bits == 16 && is_quantised(p.format)), "act_bits is ", act_bits,
+                    "; allowed: 8, and 16 for group-quantised weights");
+  p.weight_only = act_bits == 16;
   launch(out, cpu::linear, cuda::linear, p);
 }
 
 void linear_quant(const at::Tensor& q, const at::Tensor& scale, const at::Tensor& sum, const at::Tensor& weight,
                   const std::optional<at::Tensor>& bias, const at::Tensor& out, int64_t n, int64_t format) {
   check_tensor(q, "q", {at::kChar}, 2);
-  LinearParams p = linear_params(weight, bias, out, q.size(0), n, q.size(1), format);
-  TORCH_CHECK_VALUE(is_quantised(p.format), "format is ", format, "; int8 activations need a group-quantised weight, 2 to 5");
-  p.x_q = check_quantised(q, scale, sum, q.size(0), q.size(1));
+  check_tensor(sum, "sum", {at::kInt}, 2);
+  const int64_t k = sum.size(1) * kGroupK;
+  LinearParams p = linear_params(weight, bias, out, q.size(0), n, k, format);
+  TORCH_CHECK_VALUE(is_quantised(p.format), "format is ", format, "; quantised activations need a group-quantised weight, 2 to 8");
+  p.x_q = check_quantised(q, scale, sum, q.size(0), k);
   launch(out, cpu::linear, cuda::linear, p);
 }
 
@@ -98,7 +103,7 @@ void pack_gguf(const at::Tensor& rows, int64_t gguf_type, const at::Tensor& pack
   TORCH_CHECK_VALUE(known != nullptr, "gguf_type is ", gguf_type, "; supported: F32 (0), F16 (1), Q4_0 (2), Q4_1 (3), Q8_0 (8), Q4_K (12), Q5_K (13), Q6_K (14), BF16 (30)");
   TORCH_CHECK_VALUE(k % known->block == 0, "k is ", k, "; this GGUF type needs a multiple of ", known->block);
   check_size(rows, "rows", 1, k / known->block * known->bytes, "bytes of one row of this GGUF type");
-  TORCH_CHECK_VALUE(f == known->packed || !is_quantised(f), "format is ", format, "; this GGUF type packs to ", int(known->packed), ", 0, 1, 6 or 7");
+  TORCH_CHECK_VALUE(f == known->packed || !is_quantised(f), "format is ", format, "; this GGUF type packs to ", int(known->packed), ", 0, 1, 9 or 10");
   PackGgufParams p{};
   p.rows = rows.const_data_ptr<uint8_t>();
   p.row_bytes = rows.stride(0);
@@ -116,7 +121,7 @@ void pack_weight(const std::optional<at::Tensor>& values, const std::optional<at
   p.packed = packed.mutable_data_ptr();
   p.n = n, p.k = k, p.group = group;
   if (!is_quantised(p.format)) {
-    TORCH_CHECK_VALUE(values.has_value() && !q.has_value(), "formats 0, 1, 6 and 7 are packed from values, not from q");
+    TORCH_CHECK_VALUE(values.has_value() && !q.has_value(), "formats 0, 1, 9 and 10 are packed from values, not from q");
     check_tensor(*values, "values", {at::kFloat}, 2);
     check_contiguous(*values, "values");
     check_size(*values, "values", 0, n, "n");
@@ -124,10 +129,10 @@ void pack_weight(const std::optional<at::Tensor>& values, const std::optional<at
     p.values = values->const_data_ptr<float>();
   } else {
     TORCH_CHECK_VALUE(q.has_value() && scale.has_value() && !values.has_value(), "group-quantised formats are packed from q and scale, not from values");
-    TORCH_CHECK_VALUE(group >= kGroupK && group % kGroupK == 0 && k % group == 0, "group is ", group, "; allowed: multiples of 32 that divide k = ", k);
-    const bool symmetric = p.format == PackedFormat::kU4G32S || p.format == PackedFormat::kU8G32S;
-    TORCH_CHECK_VALUE(symmetric != zero.has_value(), "zero is ", zero.has_value() ? "given" : "missing", " for format ", format,
-                      "; the symmetric formats (2, 4) have none, the others need it");
+    TORCH_CHECK_VALUE(group >= 1 && group % group_k(p.format) == 0, "group is ", group, "; allowed for format ", format, ": multiples of ",
+                      group_k(p.format));
+    TORCH_CHECK_VALUE(has_zero(p.format) == zero.has_value(), "zero is ", zero.has_value() ? "given" : "missing", " for format ", format,
+                      "; the symmetric formats (2, 4, 6, 8) have none, the others need it");
     check_tensor(*q, "q", {at::kByte}, 2);
     check_contiguous(*q, "q");
     check_size(*q, "q", 0, n, "n");
@@ -137,10 +142,9 @@ void pack_weight(const std::optional<at::Tensor>& values, const std::optional<at
       check_tensor(**t, name, {at::kFloat}, 2);
       check_contiguous(**t, name);
       check_size(**t, name, 0, n, "n");
-      check_size(**t, name, 1, k / group, "k / group");
+      check_size(**t, name, 1, ceil_div(k, group), "k / group, rounded up");
     }
-    const bool four_bits = p.format == PackedFormat::kU4G32S || p.format == PackedFormat::kU4G32;
-    if (four_bits) check_range(*q, q->const_data_ptr<uint8_t>(), q->numel(), "q", 0, 16);
+    if (is_four_bit(p.format)) check_range(*q, q->const_data_ptr<uint8_t>(), q->numel(), "q", 0, 16);
     p.q = q->const_data_ptr<uint8_t>();
     p.scale = scale->const_data_ptr<float>();
     p.zero = optional_data<float>(zero);
@@ -173,7 +177,7 @@ void implement(torch::Library& m) {
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(tilestream, m) {
-  m.def("linear(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) out, *, int n, int format, bool gemv=False) -> ()");
+  m.def("linear(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) out, *, int n, int format, bool gemv=False, int act_bits=8) -> ()");
   m.def("linear_quant(Tensor q, Tensor scale, Tensor sum, Tensor weight, Tensor? bias, Tensor(a!) out, *, int n, int format) -> ()");
   m.def("pack_gguf(Tensor rows, int gguf_type, Tensor(a!) packed, *, int n, int k, int panel_begin, int format) -> ()");
   m.def("pack_weight(Tensor? values, Tensor? q, Tensor? scale, Tensor? zero, int group, Tensor(a!) packed, *, int n, int k, int format) -> ()");

@@ -11,51 +11,34 @@ namespace {
 
 constexpr int64_t kElementsPerWorker = 16384;  // a launch pays from about 5 us of work on one worker
 
-// 32 values of one column from one group (quantised) or from 32 k (float formats).
+// 32 values from k of one column of a group-quantised panel.
 template <PackedFormat F>
-void read_group(const uint8_t* group, int column, float* values) {
+void read_part(const uint8_t* panel, int column, int64_t num_k, int64_t k, float* values) {
   using Layout = GroupLayout<F>;
-  const uint8_t* codes = group + column / 16 * Layout::kHalfBytes + column % 16 * 4;
+  const int64_t g = k / group_k(F);
+  const uint8_t* const group = panel + g * Layout::kBytes;
+  const uint8_t* const scales = group + Layout::parts(num_k, g) * Layout::kCodeBytes + 2 * column;
+  const uint8_t* codes = group + k % group_k(F) / kGroupK * Layout::kCodeBytes + column / 16 * Layout::kHalfBytes + column % 16 * 4;
   uint8_t q[kGroupK];
-  for (int v = 0; v < kGroupK / 8; ++v) {
-    for (int b = 0; b < 4; ++b) {
-      if constexpr (Layout::kFourBit) {
-        q[8 * v + b] = codes[64 * v + b] & 0x0f;
-        q[8 * v + 4 + b] = codes[64 * v + b] >> 4;
-      } else {
-        q[8 * v + b] = codes[128 * v + b];
-        q[8 * v + 4 + b] = codes[128 * v + 64 + b];
-      }
-    }
+  for (int i = 0; i < kGroupK / 2; ++i) {
+    const int at = 64 * (i / 4) + i % 4;
+    q[i] = Layout::kFourBit ? codes[at] & 0x0f : codes[at];
+    q[kGroupK / 2 + i] = Layout::kFourBit ? codes[at] >> 4 : codes[256 + at];
   }
   uint16_t half[2] = {};
-  std::memcpy(half, group + Layout::kScaleAt + 2 * column, 2);
+  std::memcpy(half, scales, 2);
   const float scale = f16_to_float(half[0]);
-  if constexpr (Layout::kHasZero) std::memcpy(half + 1, group + Layout::kZeroAt + 2 * column, 2);
+  if constexpr (Layout::kHasZero) std::memcpy(half + 1, scales + Layout::kScaleBytes, 2);
   const float zero = Layout::kHasZero ? f16_to_float(half[1]) : -float(Layout::kOffset) * scale;
   for (int i = 0; i < kGroupK; i += 16) store(values + i, fma(load_u8(q + i), set1(scale), set1(zero)));
 }
 
-void read_values(PackedFormat format, const uint8_t* panel, int column, int64_t begin, int64_t num,
-                 float* values) {
-  const int64_t g = begin / kGroupK;
-  switch (format) {
-    case PackedFormat::kU4G32S: {
-      constexpr auto F = PackedFormat::kU4G32S;
-      return read_group<F>(panel + g * GroupLayout<F>::kBytes, column, values);
-    }
-    case PackedFormat::kU4G32: {
-      constexpr auto F = PackedFormat::kU4G32;
-      return read_group<F>(panel + g * GroupLayout<F>::kBytes, column, values);
-    }
-    case PackedFormat::kU8G32S: {
-      constexpr auto F = PackedFormat::kU8G32S;
-      return read_group<F>(panel + g * GroupLayout<F>::kBytes, column, values);
-    }
-    case PackedFormat::kU8G32: {
-      constexpr auto F = PackedFormat::kU8G32;
-      return read_group<F>(panel + g * GroupLayout<F>::kBytes, column, values);
-    }
+void read_values(const EmbeddingParams& p, const uint8_t* panel, int column, int64_t begin, int64_t num, float* values) {
+  switch (p.format) {
+#define CASE(FORMAT) \
+  case PackedFormat::FORMAT: return read_part<PackedFormat::FORMAT>(panel, column, p.k, begin, values);
+    CASE(kU4G32S) CASE(kU4G32) CASE(kU8G32S) CASE(kU8G32) CASE(kU4G128S) CASE(kU4G128) CASE(kU8G128S)
+#undef CASE
     case PackedFormat::kBFloat16: {
       const uint16_t* pairs = reinterpret_cast<const uint16_t*>(panel);
       for (int64_t i = 0; i < num; ++i) {
@@ -88,7 +71,7 @@ void embedding(const EmbeddingParams& p) {
         for (int64_t k = 0; k < p.k; k += kGroupK) {
           float values[kGroupK] = {};
           const int64_t num = std::min<int64_t>(kGroupK, p.k - k);
-          read_values(p.format, panel, int(id % kPanelColumns), k, num, values);
+          read_values(p, panel, int(id % kPanelColumns), k, num, values);
           store_part<E>(y + k, load(values), std::min<int64_t>(num, 16));
           if (num > 16) store_part<E>(y + k + 16, load(values + 16), num - 16);
         }

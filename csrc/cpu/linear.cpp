@@ -43,7 +43,7 @@ constexpr int64_t row_bytes(int64_t k) {
 // What the kernel can read where it lies.
 template <PackedFormat F>
 bool is_prepared(const LinearParams& p) {
-  return p.x == nullptr || (F == PackedFormat::kFloat32 && p.dtype == DType::kFloat32) ||
+  return (p.x == nullptr && p.x_q.k4 == 0) || (F == PackedFormat::kFloat32 && p.dtype == DType::kFloat32) ||
          (F == PackedFormat::kBFloat16 && p.dtype == DType::kBFloat16 && p.k % 2 == 0);
 }
 
@@ -51,11 +51,29 @@ PreparedRows prepared_rows(const QuantisedRows& rows, int64_t k) {
   return {reinterpret_cast<const uint8_t*>(rows.q), k, rows.scale, rows.sum};
 }
 
+// INT4 elements as INT8: there is no faster arithmetic for them here.
+void widen_row(const int8_t* nibbles, int64_t k4, int64_t k, int8_t* out) {
+  // Eight nibbles, each in a byte, with their signs.
+  const auto store_eight = [](int8_t* to, uint64_t bytes) {
+    const uint64_t low = bytes & 0x0f0f0f0f0f0f0f0f, wide = low | (low & 0x0808080808080808) * 0x1e;
+    std::memcpy(to, &wide, 8);
+  };
+  for (int64_t i = 0; i < k4; i += kGroupK, nibbles += kGroupK / 2) {
+    for (int j = 0; j < kGroupK / 2; j += 8) {
+      uint64_t bytes;
+      std::memcpy(&bytes, nibbles + j, 8);
+      store_eight(out + i + j, bytes);
+      store_eight(out + i + kGroupK / 2 + j, bytes >> 4);
+    }
+  }
+  std::memcpy(out + k4, nibbles, size_t(k - k4));
+}
+
 // m rows in one piece of memory: scales, sums, then the integers, each at a multiple of 64 bytes.
 QuantisedRows rows_in(uint8_t* memory, int64_t m, int64_t k) {
   uint8_t* sums = memory + round_up(4 * m * ceil_div(k, kScaleK), 64);
   uint8_t* q = sums + round_up(4 * m * (k / kGroupK), 64);
-  return {reinterpret_cast<int8_t*>(q), reinterpret_cast<float*>(memory), reinterpret_cast<int32_t*>(sums)};
+  return {reinterpret_cast<int8_t*>(q), reinterpret_cast<float*>(memory), reinterpret_cast<int32_t*>(sums), 0};
 }
 
 template <PackedFormat F>
@@ -86,6 +104,15 @@ void row_to_float(const typename E::Storage* x, int64_t k, float* out) {
 // Rows [begin, end) of x into `memory`, which has room for all m.
 template <PackedFormat F>
 void prepare(const LinearParams& p, int64_t begin, int64_t end, uint8_t* memory) {
+  if (p.x == nullptr) {
+    for (int64_t row = begin; row < end; ++row) {
+      const QuantisedRows from = row_of(p.x_q, row, p.k), to = row_of(rows_in(memory, p.m, p.k), row, p.k);
+      widen_row(from.q, from.k4, p.k, to.q);
+      std::memcpy(to.scale, from.scale, 4 * size_t(ceil_div(p.k, kScaleK)));
+      std::memcpy(to.sum, from.sum, 4 * size_t(p.k / kGroupK));
+    }
+    return;
+  }
   with_element(p.dtype, [&](auto element) {
     using E = decltype(element);
     for (int64_t row = begin; row < end; ++row) {
@@ -217,6 +244,9 @@ void linear(const LinearParams& p) {
     case PackedFormat::kU4G32: return run_linear<PackedFormat::kU4G32>(p);
     case PackedFormat::kU8G32S: return run_linear<PackedFormat::kU8G32S>(p);
     case PackedFormat::kU8G32: return run_linear<PackedFormat::kU8G32>(p);
+    case PackedFormat::kU4G128S: return run_linear<PackedFormat::kU4G128S>(p);
+    case PackedFormat::kU4G128: return run_linear<PackedFormat::kU4G128>(p);
+    case PackedFormat::kU8G128S: return run_linear<PackedFormat::kU8G128S>(p);
     default: refuse_row_major();
   }
 }

@@ -1,6 +1,6 @@
 // Tile kernels of linear.cpp: R rows of activations x 32 columns of one panel, over all of K.
 //
-// Quantised: per group of 32 k an exact int32 inner product per (row, column), then in group order
+// Quantised: per group of 32 or 128 k an exact int32 inner product per (row, column), then in group order
 //     span = span + float(int32) * weight_scale   (+ weight_zero * float(x_sum))
 // and at the end of each span of 128 k that share an activation scale, total = total + span * x_scale.
 // Float formats: sums of blocks of K, added up, so that the error grows with their number only.
@@ -63,18 +63,18 @@ inline void fetch_lines(const uint8_t*& p, int num) {
   for (int i = 0; i < num; ++i, p += 64) __builtin_prefetch(p, 0, 2);
 }
 
-// Weights of 4 k: codes of k 8v..8v+3 (part 0) or 8v+4..8v+7 (part 1).
+// Weights of the 4 k from 4v (half 0) or 16 + 4v (half 1) of 32.
 template <bool kFourBit>
-inline U8x64 load_codes(const uint8_t* half, int v, int part) {
+inline U8x64 load_codes(const uint8_t* codes, int v, int half) {
   if constexpr (kFourBit) {
-    const U8x64 packed = load_u8x64(half + 64 * v);
-    return part == 0 ? and_0f(packed) : shift_right_4(packed);
+    const U8x64 packed = load_u8x64(codes + 64 * v);
+    return half == 0 ? and_0f(packed) : shift_right_4(packed);
   } else {
-    return load_u8x64(half + 128 * v + 64 * part);
+    return load_u8x64(codes + 64 * (v + 4 * half));
   }
 }
 
-// Inner products of one row and 16 columns over a group, begun at `start`.
+// Inner products of one row and 16 columns over 32 k, begun at `start`.
 template <bool kFourBit>
 struct GroupProducts {
   I32x16 sum;
@@ -90,62 +90,87 @@ struct GroupProducts<true> {
   I32x16 end(I32x16 start) const { return end_u4(sum, start); }
 };
 
+// acc += one group of `parts` times 32 k: R rows of x, V vectors of 16 columns, sums of x from `sum` on.
+template <PackedFormat F, int R, int V>
+[[gnu::always_inline]] inline void add_group(const TileArgs& a, const uint8_t* x, const uint8_t* group, int first_vector,
+                                             const int32_t* sum, int64_t sum_stride, int parts, F32x16 (&acc)[R][V]) {
+  using Layout = GroupLayout<F>;
+  using Products = GroupProducts<Layout::kFourBit>;
+  int32_t sums[R];
+  I32x16 dots[R][V];
+  for (int r = 0; r < R; ++r) {
+    sums[r] = sum[r * sum_stride];
+    for (int i = 1; i < parts; ++i) sums[r] += sum[r * sum_stride + i];
+    for (int j = 0; j < V; ++j) dots[r][j] = Layout::kHasZero ? izero() : set1_int(sums[r] * -Layout::kOffset);
+  }
+  for (int i = 0; i < parts; ++i, x += kGroupK, group += Layout::kCodeBytes) {
+    Products products[R][V];
+    for (int r = 0; r < R; ++r) {
+      for (int j = 0; j < V; ++j) products[r][j] = Products::begin(dots[r][j]);
+    }
+    const auto dot_vectors = [&](int v, int begin, int end) __attribute__((always_inline)) {
+      for (int half = 0; half < 2; ++half) {
+        if constexpr (R > kStreamedRows) load_no_earlier();  // or accumulators leave their registers: 7%
+        U8x64 codes[V];
+        for (int j = begin; j < end; ++j) {
+          codes[j] = load_codes<Layout::kFourBit>(group + (first_vector + j) * Layout::kHalfBytes, v, half);
+        }
+        for (int r = 0; r < R; ++r) {
+          const int32_t word = load_word(x + r * a.x_row_bytes + 4 * v + 16 * half);
+          for (int j = begin; j < end; ++j) products[r][j].add(codes[j], word);
+        }
+      }
+    };
+    if constexpr (R <= kStreamedRows) {
+      for (int j = 0; j < V; ++j) {
+#pragma GCC unroll 4
+        for (int v = 0; v < kGroupK / 8; ++v) dot_vectors(v, j, j + 1);
+      }
+    } else {
+#pragma GCC unroll 4
+      for (int v = 0; v < kGroupK / 8; ++v) dot_vectors(v, 0, V);
+    }
+    for (int r = 0; r < R; ++r) {
+      for (int j = 0; j < V; ++j) dots[r][j] = products[r][j].end(dots[r][j]);
+    }
+  }
+  const auto* const scales = reinterpret_cast<const uint16_t*>(group) + 16 * first_vector;
+  for (int j = 0; j < V; ++j) {
+    const F32x16 scale = load_f16(scales + 16 * j);
+    for (int r = 0; r < R; ++r) acc[r][j] = fma(to_float(dots[r][j]), scale, acc[r][j]);
+    if constexpr (Layout::kHasZero) {
+      const F32x16 z = load_f16(scales + kPanelColumns + 16 * j);
+      for (int r = 0; r < R; ++r) acc[r][j] = fma(z, set1(float(sums[r])), acc[r][j]);
+    }
+  }
+}
+
 template <PackedFormat F, int R, int V>
 inline void quantised_vectors(const TileArgs& a, int first_vector) {
   using Layout = GroupLayout<F>;
-  using Products = GroupProducts<Layout::kFourBit>;
-  const int64_t num_groups = a.k / kGroupK, num_spans = ceil_div(a.k, kScaleK);
+  constexpr int kSpanParts = kScaleK / kGroupK;
+  const int64_t num_parts = a.k / kGroupK, num_spans = ceil_div(a.k, kScaleK);
   float* out = a.out + 16 * first_vector;
   for (int r = 0; r < R; ++r)
     for (int j = 0; j < V; ++j) store(out + r * kPanelColumns + 16 * j, zero());
   const uint8_t* x = a.x;
   const uint8_t* group = a.panel;
   const uint8_t* next = a.next;
-  for (int64_t span = 0, g = 0; span < num_spans; ++span) {
+  for (int64_t span = 0; span < num_spans; ++span) {
     F32x16 acc[R][V];
     for (int r = 0; r < R; ++r)
       for (int j = 0; j < V; ++j) acc[r][j] = zero();
-    const int64_t end = g + kScaleK / kGroupK < num_groups ? g + kScaleK / kGroupK : num_groups;
-    for (; g < end; ++g, x += kGroupK, group += Layout::kBytes) {
-      fetch_lines(next, a.next_lines);
-      const auto sum = [&](int r) { return a.sum[r * num_groups + g]; };
-      const auto start = [&](int r) { return Layout::kHasZero ? izero() : set1_int(sum(r) * -Layout::kOffset); };
-      Products dot[R][V];
-      for (int r = 0; r < R; ++r) {
-        for (int j = 0; j < V; ++j) dot[r][j] = Products::begin(start(r));
+    const int64_t first = span * kSpanParts, left = num_parts - first;
+    const int parts = left < kSpanParts ? int(left) : kSpanParts;
+    if constexpr (Layout::kParts == 1) {
+      for (int i = 0; i < parts; ++i, x += kGroupK, group += Layout::kBytes) {
+        fetch_lines(next, a.next_lines);
+        add_group<F, R, V>(a, x, group, first_vector, a.sum + first + i, num_parts, 1, acc);
       }
-      const auto dot_vectors = [&](int v, int begin, int end) __attribute__((always_inline)) {
-        for (int part = 0; part < 2; ++part) {
-          if constexpr (R > kStreamedRows) load_no_earlier();  // or accumulators leave their registers: 7%
-          U8x64 codes[V];
-          for (int j = begin; j < end; ++j) {
-            codes[j] = load_codes<Layout::kFourBit>(group + (first_vector + j) * Layout::kHalfBytes, v, part);
-          }
-          for (int r = 0; r < R; ++r) {
-            const int32_t word = load_word(x + r * a.x_row_bytes + 8 * v + 4 * part);
-            for (int j = begin; j < end; ++j) dot[r][j].add(codes[j], word);
-          }
-        }
-      };
-      if constexpr (R <= kStreamedRows) {
-        for (int j = 0; j < V; ++j) {
-#pragma GCC unroll 4
-          for (int v = 0; v < kGroupK / 8; ++v) dot_vectors(v, j, j + 1);
-        }
-      } else {
-#pragma GCC unroll 4
-        for (int v = 0; v < kGroupK / 8; ++v) dot_vectors(v, 0, V);
-      }
-      for (int j = 0; j < V; ++j) {
-        const F32x16 scale =
-            load_f16(reinterpret_cast<const uint16_t*>(group + Layout::kScaleAt) + 16 * (first_vector + j));
-        for (int r = 0; r < R; ++r) acc[r][j] = fma(to_float(dot[r][j].end(start(r))), scale, acc[r][j]);
-        if constexpr (Layout::kHasZero) {
-          const F32x16 z =
-              load_f16(reinterpret_cast<const uint16_t*>(group + Layout::kZeroAt) + 16 * (first_vector + j));
-          for (int r = 0; r < R; ++r) acc[r][j] = fma(z, set1(float(sum(r))), acc[r][j]);
-        }
-      }
+    } else {
+      fetch_lines(next, parts * a.next_lines);
+      add_group<F, R, V>(a, x, group, first_vector, a.sum + first, num_parts, parts, acc);
+      x += kScaleK, group += Layout::kBytes;
     }
     for (int r = 0; r < R; ++r) {
       const F32x16 scale = set1(a.scale[r * num_spans + span]);

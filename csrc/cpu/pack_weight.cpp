@@ -13,33 +13,31 @@
 namespace tilestream::cpu::TILESTREAM_LEVEL {
 namespace {
 
-// Writes column `column` of a group: a vector holds 4 consecutive k of 16 columns (4-bit: byte b holds k
-// 8v + b and 8v + 4 + b in its nibbles).
+// Writes the 32 k of column `column`.
 template <PackedFormat F>
-void write_codes(const uint8_t* q, int column, uint8_t* group) {
+void write_codes(const uint8_t* q, int column, uint8_t* codes) {
   using Layout = GroupLayout<F>;
-  uint8_t* out = group + column / 16 * Layout::kHalfBytes + column % 16 * 4;
+  uint8_t* out = codes + column / 16 * Layout::kHalfBytes + column % 16 * 4;
   for (int v = 0; v < kGroupK / 8; ++v) {
-    uint64_t eight;
-    std::memcpy(&eight, q + 8 * v, 8);
+    uint32_t low, high;  // k 4v .. 4v + 3 and 16 + 4v .. 16 + 4v + 3
+    std::memcpy(&low, q + 4 * v, 4);
+    std::memcpy(&high, q + 16 + 4 * v, 4);
     if constexpr (Layout::kFourBit) {
-      const uint32_t word = uint32_t(eight | eight >> 28);
+      const uint32_t word = low | high << 4;
       std::memcpy(out + 64 * v, &word, 4);
     } else {
-      const uint32_t first = uint32_t(eight), second = uint32_t(eight >> 32);
-      std::memcpy(out + 128 * v, &first, 4);
-      std::memcpy(out + 128 * v + 64, &second, 4);
+      std::memcpy(out + 64 * v, &low, 4);
+      std::memcpy(out + 64 * (v + 4), &high, 4);
     }
   }
 }
 
 template <PackedFormat F>
-void write_scales(const float* scale, const float* zero, uint8_t* group) {
-  using Layout = GroupLayout<F>;
+void write_scales(const float* scale, const float* zero, uint8_t* at) {
+  auto* const scales = reinterpret_cast<uint16_t*>(at);
   for (int h = 0; h < kPanelColumns; h += 16) {
-    store_f16(reinterpret_cast<uint16_t*>(group + Layout::kScaleAt) + h, load(scale + h));
-    if constexpr (Layout::kHasZero)
-      store_f16(reinterpret_cast<uint16_t*>(group + Layout::kZeroAt) + h, load(zero + h));
+    store_f16(scales + h, load(scale + h));
+    if constexpr (GroupLayout<F>::kHasZero) store_f16(scales + kPanelColumns + h, load(zero + h));
   }
 }
 
@@ -70,24 +68,29 @@ void join_scales(GroupCodes& c) {
   c.set_all(scale, -128.0f * scale);
 }
 
-// Groups of one panel. decode(column, group, GroupCodes&) gives real columns; the rest are zero.
+// Groups of one panel. decode(column, i, GroupCodes&) gives 32 k from 32 i of real columns, whose scales are those of their
+// whole group; the rest are zero.
 template <PackedFormat F, class Decode>
 void pack_codes(uint8_t* panel, int64_t num_columns, int64_t k, Decode&& decode) {
-  for (int64_t g = 0; g < k / kGroupK; ++g) {
-    uint8_t* group = panel + g * GroupLayout<F>::kBytes;
+  using Layout = GroupLayout<F>;
+  uint8_t* out = panel;
+  for (int64_t g = 0; g < ceil_div(k, group_k(F)); ++g) {
     float scale[kPanelColumns] = {}, zero[kPanelColumns] = {};
     GroupCodes codes = {};
-    for (int column = 0; column < kPanelColumns; ++column) {
-      if (column < num_columns) {
-        decode(column, g, codes);
-        scale[column] = codes.scale[0];
-        zero[column] = codes.zero[0];
-      } else {
-        std::memset(codes.q, 0, sizeof(codes.q));
+    for (int part = 0; part < Layout::parts(k, g); ++part, out += Layout::kCodeBytes) {
+      for (int column = 0; column < kPanelColumns; ++column) {
+        if (column < num_columns) {
+          decode(column, g * Layout::kParts + part, codes);
+          scale[column] = codes.scale[0];
+          zero[column] = codes.zero[0];
+        } else {
+          std::memset(codes.q, 0, sizeof(codes.q));
+        }
+        write_codes<F>(codes.q, column, out);
       }
-      write_codes<F>(codes.q, column, group);
     }
-    write_scales<F>(scale, zero, group);
+    write_scales<F>(scale, zero, out);
+    out += Layout::kBytes - Layout::kScaleAt;
   }
 }
 
@@ -184,7 +187,7 @@ void pack_elements(const PackGgufParams& p) {
 
 template <PackedFormat F>
 void pack_separated(const PackParams& p) {
-  const int64_t stride = panel_bytes(F, p.k), num_scales = p.k / p.group;
+  const int64_t stride = panel_bytes(F, p.k), num_scales = ceil_div(p.k, p.group);
   for_each_panel(p.n, [&](int64_t panel, int64_t first, int64_t num_columns) {
     pack_codes<F>(static_cast<uint8_t*>(p.packed) + panel * stride, num_columns, p.k,
                   [&](int64_t column, int64_t g, GroupCodes& c) {
@@ -217,6 +220,9 @@ void pack_weight(const PackParams& p) {
     case PackedFormat::kU4G32: return pack_separated<PackedFormat::kU4G32>(p);
     case PackedFormat::kU8G32S: return pack_separated<PackedFormat::kU8G32S>(p);
     case PackedFormat::kU8G32: return pack_separated<PackedFormat::kU8G32>(p);
+    case PackedFormat::kU4G128S: return pack_separated<PackedFormat::kU4G128S>(p);
+    case PackedFormat::kU4G128: return pack_separated<PackedFormat::kU4G128>(p);
+    case PackedFormat::kU8G128S: return pack_separated<PackedFormat::kU8G128S>(p);
     default: break;
   }
   const int64_t stride = panel_bytes(p.format, p.k);

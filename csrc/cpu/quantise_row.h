@@ -1,4 +1,4 @@
-// One row of activations to int8 (tilestream/quantise.h), from wherever its values come.
+// One row of activations to integers (tilestream/quantise.h), from wherever its values come.
 #pragma once
 
 #include "cpu/elements.h"
@@ -8,21 +8,35 @@ namespace tilestream::cpu::TILESTREAM_LEVEL {
 
 // Row `row` of `rows` whose rows have k elements.
 inline QuantisedRows row_of(const QuantisedRows& rows, int64_t row, int64_t k) {
-  return {rows.q + row * k, rows.scale + row * ceil_div(k, kScaleK), rows.sum + row * (k / kGroupK)};
+  return {rows.q + row * rows.row_bytes(k), rows.scale + row * ceil_div(k, kScaleK), rows.sum + row * (k / kGroupK), rows.k4};
 }
 
-// Below this, 127 / amax would overflow: such a span is taken as zero.
+// Below this, levels / amax would overflow: such a span is taken as zero.
 constexpr float kSmallestAmax = 1e-36f;
 
-// 127 / amax and amax / 127 of 16 spans; 0 for tiny ones, NaN where amax is NaN or infinite.
-inline void span_scales(F32x16 amax, float* inverse, float* scale) {
+// levels / amax and amax / levels of 16 spans; 0 for tiny ones, NaN where amax is NaN or infinite.
+inline void span_scales(F32x16 amax, F32x16 levels, float* inverse, float* scale) {
   float limits[16];
   store(limits, amax);
   const F32x16 poison = sub(amax, amax);
-  store(inverse, add(div(set1(127.0f), amax), poison));
-  store(scale, add(div(amax, set1(127.0f)), poison));
+  store(inverse, add(div(levels, amax), poison));
+  store(scale, add(div(amax, levels), poison));
   for (int i = 0; i < 16; ++i) {
     if (limits[i] < kSmallestAmax) inverse[i] = scale[i] = 0.0f;
+  }
+}
+
+// 32 integers, the first 16 in the low bytes of `lo`, as 16 bytes of nibbles.
+inline void store_nibbles(int8_t* out, F32x16 lo, F32x16 hi) {
+  int8_t bytes[2][16];
+  store_low_bytes(bytes[0], lo);
+  store_low_bytes(bytes[1], hi);
+  for (int i = 0; i < 16; i += 8) {
+    uint64_t low, high;
+    std::memcpy(&low, bytes[0] + i, 8);
+    std::memcpy(&high, bytes[1] + i, 8);
+    const uint64_t both = (low & 0x0f0f0f0f0f0f0f0f) | (high & 0x0f0f0f0f0f0f0f0f) << 4;
+    std::memcpy(out + i, &both, 8);
   }
 }
 
@@ -40,7 +54,9 @@ inline void quantise_row(Values values, int64_t k, const QuantisedRows& out) {
         peaks[s] = larger_magnitude(peaks[s], larger_magnitude(values(i), values(i + 16)));
     }
     alignas(64) float inverse[16], scale[16];
-    span_scales(larger_rows(peaks), inverse, scale);
+    const int64_t spans4 = (out.k4 - begin) / kScaleK;
+    const F32x16 levels = where_lt(iota(), int(spans4 < 16 ? spans4 : 16), set1(kInt4Levels), set1(kInt8Levels));
+    span_scales(larger_rows(peaks), levels, inverse, scale);
     std::memcpy(out.scale + begin / kScaleK, scale, 4 * size_t(ceil_div(end - begin, kScaleK)));
     for (int64_t first = begin; first < end; first += 16 * kGroupK) {
       const int num = int(end - first < 16 * kGroupK ? (end - first) / kGroupK : 16);
@@ -49,8 +65,12 @@ inline void quantise_row(Values values, int64_t k, const QuantisedRows& out) {
         const int64_t i = first + g * kGroupK;
         const F32x16 factor = set1(inverse[(i - begin) / kScaleK]);
         const F32x16 lo = fma(values(i), factor, magic), hi = fma(values(i + 16), factor, magic);
-        store_low_bytes(out.q + i, lo);
-        store_low_bytes(out.q + i + 16, hi);
+        if (i < out.k4) {
+          store_nibbles(out.q + i / 2, lo, hi);
+        } else {
+          store_low_bytes(out.q + out.row_bytes(i), lo);
+          store_low_bytes(out.q + out.row_bytes(i) + 16, hi);
+        }
         sums[g] = add(sub(lo, magic), sub(hi, magic));  // integers below 2^24: any order of adding is exact
       }
       for (int g = num; g < 16; ++g) sums[g] = zero();

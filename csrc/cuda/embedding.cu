@@ -36,20 +36,22 @@ __device__ __forceinline__ void load_run(const EmbeddingParams& p, const unsigne
     }
   } else {
     using Layout = GroupLayout<F>;
-    const unsigned char* const group = panel + k / kGroupK * Layout::kBytes;
-    const unsigned char* const half = group + column / 16 * Layout::kHalfBytes + column % 16 * 4;
-    const int run = int(k % kGroupK) / kRun;
-    const auto* const scales = reinterpret_cast<const __half*>(group + Layout::kScaleAt);  // 32, then zeros
+    const int64_t g = k / group_k(F);
+    const unsigned char* const group = panel + g * Layout::kBytes;
+    const unsigned char* const part = group + k % group_k(F) / kGroupK * Layout::kCodeBytes;
+    // Of the 8 k, words of 4: 16 of 32 k are the low nibbles of four words, or four words of their own.
+    const int word = int(k % 16) / 4, high = int(k % kGroupK) / 16;
+    const unsigned char* const at = part + column / 16 * Layout::kHalfBytes + column % 16 * 4 + 64 * word;
+    const auto* const scales =
+        reinterpret_cast<const __half*>(group + Layout::parts(p.k, g) * Layout::kCodeBytes);  // 32, then zeros
     const float scale = to_float(scales[column]);
     const float zero =
         Layout::kHasZero ? to_float(scales[kPanelColumns + column]) : -float(Layout::kOffset) * scale;
     unsigned words[2];
-    if constexpr (Layout::kFourBit) {
-      words[0] = *reinterpret_cast<const unsigned*>(half + 64 * run);
-      words[1] = words[0] >> 4;
-    } else {
-      words[0] = *reinterpret_cast<const unsigned*>(half + 128 * run);
-      words[1] = *reinterpret_cast<const unsigned*>(half + 128 * run + 64);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      words[i] = *reinterpret_cast<const unsigned*>(at + 64 * i + (Layout::kFourBit ? 0 : 256 * high));
+      if constexpr (Layout::kFourBit) words[i] >>= 4 * high;
     }
     constexpr unsigned kMask = Layout::kFourBit ? 15 : 255;
 #pragma unroll
@@ -78,7 +80,7 @@ __global__ void __launch_bounds__(kBlockThreads) embedding_kernel(const __grid_c
 
 }  // namespace
 
-// Instantiations: 8 formats x 3 element types of y, rows of y aligned or not.
+// Instantiations: 11 formats x 3 element types of y, rows of y aligned or not.
 void embedding(const EmbeddingParams& p, Stream stream) {
   with_format(p.format, [&](auto format) {
     with_element(p.y_dtype, [&](auto element) {

@@ -3,6 +3,8 @@
 //   kU4G32S, kU4G32, kU8G32S, kU8G32   common/linear_int8_kernels.cuh; rows of floats are quantised first
 //   kBFloat16, kFloat32                common/linear_float.cuh
 //   kRowsBFloat16, kRowsFloat16        common/linear_rows.cuh, common/linear_gemv.cuh, as the caller chooses
+#include <stdexcept>
+
 #include "cuda/common/linear_float.cuh"
 #include "cuda/common/linear_gemv.cuh"
 #include "cuda/common/linear_int8_kernels.cuh"
@@ -18,7 +20,7 @@ namespace {
 QuantisedRows workspace_rows(const LinearParams& p) {
   auto* q = static_cast<int8_t*>(p.workspace) + partial_bytes(p);
   auto* sum = reinterpret_cast<int32_t*>(q + p.m * p.k);
-  return {q, reinterpret_cast<float*>(sum + p.m * (p.k / kGroupK)), sum};
+  return {q, reinterpret_cast<float*>(sum + p.m * (p.k / kGroupK)), sum, 0};
 }
 
 }  // namespace
@@ -32,6 +34,8 @@ void linear(const LinearParams& p, Stream stream) {
       p.gemv ? launch_gemv<T>(p, stream) : launch_rows<T>(p, stream);
     } else if constexpr (!is_quantised(kFormat)) {
       launch_float<kFormat>(p, stream);
+    } else if constexpr (group_k(kFormat) != kGroupK) {
+      throw std::invalid_argument("linear: weights in groups of 128 are not multiplied on a GPU yet");
     } else {
       LinearParams with_rows = p;
       if (p.x_q.q == nullptr) {

@@ -128,7 +128,7 @@ def test_opcheck() -> None:
         (7, 64, 44, PackedFormat.FLOAT32, "gguf_type is 7; supported: F32"),
         (2, 48, 36, PackedFormat.FLOAT32, "k is 48; this GGUF type needs a multiple of 32"),
         (2, 64, 35, PackedFormat.U4G32S, r"rows has shape \[32, 35\]; dimension 1 must be 36"),
-        (2, 64, 36, PackedFormat.U8G32S, "format is 4; this GGUF type packs to 2, 0, 1, 6 or 7"),
+        (2, 64, 36, PackedFormat.U8G32S, "format is 4; this GGUF type packs to 2, 0, 1, 9 or 10"),
     ],
 )
 def test_bad_input(gguf_type: int, k: int, num_bytes: int, format: PackedFormat, message: str) -> None:

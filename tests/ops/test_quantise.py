@@ -1,7 +1,8 @@
-"""Int8 activation rows: quantise, the ops that quantise their result, and the linear that takes them."""
+"""Activation rows as integers: quantise, the ops that quantise their result, and the linear that takes them."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import pytest
@@ -17,20 +18,24 @@ EPS = 1e-5
 pytestmark = pytest.mark.simt
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+K4 = [(1, 128, 128), (3, 576, 256), (5, 1536, 1408), (9, 2048 + 160, 2048), (2, 4096, 2304)]
+each_k4 = pytest.mark.parametrize(("rows", "k", "k4"), K4)
 SHAPES = [(0, 64), (1, 32), (1, 576), (3, 96), (5, 128), (7, 160), (33, 1536), (2, 2048 + 32)]
 
 
 def check_rows(got: QuantisedRows, values: torch.Tensor, error: float = 0.0) -> None:
     """`got` stands for `values` (float64), which the op may have computed with an error of up to `error`."""
-    want_q, want_scale = reference.quantise(values)
+    want_q, want_scale = reference.quantise(values, got.k4)
+    q = reference.unpack_rows(got.q, got.k4)
     tolerance = error + 2 * testing.unit_roundoff(torch.float32) * float(values.abs().max()) if values.numel() else 0.0
-    assert torch.equal(got.sum.long(), got.q.long().unflatten(1, (-1, 32)).sum(2))
-    assert got.q.long().abs().max() <= 127 if values.numel() else True
-    testing.assert_within(got.scale, want_scale, 1.01 * tolerance / 127)
+    assert torch.equal(got.sum.long(), q.unflatten(1, (-1, 32)).sum(2))
+    if values.numel():
+        assert q.abs().max() <= 127 and q[:, : got.k4].abs().le(7).all()
+    testing.assert_within(got.scale, want_scale, 1.01 * tolerance / (7 if got.k4 else 127))
     # Half a step from the value; an integer may differ from the reference's only where the value is near the middle.
     steps = want_scale.repeat_interleave(reference.SCALE_K, 1)[:, : values.shape[1]]
-    assert bool(((reference.dequantise_rows(got.q, got.scale) - values).abs() <= 0.5 * steps + 2 * tolerance).all())
-    differs = got.q.long() != want_q
+    assert bool(((reference.dequantise_rows(q, got.scale) - values).abs() <= 0.5 * steps + 2 * tolerance).all())
+    differs = q != want_q
     assert bool(((values / steps.clamp(min=1e-30)).abs().frac()[differs] - 0.5).abs().max() < 1e-2) if differs.any() else True
 
 
@@ -39,6 +44,23 @@ def check_rows(got: QuantisedRows, values: torch.Tensor, error: float = 0.0) -> 
 def test_quantise(backend: testing.Backend, rows: int, k: int, dtype: torch.dtype) -> None:
     x = testing.Guarded((rows, k), dtype, fill=torch.randn(rows, k)).tensor
     check_rows(ops.quantise(x), x.double())
+
+
+@each_dtype
+@each_k4
+def test_int4_blocks(backend: testing.Backend, rows: int, k: int, k4: int, dtype: torch.dtype) -> None:
+    """From each op that quantises."""
+    x = torch.randn(rows, 2 * k).to(dtype)
+    room = testing.Guarded((rows, k - k4 // 2), torch.int8)
+    out = dataclasses.replace(QuantisedRows.empty(rows, k, k4=k4), q=room.tensor)
+    check_rows(ops.quantise(x[:, :k], out=out), x[:, :k].double())
+    room.assert_untouched_outside()
+    values = activation_reference.silu_and_mul(x)
+    check_rows(ops.silu_and_mul_quant(x, k4=k4), values, 16 * testing.unit_roundoff(torch.float32) * float(values.abs().max()))
+    residual, weight = torch.randn(rows, k).to(dtype), 1 + 0.2 * torch.randn(k)
+    got = ops.fused_add_rms_norm_quant(x[:, :k], residual, weight, eps=EPS, k4=k4)
+    values = norm_reference.rms_norm(residual, weight, EPS)
+    check_rows(got, values, 8 * testing.unit_roundoff(torch.float32) * float(values.abs().max()))
 
 
 @each_dtype
@@ -79,10 +101,9 @@ def test_linear_on_int8_rows_is_linear(
 ) -> None:
     """Quantising before and inside the linear is the same, bit for bit, whatever the number of rows and threads."""
     n, k = 75, 224
-    levels = 16 if format in (PackedFormat.U4G32S, PackedFormat.U4G32) else 256
-    q, scale = torch.randint(levels, (n, k), dtype=torch.uint8), torch.rand(n, k // 32)
-    symmetric = format in (PackedFormat.U4G32S, PackedFormat.U8G32S)
-    weight = ops.pack_weight(q=q, scale=scale, zero=None if symmetric else -scale * levels / 3, format=format)
+    levels = 2**format.bits
+    q, scale = torch.randint(levels, (n, k), dtype=torch.uint8), torch.rand(n, -(-k // format.group_size))
+    weight = ops.pack_weight(q=q, scale=scale, zero=None if format.is_symmetric else -scale * levels / 3, format=format)
     bias = torch.randn(n)
     for m in (0, 1, 3, 6, 7, 40):
         x = torch.randn(m, k).to(dtype)
@@ -102,6 +123,31 @@ def test_rows_do_not_depend_on_others_or_threads(backend: testing.Backend, set_n
         got = ops.fused_add_rms_norm_quant(x, torch.zeros_like(x), weight)
         for part in ("q", "scale", "sum"):
             assert torch.equal(getattr(got, part), torch.cat([getattr(row, part) for row in alone]))
+
+
+@pytest.mark.parametrize("format", [f for f in PackedFormat if f.bits == 4 and f.group_size == 128], ids=lambda f: f.name)
+@each_k4
+def test_linear_on_int4_blocks(
+    backend: testing.Backend, set_num_threads: Callable[[int], None], format: PackedFormat, rows: int, k: int, k4: int
+) -> None:
+    """The integers are exact: whole numbers as activations, powers of two as weight scales, extremes included."""
+    n = 75
+    q, scale = torch.randint(16, (n, k), dtype=torch.uint8), 2.0 ** torch.randint(-1, 1, (n, -(-k // 128)))
+    q[0], q[1] = 15, 0
+    zero = -8 * scale if format.is_symmetric else torch.randint(-8, 9, scale.shape).float()
+    weight = ops.pack_weight(q=q, scale=scale, zero=None if format.is_symmetric else zero, format=format)
+    x = torch.randint(-7, 8, (rows, k)).float()
+    x[:, k4:] = torch.randint(-127, 128, (rows, k - k4))
+    x[:, :k4:128], x[:, k4::128] = 7.0, -127.0  # every span's scale is 1
+    x[0, :k4] = 7.0
+    want = reference.linear(x, reference.dequantise(q, scale, zero))
+    for num in (1, 3) if backend.name == "cpu" else (1,):
+        set_num_threads(num)
+        for dtype in (torch.float32, torch.bfloat16):
+            out = testing.Guarded((rows, n), dtype)
+            ops.linear(ops.quantise(x, k4=k4), weight, out=out.tensor)
+            out.assert_untouched_outside()
+            assert torch.equal(out.tensor, want.to(dtype))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -151,5 +197,5 @@ def test_bad_input(name: str) -> None:
 
 def test_int8_rows_need_a_quantised_weight() -> None:
     weight = ops.pack_weight(torch.zeros(32, 64), format=PackedFormat.FLOAT32)
-    with pytest.raises(ValueError, match="format is 0; int8 activations need a group-quantised weight, 2 to 5"):
+    with pytest.raises(ValueError, match="format is 0; quantised activations need a group-quantised weight, 2 to 8"):
         ops.linear(QuantisedRows.empty(3, 64), weight)

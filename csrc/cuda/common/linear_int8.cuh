@@ -11,7 +11,8 @@
 // and at a span's end total = total + acc * x_scale.
 //
 // The order of k inside a group is free as long as both operands have it: lane (g, t) = (lane / 4, lane % 4)
-// takes k 8t .. 8t + 7 of columns 4g .. 4g + 3, which are 16 bytes of 4-bit codes, or twice 16 of 8-bit ones.
+// takes k 4t .. 4t + 3 and 16 + 4t .. 16 + 4t + 3 of columns 4g .. 4g + 3, which are 16 bytes of 4-bit codes, or twice
+// 16 of 8-bit ones.
 #pragma once
 
 #include "cuda/common/linear_tile.cuh"
@@ -92,7 +93,7 @@ __device__ __forceinline__ void fetch_span(const LinearParams& p, SpanStage<F, k
   }
 }
 
-// Codes of columns 4g .. 4g + 3 of a group: [column][0] has k 8t .. 8t + 3, [column][1] the next four.
+// Codes of columns 4g .. 4g + 3 of a group: [column][0] has k 4t .. 4t + 3, [column][1] has k 16 + 4t .. 16 + 4t + 3.
 template <PackedFormat F>
 __device__ __forceinline__ void load_codes(const uint4* group, int g, int t, unsigned (&codes)[4][2]) {
   constexpr unsigned kLow = 0x0f0f0f0fu;
@@ -103,8 +104,8 @@ __device__ __forceinline__ void load_codes(const uint4* group, int g, int t, uns
     codes[2][0] = v.z & kLow, codes[2][1] = v.z >> 4 & kLow;
     codes[3][0] = v.w & kLow, codes[3][1] = v.w >> 4 & kLow;
   } else {
-    const int chunk = g / 4 * 32 + t * 8 + g % 4;
-    const uint4 low = group[swizzled(chunk)], high = group[swizzled(chunk + 4)];
+    const int chunk = g / 4 * 32 + t * 4 + g % 4;
+    const uint4 low = group[swizzled(chunk)], high = group[swizzled(chunk + 16)];
     codes[0][0] = low.x, codes[0][1] = high.x;
     codes[1][0] = low.y, codes[1][1] = high.y;
     codes[2][0] = low.z, codes[2][1] = high.z;
@@ -162,7 +163,7 @@ __device__ __forceinline__ void multiply_span(const SpanWeight<F>& w, const Span
     float acc[2][4] = {};
 #pragma unroll
     for (int j = 0; j < kSpanGroups; ++j) {
-      const uint2 x = *reinterpret_cast<const uint2*>(mine.q + kGroupK * j + 8 * t);
+      const auto* const x = reinterpret_cast<const unsigned*>(mine.q + kGroupK * j + 4 * t);
       const int sum[2] = {sums[0].sum[j], sums[1].sum[j]};
       const int start[2] = {kMagicBits + kStart * sum[0], kMagicBits + kStart * sum[1]};
 #pragma unroll
@@ -170,7 +171,7 @@ __device__ __forceinline__ void multiply_span(const SpanWeight<F>& w, const Span
         const auto& one = w.codes[j][2 * h];
         const auto& two = w.codes[j][2 * h + 1];
         int dot[4] = {start[0], start[1], start[0], start[1]};
-        ptx::mma_m16n8k32_u8s8(dot, {one[0], two[0], one[1], two[1]}, {x.x, x.y});
+        ptx::mma_m16n8k32_u8s8(dot, {one[0], two[0], one[1], two[1]}, {x[0], x[4]});
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const int c = 2 * h + i / 2;

@@ -1,4 +1,4 @@
-// Int8 activation rows (tilestream/quantise.h) from values in registers.
+// Quantised activation rows (tilestream/quantise.h) from values in registers.
 #pragma once
 
 #include "cuda/common/reduce.cuh"
@@ -6,7 +6,7 @@
 
 namespace tilestream::cuda {
 
-constexpr float kSmallestAmax = 1e-36f;        // below it 127 / amax would overflow: taken as zero
+constexpr float kSmallestAmax = 1e-36f;        // below it levels / amax would overflow: taken as zero
 // 1.5 * 2^23: adding it rounds to the nearest even integer, which is then in the low bits.
 constexpr float kRoundingMagic = 12582912.0f;
 
@@ -25,7 +25,9 @@ __device__ __forceinline__ void store_quantised(const QuantisedRows& out, int64_
     amax_bits = max(amax_bits, __shfl_xor_sync(kFullMask, amax_bits, distance));
   const float amax = __uint_as_float(amax_bits), poison = amax - amax;
   const bool tiny = amax < kSmallestAmax;
-  const float inverse = tiny ? 0.0f : 127.0f / amax + poison, scale = tiny ? 0.0f : amax / 127.0f + poison;
+  const bool int4 = i < out.k4;
+  const float levels = int4 ? kInt4Levels : kInt8Levels;
+  const float inverse = tiny ? 0.0f : levels / amax + poison, scale = tiny ? 0.0f : amax / levels + poison;
 
   unsigned words[kSize / 4];
   int sum = 0;
@@ -41,9 +43,26 @@ __device__ __forceinline__ void store_quantised(const QuantisedRows& out, int64_
   for (int distance = kGroupK / kSize / 2; distance > 0; distance /= 2)
     sum += __shfl_xor_sync(kFullMask, sum, distance);
 
+  int64_t at = row * out.row_bytes(k) + (int4 ? i / 2 : out.row_bytes(i));
+  bool stores = i < k;
+  if (out.k4 > 0) {  // a byte of nibbles has elements 16 apart, which two lanes hold
+    constexpr unsigned kLow = 0x0f0f0f0fu;
+    constexpr int kDistance = kGroupK / 2 / kSize;
+#pragma unroll
+    for (int j = 0; j < kSize / 4; ++j) {
+      const unsigned later = __shfl_xor_sync(kFullMask, words[j], kDistance);
+      if (int4) words[j] = (words[j] & kLow) | (later & kLow) << 4;
+    }
+    if (int4) {
+      at += i % kGroupK / 2;  // i / 2 counted half of it
+      stores = stores && i % kGroupK < kGroupK / 2;
+    }
+  }
+  if (stores) {
+    if constexpr (kSize == 4) *reinterpret_cast<unsigned*>(out.q + at) = words[0];
+    else *reinterpret_cast<uint2*>(out.q + at) = make_uint2(words[0], words[1]);
+  }
   if (i >= k) return;
-  if constexpr (kSize == 4) *reinterpret_cast<unsigned*>(out.q + row * k + i) = words[0];
-  else *reinterpret_cast<uint2*>(out.q + row * k + i) = make_uint2(words[0], words[1]);
   if (i % kGroupK == 0) out.sum[(row * k + i) / kGroupK] = sum;
   if (i % kScaleK == 0) out.scale[row * ceil_div(k, kScaleK) + i / kScaleK] = scale;
 }

@@ -1,11 +1,13 @@
 // y = x . W^T (+ bias) on packed weights, and the packing itself.
 //
 // Packed formats (PackedFormat). N is padded to a multiple of 32 columns ("panel"); panels follow one
-// another; within a panel K runs outermost. Group = 32 consecutive k.
-//   kU4G32S / kU4G32: per (panel, group): u4 data [2 halves of 16 columns][4 vectors][16 columns][4 bytes],
-//       byte b of vector v: low nibble = k 8v + b, high nibble = k 8v + 4 + b; then scale float16 [32];
-//       then, for kU4G32 only, zero float16 [32].  weight = q * scale + zero;  S: zero = -8 * scale.
-//   kU8G32S / kU8G32: u8 data [2][8 vectors][16 columns][4 k]; scale, zero as above; S: zero = -128 * scale.
+// another; within a panel K runs outermost, in groups of 32 (G32) or 128 (G128) consecutive k. A group is, for each 32 k,
+//   U4: codes [2 halves of 16 columns][4 vectors][16 columns][4 bytes], where byte j = 4v + b of vector v has k = j
+//       in its low nibble and k = 16 + j in its high one (GGUF's own order, and both operands of tensor cores have it);
+//   U8: codes [2][8 vectors][16 columns][4 k];
+// then scale float16 [32]; then, but for the symmetric formats (S), zero float16 [32].
+//   weight = q * scale + zero;  S: zero = -8 * scale or -128 * scale.
+// A last group of 128 holds only the codes that exist.
 //   kBFloat16: [K/2][32][2] bfloat16 (K odd: the last pair's second element is 0).
 //   kFloat32:  [K][32] float32.
 // and, on a GPU only, what torch has, so that other libraries can multiply by the same memory:
@@ -21,40 +23,58 @@
 namespace tilestream {
 
 enum class PackedFormat : int32_t {
-  kFloat32 = 0, kBFloat16 = 1, kU4G32S = 2, kU4G32 = 3, kU8G32S = 4, kU8G32 = 5, kRowsBFloat16 = 6, kRowsFloat16 = 7
+  kFloat32 = 0, kBFloat16 = 1, kU4G32S = 2, kU4G32 = 3, kU8G32S = 4, kU8G32 = 5, kU4G128S = 6, kU4G128 = 7, kU8G128S = 8,
+  kRowsBFloat16 = 9, kRowsFloat16 = 10
 };
-constexpr int kNumPackedFormats = 8;
+constexpr int kNumPackedFormats = 11;
 
 constexpr int kPanelColumns = 32;
 
-TILESTREAM_HOST_DEVICE constexpr bool is_quantised(PackedFormat f) { return f >= PackedFormat::kU4G32S && f <= PackedFormat::kU8G32; }
+TILESTREAM_HOST_DEVICE constexpr bool is_quantised(PackedFormat f) { return f >= PackedFormat::kU4G32S && f <= PackedFormat::kU8G128S; }
 TILESTREAM_HOST_DEVICE constexpr bool is_row_major(PackedFormat f) { return f >= PackedFormat::kRowsBFloat16; }
+
+TILESTREAM_HOST_DEVICE constexpr bool is_four_bit(PackedFormat f) {
+  return f == PackedFormat::kU4G32S || f == PackedFormat::kU4G32 || f == PackedFormat::kU4G128S || f == PackedFormat::kU4G128;
+}
+TILESTREAM_HOST_DEVICE constexpr bool has_zero(PackedFormat f) {
+  return f == PackedFormat::kU4G32 || f == PackedFormat::kU8G32 || f == PackedFormat::kU4G128;
+}
+// Consecutive k of a weight that share a scale and a zero.
+TILESTREAM_HOST_DEVICE constexpr int group_k(PackedFormat f) {
+  return f == PackedFormat::kU4G128S || f == PackedFormat::kU4G128 || f == PackedFormat::kU8G128S ? 128 : kGroupK;
+}
 
 // Bytes of one panel for a K (a multiple of 32 for the group-quantised formats); of 32 rows of a row-major weight.
 TILESTREAM_HOST_DEVICE constexpr int64_t panel_bytes(PackedFormat f, int64_t k) {
-  const int64_t groups = ceil_div(k, kGroupK);
+  if (is_quantised(f)) {
+    const int64_t codes = ceil_div(k, kGroupK) * kGroupK * kPanelColumns;  // at 8 bits
+    return (is_four_bit(f) ? codes / 2 : codes) + ceil_div(k, group_k(f)) * kPanelColumns * (has_zero(f) ? 4 : 2);
+  }
   return f == PackedFormat::kFloat32    ? k * kPanelColumns * 4
          : f == PackedFormat::kBFloat16 ? round_up(k, 2) * kPanelColumns * 2
-         : is_row_major(f)              ? k * kPanelColumns * 2
-         : f == PackedFormat::kU4G32S   ? groups * (512 + 64)
-         : f == PackedFormat::kU4G32    ? groups * (512 + 128)
-         : f == PackedFormat::kU8G32S   ? groups * (1024 + 64)
-                                        : groups * (1024 + 128);
+                                        : k * kPanelColumns * 2;
 }
 constexpr int64_t packed_bytes(PackedFormat f, int64_t n, int64_t k) {
   return is_row_major(f) ? 2 * n * k : ceil_div(n, kPanelColumns) * panel_bytes(f, k);
 }
 
-// Where the parts of one group of 32 k of one panel lie, in bytes.
+// Where the parts of one group of one panel lie, in bytes.
 template <PackedFormat F>
 struct GroupLayout {
-  static constexpr bool kFourBit = F == PackedFormat::kU4G32S || F == PackedFormat::kU4G32;
-  static constexpr bool kHasZero = F == PackedFormat::kU4G32 || F == PackedFormat::kU8G32;
+  static constexpr bool kFourBit = is_four_bit(F), kHasZero = has_zero(F);
   static constexpr int kOffset = kFourBit ? 8 : 128;       // code of the value 0 where no zeros are stored
-  static constexpr int kHalfBytes = kFourBit ? 256 : 512;  // codes of 16 columns
-  static constexpr int kScaleAt = 2 * kHalfBytes;
-  static constexpr int kZeroAt = kScaleAt + 2 * kPanelColumns;
-  static constexpr int kBytes = kHasZero ? kZeroAt + 2 * kPanelColumns : kZeroAt;
+  static constexpr int kHalfBytes = kFourBit ? 256 : 512;  // codes of 32 k of 16 columns
+  static constexpr int kCodeBytes = 2 * kHalfBytes;        // codes of 32 k
+  static constexpr int kParts = group_k(F) / kGroupK;      // of 32 k, in a whole group
+  static constexpr int kScaleBytes = 2 * kPanelColumns;
+  static constexpr int kScaleAt = kParts * kCodeBytes;     // of a whole group
+  static constexpr int kZeroAt = kScaleAt + kScaleBytes;
+  static constexpr int kBytes = kHasZero ? kZeroAt + kScaleBytes : kZeroAt;
+  // Parts of 32 k that group g of a panel has; the scales follow them.
+  TILESTREAM_HOST_DEVICE static constexpr int parts(int64_t k, int64_t g) {
+    const int64_t left = k / kGroupK - g * kParts;
+    return left < kParts ? int(left) : kParts;
+  }
 };
 
 struct LinearParams {
@@ -68,6 +88,7 @@ struct LinearParams {
   DType dtype;         // of x and y: float32, float16, bfloat16; the weight's own where that is row-major
   PackedFormat format;
   bool gemv;           // row-major formats, whose x has rows at multiples of 16 bytes: without tensor cores, for few rows
+  bool weight_only;    // group-quantised formats, x given: floats meet dequantised weights (W4A16, W8A16)
   void* workspace;     // cuda::workspace_bytes() bytes, 16-byte aligned; unused by the CPU backend
 };
 
@@ -89,14 +110,14 @@ struct PackGgufParams {
   PackedFormat format;
 };
 
-// Packs already separated values: q uint8 [n, k] (0..15 or 0..255), scale/zero float32 [n, k / group].
+// Packs already separated values: q uint8 [n, k] (0..15 or 0..255), scale/zero float32 [n, ceil(k / group)].
 // For the float formats, `values` [n, k] float32 is packed instead.
 struct PackParams {
   const float* values;
   const uint8_t* q;
   const float* scale;
   const float* zero;
-  int64_t group;  // multiple of 32
+  int64_t group;  // multiple of group_k(format); the last of a row may be shorter
   void* packed;
   int64_t n, k;
   PackedFormat format;

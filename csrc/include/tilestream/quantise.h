@@ -1,25 +1,32 @@
 // Activations as integers: what the linears on group-quantised weights multiply.
 //
-// Symmetric int8 per row: value = q * scale, q = round(value * 127 / amax) to nearest even, one scale = amax / 127
-// for kScaleK consecutive k (the last of a row may be shorter). Beside them the sum of q over each group of kGroupK,
-// which is all that a weight's zero point meets of a row. A span with a NaN or an infinity gets scale NaN, so that all
-// of the row's outputs are NaN and no other row notices.
+// Symmetric per row and span of kScaleK consecutive k (the last of a row may be shorter): value = q * scale,
+// scale = amax / levels, q = round(value * levels / amax) to nearest even. A row's first k4 elements are INT4 (levels 7),
+// the others INT8 (levels 127): COMET's blocks (2410.12168, section 4), whose channels are permuted offline so that
+// those with outliers come last. Beside them the sum of q over each group of kGroupK, which is all that a weight's zero
+// point meets of a row. A span with a NaN or an infinity gets scale NaN, so that all of the row's outputs are NaN and no
+// other row notices.
+// A row's bytes: k4 / 2 of nibbles (two's complement; in 32 k, byte j has k = j in its low half and k = 16 + j in its
+// high one, as the weights of linear.h), then k - k4 int8.
 #pragma once
 
 #include "tilestream/types.h"
 
 namespace tilestream {
 
-constexpr int kGroupK = 32;   // consecutive k of a weight that share a scale and a zero
+constexpr int kGroupK = 32;   // of k: all lengths of rows are multiples of it
 constexpr int kScaleK = 128;  // consecutive k of an activation row that share a scale
+constexpr float kInt4Levels = 7.0f, kInt8Levels = 127.0f;
 
 struct QuantisedRows {
-  int8_t* q;     // [rows, k], k a multiple of kGroupK
+  int8_t* q;     // [rows, row_bytes(k)]
   float* scale;  // [rows, ceil(k / kScaleK)]
   int32_t* sum;  // [rows, k / kGroupK]; all three contiguous
+  int64_t k4;    // a multiple of kScaleK; 0: all INT8
+  TILESTREAM_HOST_DEVICE int64_t row_bytes(int64_t k) const { return k - k4 / 2; }
 };
 
-// Bytes of the three arrays.
+// Bytes of the three arrays with INT8 alone.
 TILESTREAM_HOST_DEVICE constexpr int64_t quantised_bytes(int64_t rows, int64_t k) {
   return rows * (k + 4 * ceil_div(k, kScaleK) + 4 * (k / kGroupK));
 }

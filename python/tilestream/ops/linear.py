@@ -7,6 +7,7 @@ from enum import IntEnum
 
 import torch
 
+from tilestream._native import _C
 from tilestream.ops.linear_choice import LinearKernel, kernel_for
 from tilestream.ops.memory import Arena
 from tilestream.ops.quantise import QuantisedRows
@@ -24,26 +25,36 @@ class PackedFormat(IntEnum):
     U4G32 = 3
     U8G32S = 4
     U8G32 = 5
-    ROWS_BFLOAT16 = 6
-    ROWS_FLOAT16 = 7
+    U4G128S = 6
+    U4G128 = 7
+    U8G128S = 8
+    ROWS_BFLOAT16 = 9
+    ROWS_FLOAT16 = 10
 
     @property
     def is_quantised(self) -> bool:
-        """Integers with a scale per group of 32, which multiply int8 activations."""
-        return PackedFormat.U4G32S <= self <= PackedFormat.U8G32
+        """Integers with a scale per group, which multiply quantised activations."""
+        return PackedFormat.U4G32S <= self <= PackedFormat.U8G128S
+
+    @property
+    def bits(self) -> int:
+        """Bits of a value."""
+        return {"U4": 4, "U8": 8, "FL": 32}.get(self.name[:2], 16)
+
+    @property
+    def group_size(self) -> int:
+        """Consecutive k that share a scale, 32 or 128; 0 for the float formats."""
+        return (128 if "G128" in self.name else 32) if self.is_quantised else 0
+
+    @property
+    def is_symmetric(self) -> bool:
+        """Group-quantised without zeros: the zero point is the middle of the range."""
+        return self.is_quantised and self.name.endswith("S")
 
     @property
     def is_row_major(self) -> bool:
         """[n, k] without padding: k a multiple of 8, and x of the weight's own dtype."""
         return self >= PackedFormat.ROWS_BFLOAT16
-
-
-_GROUP_BYTES = {
-    PackedFormat.U4G32S: 576,
-    PackedFormat.U4G32: 640,
-    PackedFormat.U8G32S: 1088,
-    PackedFormat.U8G32: 1152,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,15 +74,9 @@ class PackedWeight:
 
     @staticmethod
     def empty(n: int, k: int, format: PackedFormat, *, arena: Arena | None = None) -> PackedWeight:
-        """Room for a packed [n, k] weight, from `arena` if given: panels of 32 columns, groups of 32 along k."""
+        """Room for a packed [n, k] weight, from `arena` if given."""
         format = PackedFormat(format)
-        if format == PackedFormat.FLOAT32:
-            panel = k * 32 * 4
-        elif format == PackedFormat.BFLOAT16:
-            panel = (k + k % 2) * 32 * 2
-        elif format.is_quantised:
-            panel = -(-k // 32) * _GROUP_BYTES[format]
-        num_bytes = 2 * n * k if format.is_row_major else -(-n // 32) * panel
+        num_bytes = _C.packed_bytes(int(format), n, k)
         data = torch.empty(num_bytes, dtype=torch.uint8) if arena is None else arena.empty(num_bytes)
         return PackedWeight(data, n, k, format)
 
@@ -101,16 +106,19 @@ def linear(
     *,
     out: torch.Tensor | None = None,
     kernel: LinearKernel | None = None,
+    act_bits: int = 8,
 ) -> torch.Tensor:
-    """y = x . W^T (+ bias) on a packed weight.
+    """y = x . W^T (+ bias) on a packed weight: W4A16, W4A8, W8A8, or W4Ax by COMET (2410.12168, section 4).
+
 
     Args:
-        x: [num_tokens, k], float32, float16 or bfloat16, last dim contiguous; or int8 rows from an op that quantises.
-            For the group-quantised formats, rows of floats are quantised on the way in, as `quantise` does.
+        x: [num_tokens, k], float32, float16 or bfloat16, last dim contiguous; or rows of integers from an op that
+            quantises. For the group-quantised formats, floats are quantised on the way in, as `quantise` does.
         weight: packed [n, k].
         bias: [n], float32.
-        out: [num_tokens, n], as x (int8 rows: float32, float16 or bfloat16); allocated when None (int8 rows: float32).
+        out: [num_tokens, n], as x (integers: float32, float16 or bfloat16); allocated when None (integers: float32).
         kernel: for row-major weights, which one; None: by num_tokens and the table of `linear_choice`.
+        act_bits: of floats that meet a group-quantised weight: 8 quantises them, 16 multiplies them by the dequantised weight.
     Returns:
         [num_tokens, n], as x. A row's result does not depend on the other rows, bit for bit, but for row-major weights: there
         it depends on the kernel, and with cuBLAS on num_tokens.
@@ -121,6 +129,8 @@ def linear(
     if isinstance(x, QuantisedRows):
         if out is None:
             out = torch.empty(x.q.size(0), weight.n, device=x.q.device)
+        if act_bits != 8:
+            raise ValueError(f"act_bits is {act_bits}; it is for rows of floats, and these are quantised already")
         torch.ops.tilestream.linear_quant(
             x.q, x.scale, x.sum, weight.data, bias, out, n=weight.n, format=weight.format
         )
@@ -135,7 +145,7 @@ def linear(
     elif kernel is not None:
         raise ValueError(f"kernel is {kernel}; only row-major weights have a choice, and this one is {weight.format.name}")
     gemv = kernel == LinearKernel.GEMV
-    torch.ops.tilestream.linear(x, weight.data, bias, out, n=weight.n, format=weight.format, gemv=gemv)
+    torch.ops.tilestream.linear(x, weight.data, bias, out, n=weight.n, format=weight.format, gemv=gemv, act_bits=act_bits)
     return out
 
 
@@ -145,6 +155,7 @@ def pack_weight(
     q: torch.Tensor | None = None,
     scale: torch.Tensor | None = None,
     zero: torch.Tensor | None = None,
+    group: int | None = None,
     format: PackedFormat,
 ) -> PackedWeight:
     """Pack a weight given as floats (FLOAT32, BFLOAT16, ROWS) or as integers with scales (the group-quantised formats).
@@ -152,8 +163,9 @@ def pack_weight(
     Args:
         values: [n, k], float32.
         q: [n, k], uint8: 0..15 for the U4 formats, 0..255 for the U8 ones.
-        scale: [n, k / group], float32, group a multiple of 32: weight = q * scale + zero; stored as float16.
+        scale: [n, ceil(k / group)], float32: weight = q * scale + zero; stored as float16.
         zero: as scale; the symmetric formats have none (zero = -8 * scale or -128 * scale).
+        group: consecutive k that share a scale, a multiple of format.group_size; None: the smallest that scale's shape allows.
         format: the packed format.
     Returns:
         The packed weight.
@@ -164,7 +176,9 @@ def pack_weight(
     if source is None:
         raise ValueError("pack_weight needs values (FLOAT32, BFLOAT16, ROWS) or q and scale (the group-quantised formats)")
     n, k = source.shape
-    group = k if scale is None else k // scale.size(1)
+    if group is None:
+        unit = PackedFormat(format).group_size or 1
+        group = k if scale is None else -(-k // (scale.size(1) * unit)) * unit
     packed = PackedWeight.empty(n, k, format)
     torch.ops.tilestream.pack_weight(values, q, scale, zero, group, packed.data, n=n, k=k, format=format)
     return packed

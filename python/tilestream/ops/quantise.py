@@ -1,4 +1,4 @@
-"""Activations as int8 rows (csrc/include/tilestream/quantise.h)."""
+"""Activations as rows of integers (csrc/include/tilestream/quantise.h)."""
 
 from __future__ import annotations
 
@@ -11,12 +11,16 @@ _GROUP_K, _SCALE_K = 32, 128
 
 @dataclass(frozen=True, slots=True)
 class QuantisedRows:
-    """Symmetric int8 rows: value = q * scale, one scale per row and 128 consecutive elements (W4A8's activations).
+    """Symmetric integers: value = q * scale, one scale per row and 128 consecutive elements (COMET, 2410.12168, section 4).
+
+    The first k4 elements of a row are INT4, in -7..7, the others INT8, in -127..127: W4A8's activations with k4 = 0, W4Ax's
+    otherwise.
 
     Args:
-        q: [num_rows, k], int8 in -127..127, k a multiple of 32.
+        q: [num_rows, k - k4 / 2], int8, k a multiple of 32: k4 / 2 bytes of nibbles (in 32 elements, byte j has element j
+            in its low half, j + 16 in its high one), then one byte an element.
         scale: [num_rows, ceil(k / 128)], float32.
-        sum: [num_rows, k / 32], int32: of q over each group of 32, what a weight's zero point meets of a row.
+        sum: [num_rows, k / 32], int32: of the integers over each group of 32, what a weight's zero point meets of a row.
     """
 
     q: torch.Tensor
@@ -24,24 +28,35 @@ class QuantisedRows:
     sum: torch.Tensor
 
     @staticmethod
-    def empty(num_rows: int, k: int, *, device: torch.device | str = "cpu") -> QuantisedRows:
-        """Room for num_rows rows of k elements."""
+    def empty(num_rows: int, k: int, *, k4: int = 0, device: torch.device | str = "cpu") -> QuantisedRows:
+        """Room for num_rows rows of k elements, the first k4 of them INT4."""
         return QuantisedRows(
-            torch.empty(num_rows, k, dtype=torch.int8, device=device),
+            torch.empty(num_rows, k - k4 // 2, dtype=torch.int8, device=device),
             torch.empty(num_rows, -(-k // _SCALE_K), device=device),
             torch.empty(num_rows, k // _GROUP_K, dtype=torch.int32, device=device),
         )
+
+    @property
+    def k(self) -> int:
+        """Elements of a row."""
+        return self.sum.size(1) * _GROUP_K
+
+    @property
+    def k4(self) -> int:
+        """Elements of a row that are INT4."""
+        return 2 * (self.k - self.q.size(1))
 
     def __getitem__(self, rows: slice) -> QuantisedRows:
         """A range of rows, sharing memory."""
         return QuantisedRows(self.q[rows], self.scale[rows], self.sum[rows])
 
 
-def quantise(x: torch.Tensor, *, out: QuantisedRows | None = None) -> QuantisedRows:
-    """Round every row to int8, to nearest even, with scale = max|x| / 127 of each 128 elements.
+def quantise(x: torch.Tensor, *, k4: int = 0, out: QuantisedRows | None = None) -> QuantisedRows:
+    """Round every row to integers, to nearest even, with scale = max|x| / 127 of each 128 elements (INT4: max|x| / 7).
 
     Args:
         x: [num_rows, k], float32, float16 or bfloat16, last dim contiguous; k a multiple of 32.
+        k4: how many leading elements become INT4, a multiple of 128; `out` has a k4 of its own.
         out: room for [num_rows, k]; allocated when None.
     Returns:
         out. 128 elements of which one is NaN or infinite have scale NaN.
@@ -49,6 +64,6 @@ def quantise(x: torch.Tensor, *, out: QuantisedRows | None = None) -> QuantisedR
         ValueError, TypeError: which argument, what it was, what is allowed.
     """
     if out is None:
-        out = QuantisedRows.empty(x.size(0), x.size(1), device=x.device)
+        out = QuantisedRows.empty(x.size(0), x.size(1), k4=k4, device=x.device)
     torch.ops.tilestream.quantise(x, out.q, out.scale, out.sum)
     return out

@@ -10,12 +10,16 @@ def dequantise(q: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torc
 
     Args:
         q: [n, k] integers.
-        scale, zero: [n, k / group].
+        scale, zero: [n, ceil(k / group)], group the smallest multiple of 32 that gives this shape.
     Returns:
         [n, k], float64.
     """
-    group = q.shape[1] // scale.shape[1]
-    return q.double() * scale.double().repeat_interleave(group, 1) + zero.double().repeat_interleave(group, 1)
+    group, k = -(-q.shape[1] // scale.shape[1] // 32) * 32, q.shape[1]
+
+    def per_value(t: torch.Tensor) -> torch.Tensor:
+        return t.double().repeat_interleave(group, 1)[:, :k]
+
+    return q.double() * per_value(scale) + per_value(zero)
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -32,20 +36,30 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     return y if bias is None else y + bias.double()
 
 
-def quantise(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Symmetric int8 per row and span of 128: scale = max|x| / 127.
+def quantise(x: torch.Tensor, k4: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Symmetric integers per row and span of 128: scale = max|x| / 127, or / 7 for the first k4 elements.
 
     Args:
         x: [m, k].
+        k4: a multiple of 128.
     Returns:
-        q: [m, k], int64 in -127..127, rounded to nearest (ties to even).
+        q: [m, k], int64 in -127..127 or -7..7, rounded to nearest (ties to even).
         scale: [m, ceil(k / 128)], float64; 0 for a span of zeros.
     """
     m, k = x.shape
     padded = torch.nn.functional.pad(x.double(), (0, -k % SCALE_K)).unflatten(1, (-1, SCALE_K))
-    scale = padded.abs().amax(-1) / 127.0
+    levels = torch.full((padded.shape[1],), 127.0, dtype=torch.float64)
+    levels[: k4 // SCALE_K] = 7.0
+    scale = padded.abs().amax(-1) / levels
     q = torch.round(padded / torch.where(scale == 0, 1.0, scale).unsqueeze(-1))
     return q.flatten(1)[:, :k].long(), scale
+
+
+def unpack_rows(q: torch.Tensor, k4: int) -> torch.Tensor:
+    """The integers of quantised rows, [m, k] int64, from q [m, k - k4 / 2] int8."""
+    nibbles = q[:, : k4 // 2].unflatten(1, (-1, 16)).long()
+    low = ((nibbles & 15) ^ 8) - 8
+    return torch.cat([torch.cat([low, nibbles >> 4], -1).flatten(1), q[:, k4 // 2 :].long()], 1)
 
 
 def dequantise_rows(q: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -54,7 +68,7 @@ def dequantise_rows(q: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 
 
 def linear_int8(x: torch.Tensor, q: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor,
-                bias: torch.Tensor | None = None) -> torch.Tensor:
+                bias: torch.Tensor | None = None, k4: int = 0) -> torch.Tensor:
     """What `linear` on a group-quantised weight computes, without its float32 rounding.
 
     y[m, n] = sum over spans of x_scale * sum over its groups of (scale * (x_q . w_q) + zero * sum(x_q))
@@ -62,8 +76,9 @@ def linear_int8(x: torch.Tensor, q: torch.Tensor, scale: torch.Tensor, zero: tor
     Args:
         x: [m, k].
         q: [n, k] unsigned weights.
-        scale, zero: [n, k / group], group a multiple of 32.
+        scale, zero: [n, ceil(k / group)], group a multiple of 32.
+        k4: how many leading elements of a row are INT4.
     Returns:
         [m, n], float64.
     """
-    return linear(dequantise_rows(*quantise(x)), dequantise(q, scale, zero), bias)
+    return linear(dequantise_rows(*quantise(x, k4)), dequantise(q, scale, zero), bias)
