@@ -51,10 +51,10 @@ def test_quantise(backend: testing.Backend, rows: int, k: int, dtype: torch.dtyp
 def test_int4_blocks(backend: testing.Backend, rows: int, k: int, k4: int, dtype: torch.dtype) -> None:
     """From each op that quantises."""
     x = torch.randn(rows, 2 * k).to(dtype)
-    room = testing.Guarded((rows, k - k4 // 2), torch.int8)
-    out = dataclasses.replace(QuantisedRows.empty(rows, k, k4=k4), q=room.tensor)
+    q, memory = testing.guarded_contiguous((rows, k - k4 // 2), torch.int8)
+    out = dataclasses.replace(QuantisedRows.empty(rows, k, k4=k4), q=q)
     check_rows(ops.quantise(x[:, :k], out=out), x[:, :k].double())
-    room.assert_untouched_outside()
+    testing.assert_margins(memory)
     values = activation_reference.silu_and_mul(x)
     check_rows(ops.silu_and_mul_quant(x, k4=k4), values, 16 * testing.unit_roundoff(torch.float32) * float(values.abs().max()))
     residual, weight = torch.randn(rows, k).to(dtype), 1 + 0.2 * torch.randn(k)

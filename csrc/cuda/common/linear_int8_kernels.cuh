@@ -61,9 +61,8 @@ __global__ void __launch_bounds__(kBlockThreads, 2) int8_flat_kernel(const __gri
     fetch((at + kStages - 1) % kStages, span + kStages - 1);
     ptx::cp_async_wait_group<kStages - 1>();
     __syncwarp();
-    SpanWeight<F> weight;
-    load_weight<F>(ring[at].weight[0], weight);
-    multiply_span<F, 1>(weight, ring[at].rows, total);
+    const auto& stage = ring[at];
+    multiply_span<F, 1>(is_int4<F>(p, span), stage.weight[0], stage.rows, stage.scale, total);
     __syncwarp();  // before the stage is overwritten
     at = (at + 1) % kStages;
   }
@@ -112,9 +111,9 @@ __global__ void __launch_bounds__(TileStorage<F, kTiles, kRowGroups>::kThreads, 
     ptx::cp_async_wait_group<kStages - 2>();
     __syncthreads();  // the span is here, and everybody has left the stage that is filled next
     fetch((at + kStages - 1) % kStages, span + kStages - 1);
-    SpanWeight<F> weight;
-    load_weight<F>(ring[at].weight[warp % kTilePanels], weight);
-    multiply_span<F, kTiles>(weight, ring[at].rows + row_in_tile, total);
+    const auto& stage = ring[at];
+    multiply_span<F, kTiles>(is_int4<F>(p, span), stage.weight[warp % kTilePanels], stage.rows + row_in_tile,
+                             stage.scale + row_in_tile, total);
     at = (at + 1) % kStages;
     for (; slice < end_slice && span + 1 >= first_span(num_spans, slice + 1); ++slice) {
       add_fragments<kTiles>(sum, total);
@@ -134,7 +133,7 @@ void launch_int8_tiles(const LinearParams& p, Stream stream) {
   launch_tiles(kKernel, Storage::kRows, Storage::kThreads, sizeof(Storage), p, stream);
 }
 
-// Instantiations: 4 formats x tiles of 8, 16, 32, 64 and, for all but kU8G32, 128 rows.
+// Instantiations: 7 formats x tiles of 8, 16, 32, 64 and, for all but kU8G32, 128 rows.
 template <PackedFormat F>
 void launch_int8(const LinearParams& p, Stream stream) {
   constexpr int kMostTiles = F == PackedFormat::kU8G32 ? 4 : 8;  // whose weights leave no registers for 8

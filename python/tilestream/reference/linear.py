@@ -10,11 +10,13 @@ def dequantise(q: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torc
 
     Args:
         q: [n, k] integers.
-        scale, zero: [n, ceil(k / group)], group the smallest multiple of 32 that gives this shape.
+        scale, zero: [n, ceil(k / group)], group the smallest of 32, 64, 128, ... that gives this shape.
     Returns:
         [n, k], float64.
     """
-    group, k = -(-q.shape[1] // scale.shape[1] // 32) * 32, q.shape[1]
+    k, group = q.shape[1], 32
+    while -(-k // group) > scale.shape[1]:
+        group *= 2
 
     def per_value(t: torch.Tensor) -> torch.Tensor:
         return t.double().repeat_interleave(group, 1)[:, :k]
