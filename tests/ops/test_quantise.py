@@ -150,6 +150,21 @@ def test_linear_on_int4_blocks(
             assert torch.equal(out.tensor, want.to(dtype))
 
 
+@pytest.mark.parametrize("format", [PackedFormat.U4G128S, PackedFormat.U4G128], ids=lambda f: f.name)
+def test_int4_rows_do_not_depend_on_others(backend: testing.Backend, format: PackedFormat) -> None:
+    n, k, k4 = 40, 1184, 640
+    q, scale = torch.randint(16, (n, k), dtype=torch.uint8), torch.rand(n, -(-k // 128))
+    weight = ops.pack_weight(q=q, scale=scale, zero=None if format.is_symmetric else -5 * scale, format=format)
+    x = torch.randn(70, k)
+
+    def product(rows: torch.Tensor) -> torch.Tensor:
+        return ops.linear(ops.quantise(rows, k4=k4), weight, out=torch.empty(rows.size(0), n))
+
+    alone = torch.cat([product(rows) for rows in x.split(7)])
+    for m in (9, 17, 33, 70):
+        assert torch.equal(product(x[:m]), alone[:m]), m
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_what_is_not_finite_stays_in_its_span(backend: testing.Backend, bad: float) -> None:
     x = torch.randn(3, 320)

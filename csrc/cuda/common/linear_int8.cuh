@@ -206,7 +206,7 @@ __device__ __forceinline__ void multiply_part(const SpanWeight<F, kInt4>& w, int
 template <PackedFormat F, bool kInt4, int kTiles>
 __device__ __forceinline__ void multiply_rows(const uint4* panel, const SpanRow* rows, const float* scales,
                                               Fragments<kTiles>& total) {
-  constexpr int kParts = GroupLayout<F>::kParts, kStep = kInt4 ? 2 : 1;
+  constexpr int kParts = GroupLayout<F>::kParts;
   constexpr bool kHasZero = has_zero(F);
   const int lane = threadIdx.x % kWarpSize, g = lane / 4, t = lane % 4;
   SpanWeight<F, kInt4> w;
@@ -218,14 +218,6 @@ __device__ __forceinline__ void multiply_rows(const uint4* panel, const SpanRow*
     float acc[2][4] = {};
 #pragma unroll
     for (int j = 0; j < kSpanGroups<F>; ++j) {
-      int dot[2][4];
-#pragma unroll
-      for (int i = 0; i < 8; ++i) dot[i / 4][i % 4] = kMagicBits;
-#pragma unroll
-      for (int part = j * kParts; part < (j + 1) * kParts; part += kStep) {
-        multiply_part<F, kInt4>(w, part, 0, x, dot[0]);
-        multiply_part<F, kInt4>(w, part, 1, x, dot[1]);
-      }
       float sum[2] = {};
       if constexpr (kHasZero) {
 #pragma unroll
@@ -237,14 +229,21 @@ __device__ __forceinline__ void multiply_rows(const uint4* panel, const SpanRow*
         }
       }
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const int h = i / 4, c = i / 2;
-        const float scale = w.scale[j][c];
-        float& to = acc[h][i % 4];
-        // In one instruction: kMagic * scale is exact, for scale is a float16.
-        if constexpr (kSpanGroups<F> == 1) to = fmaf(__int_as_float(dot[h][i % 4]), scale, -kMagic * scale);
-        else to = fmaf(magic_to_float(dot[h][i % 4]), scale, to);
-        if constexpr (kHasZero) to = fmaf(w.zero[j][c], sum[i % 2], to);
+      for (int h = 0; h < 2; ++h) {
+        int dot[4] = {kMagicBits, kMagicBits, kMagicBits, kMagicBits};
+#pragma unroll
+        for (int part = 0; part < kParts; part += kInt4 ? 2 : 1)
+          multiply_part<F, kInt4>(w, j * kParts + part, h, x, dot);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int c = 2 * h + i / 2;
+          const float scale = w.scale[j][c];
+          float& to = acc[h][i];
+          // In one instruction: kMagic * scale is exact, for scale is a float16.
+          if constexpr (kSpanGroups<F> == 1) to = fmaf(__int_as_float(dot[i]), scale, -kMagic * scale);
+          else to = fmaf(magic_to_float(dot[i]), scale, to);
+          if constexpr (kHasZero) to = fmaf(w.zero[j][c], sum[i % 2], to);
+        }
       }
     }
 #pragma unroll

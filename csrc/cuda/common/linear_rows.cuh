@@ -122,12 +122,17 @@ __global__ void __launch_bounds__(kRowsThreads) rows_kernel(const __grid_constan
   }
   ptx::cp_async_wait_all();
   const int64_t panel = blockIdx.y * kRowsWarps + threadIdx.x / kWarpSize;
-  if (panel * kPanelColumns < p.n) store_fragments<kTiles>(p, first_row, panel, total);
+  const int shares = num_slices > 1 ? slice : kAllSlices;
+  if (panel * kPanelColumns < p.n) store_fragments<kTiles>(p, first_row, panel, total, {0, 0}, shares);
 }
 
 template <class T, int kTiles>
 void launch_row_tiles(const LinearParams& p, Stream stream) {
-  launch_tiles(rows_kernel<T, kTiles>, 8 * kTiles, kRowsThreads, sizeof(RowsStorage<kTiles>), p, stream);
+  const int slices = num_slices(p);
+  const dim3 grid(unsigned(ceil_div(p.m, 8 * kTiles)), unsigned(ceil_div(p.n, kTileColumns)), unsigned(slices));
+  launch(rows_kernel<T, kTiles>, {.grid = grid, .block = kRowsThreads, .smem_bytes = sizeof(RowsStorage<kTiles>),
+                                  .stream = stream}, p);
+  if (slices > 1) launch_sum(p, {0, 0}, slices, stream);
 }
 
 // Instantiations: 2 element types x tiles of 8, 16, 32 and 64 rows.
