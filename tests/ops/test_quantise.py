@@ -165,6 +165,16 @@ def test_int4_rows_do_not_depend_on_others(backend: testing.Backend, format: Pac
         assert torch.equal(product(x[:m]), alone[:m]), m
 
 
+def test_int4_rows_meet_groups_of_128_on_a_gpu(backend: testing.Backend) -> None:
+    weight = ops.pack_weight(q=torch.zeros(32, 128, dtype=torch.uint8), scale=torch.ones(32, 4), format=PackedFormat.U4G32S)
+    rows = ops.quantise(torch.zeros(1, 128), k4=128)
+    if backend.name == "cpu":
+        assert not ops.linear(rows, weight).any()
+        return
+    with pytest.raises((ValueError, RuntimeError), match=r"format is 2; INT4 activations meet formats 6 and 7"):
+        ops.linear(rows, weight)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_what_is_not_finite_stays_in_its_span(backend: testing.Backend, bad: float) -> None:
     x = torch.randn(3, 320)

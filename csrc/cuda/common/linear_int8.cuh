@@ -6,13 +6,14 @@
 // bytes of weights in a dozen instructions and multiplies them by two mma, while dot products (dp4a) would
 // take 8 instructions a row.
 //
-// Lane (g, t) = (lane / 4, lane % 4) takes k 4t .. 4t + 3 and 16 + 4t .. 16 + 4t + 3 of every 32, of columns 4g ..
-// 4g + 3: 16 bytes of 4-bit codes, or twice 16 of 8-bit ones. INT8 spans meet codes of 8 bits (m16n8k32). INT4 spans,
-// which only 4-bit weights in groups of 128 meet, have their nibbles in the order of the weight's: one word of each,
-// as it is, is half of an operand of m16n8k64.
+// Lane (g, t) = (lane / 4, lane % 4) takes k 4t .. 4t + 3 and 16 + 4t .. 16 + 4t + 3 of every 32, of columns
+// 4g .. 4g + 3: 16 bytes of 4-bit codes, or twice 16 of 8-bit ones. INT8 spans meet codes of 8 bits
+// (m16n8k32). INT4 spans, which only 4-bit weights in groups of 128 meet, have their nibbles in the order of
+// the weight's: one word of each, as it is, is half of an operand of m16n8k64.
 //
-// A format without zeros is multiplied as signed integers, so that the activations' sums are not needed. So are nibbles with
-// zeros, which are moved by 8 steps: ptxas copies the accumulators of u4 x s4, twice as many instructions in all.
+// A format without zeros is multiplied as signed integers, so that the activations' sums are not needed. So
+// are nibbles with zeros, which are moved by 8 steps: ptxas copies the accumulators of u4 x s4, a quarter
+// more instructions in all.
 //
 // Inner products of a group are exact in int32; then, in order,
 //     acc = acc + float(int32) * weight_scale  (+ weight_zero * float(x_sum))
@@ -35,7 +36,9 @@ template <PackedFormat F>
 constexpr int kSpanChunks = kSpanGroups<F> * GroupLayout<F>::kBytes / 16;  // of 16 bytes, of one panel
 
 // Whose rows may have INT4 spans.
-TILESTREAM_HOST_DEVICE constexpr bool takes_int4(PackedFormat f) { return is_four_bit(f) && group_k(f) == kScaleK; }
+TILESTREAM_HOST_DEVICE constexpr bool takes_int4(PackedFormat f) {
+  return is_four_bit(f) && group_k(f) == kScaleK;
+}
 
 // One row of a span; its size of 144 bytes puts the words of a fragment's 8 rows into different banks.
 struct alignas(16) SpanRow {
@@ -123,7 +126,8 @@ struct SpanWeight {
   static constexpr int kGroups = kSpanGroups<F>;
   // Signed nibbles become bytes in their high half: 16 times as large.
   static constexpr float kUnit = Layout::kFourBit && !Layout::kHasZero && !kInt4 ? 1.0f / 16 : 1.0f;
-  unsigned codes[kSpanParts][4][kInt4 ? 1 : 2];  // [32 k][column]: nibbles; or [0] k 4t .. 4t + 3, [1] k 16 + 4t on
+  // Of 32 k and a column: nibbles, or [0] k 4t .. 4t + 3, [1] k 16 + 4t .. 16 + 4t + 3.
+  unsigned codes[kSpanParts][4][kInt4 ? 1 : 2];
   float scale[kGroups][4];
   float zero[Layout::kHasZero ? kGroups : 1][4];
 };
@@ -185,7 +189,8 @@ constexpr int kMagicBits = 0x4b400000;
 constexpr float kMagic = 12582912.0f;
 __device__ __forceinline__ float magic_to_float(int bits) { return __int_as_float(bits) - kMagic; }
 
-// Products of 32 k (INT8) or 64 k (INT4) of columns 4g + 2h and 4g + 2h + 1, from `part` on. x: words t of the row.
+// Products of 32 k (INT8) or 64 k (INT4) from `part` on, of columns 4g + 2h and 4g + 2h + 1. x: a row's words
+// from t on.
 template <PackedFormat F, bool kInt4>
 __device__ __forceinline__ void multiply_part(const SpanWeight<F, kInt4>& w, int part, int h,
                                               const unsigned* x, int (&dot)[4]) {
@@ -219,16 +224,6 @@ __device__ __forceinline__ void multiply_rows(const uint4* panel, const SpanRow*
     float acc[2][4] = {};
 #pragma unroll
     for (int j = 0; j < kSpanGroups<F>; ++j) {
-      float sum[2] = {};
-      if constexpr (kHasZero) {
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          int bits = kMagicBits;
-#pragma unroll
-          for (int part = 0; part < kParts; ++part) bits += mine[r].sum[j * kParts + part];
-          sum[r] = magic_to_float(bits);
-        }
-      }
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         int dot[4] = {kMagicBits, kMagicBits, kMagicBits, kMagicBits};
@@ -243,8 +238,20 @@ __device__ __forceinline__ void multiply_rows(const uint4* panel, const SpanRow*
           // In one instruction: kMagic * scale is exact, for scale is a float16.
           if constexpr (kSpanGroups<F> == 1) to = fmaf(__int_as_float(dot[i]), scale, -kMagic * scale);
           else to = fmaf(magic_to_float(dot[i]), scale, to);
-          if constexpr (kHasZero) to = fmaf(w.zero[j][c], sum[i % 2], to);
         }
+      }
+      if constexpr (kHasZero) {
+        float sum[2];
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          int bits = kMagicBits;
+#pragma unroll
+          for (int part = 0; part < kParts; ++part) bits += mine[r].sum[j * kParts + part];
+          sum[r] = magic_to_float(bits);
+        }
+#pragma unroll
+        for (int i = 0; i < 8; ++i)
+          acc[i / 4][i % 4] = fmaf(w.zero[j][i / 2], sum[i % 2], acc[i / 4][i % 4]);
       }
     }
 #pragma unroll

@@ -10,8 +10,8 @@
 //
 // Above: int8_tile_kernel. A block has 4 panels and a tile of 16 to 128 rows; its warps share each span's
 // weights and rows in one ring, so that rows are read from L2 once for 128 columns: with one panel a block,
-// M = 64 would read 3.6 times as many bytes of rows as of 4-bit weights. Tiles that would leave half of the GPU
-// without work, a few or those of the last wave, are divided: each slice gets a block of its own, and
+// M = 64 would read 3.6 times as many bytes of rows as of 4-bit weights. Tiles that would leave half of the
+// GPU without work, a few or those of the last wave, are divided: each slice gets a block of its own, and
 // sum_slices_kernel adds what they leave. Budgets: docs/kernels/linear_w4ax.md.
 #pragma once
 
@@ -88,8 +88,9 @@ struct TileStorage {
   Stage ring[kStages];
 };
 
-// Blocks: one for each of the first `whole` tiles, then one for each slice of the others, those with INT8 spans
-// first, for they take the longest. Rows first: blocks that run at the same time then share weights in L2.
+// Blocks: one for each of the first `whole` tiles, then one for each slice of the others, those with INT8
+// spans first, for they take the longest. Rows first: blocks that run at the same time then share weights in
+// L2.
 template <PackedFormat F, int kTiles, int kRowGroups>
 __global__ void __launch_bounds__(TileStorage<F, kTiles, kRowGroups>::kThreads, 1)
     int8_tile_kernel(const __grid_constant__ LinearParams p, unsigned whole) {
@@ -136,7 +137,7 @@ __global__ void __launch_bounds__(TileStorage<F, kTiles, kRowGroups>::kThreads, 
   const int64_t panel = first_panel + warp % kTilePanels;
   if (panel * kPanelColumns >= p.n) return;
   const SharedTiles shared = shared_tiles(whole, tiles_m, Storage::kRows);
-  store_fragments<kTiles>(p, first_row + row_in_tile, panel, sum, shared, own_slice);
+  store_fragments<kTiles>(p, first_row + row_in_tile, panel, sum, own_slice, shared);
 }
 
 template <PackedFormat F, int kTiles, int kRowGroups>
@@ -146,9 +147,11 @@ void launch_int8_tiles(const LinearParams& p, Stream stream) {
   const unsigned tiles_m = unsigned(ceil_div(p.m, Storage::kRows));
   const unsigned tiles = tiles_m * unsigned(ceil_div(p.n, kTileColumns));
   const unsigned wave = resident_blocks(kKernel, Storage::kThreads, sizeof(Storage)), last = tiles % wave;
-  const unsigned shared = last <= std::min<unsigned>(wave / 2, kMostSharedTiles) ? last : 0, whole = tiles - shared;
-  launch(kKernel, {.grid = whole + kSlices * shared, .block = Storage::kThreads, .smem_bytes = sizeof(Storage),
-                   .stream = stream}, p, whole);
+  const unsigned shared = last <= std::min<unsigned>(wave / 2, kMostSharedTiles) ? last : 0;
+  const unsigned whole = tiles - shared;
+  const LaunchConfig config{.grid = whole + kSlices * shared, .block = Storage::kThreads,
+                            .smem_bytes = sizeof(Storage), .stream = stream};
+  launch(kKernel, config, p, whole);
   if (shared > 0) launch_sum(p, shared_tiles(whole, tiles_m, Storage::kRows), kSlices, stream);
 }
 

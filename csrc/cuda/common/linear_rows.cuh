@@ -122,17 +122,18 @@ __global__ void __launch_bounds__(kRowsThreads) rows_kernel(const __grid_constan
   }
   ptx::cp_async_wait_all();
   const int64_t panel = blockIdx.y * kRowsWarps + threadIdx.x / kWarpSize;
-  const int shares = num_slices > 1 ? slice : kAllSlices;
-  if (panel * kPanelColumns < p.n) store_fragments<kTiles>(p, first_row, panel, total, {0, 0}, shares);
+  if (panel * kPanelColumns >= p.n) return;
+  store_fragments<kTiles>(p, first_row, panel, total, num_slices > 1 ? slice : kAllSlices);
 }
 
 template <class T, int kTiles>
 void launch_row_tiles(const LinearParams& p, Stream stream) {
   const int slices = num_slices(p);
-  const dim3 grid(unsigned(ceil_div(p.m, 8 * kTiles)), unsigned(ceil_div(p.n, kTileColumns)), unsigned(slices));
-  launch(rows_kernel<T, kTiles>, {.grid = grid, .block = kRowsThreads, .smem_bytes = sizeof(RowsStorage<kTiles>),
-                                  .stream = stream}, p);
-  if (slices > 1) launch_sum(p, {0, 0}, slices, stream);
+  const unsigned tiles_m = unsigned(ceil_div(p.m, 8 * kTiles)), tiles_n = unsigned(ceil_div(p.n, kTileColumns));
+  const LaunchConfig config{.grid = dim3(tiles_m, tiles_n, unsigned(slices)), .block = kRowsThreads,
+                            .smem_bytes = sizeof(RowsStorage<kTiles>), .stream = stream};
+  launch(rows_kernel<T, kTiles>, config, p);
+  if (slices > 1) launch_sum(p, {}, slices, stream);
 }
 
 // Instantiations: 2 element types x tiles of 8, 16, 32 and 64 rows.

@@ -77,12 +77,13 @@ __device__ __forceinline__ void store_tile(const LinearParams& p, const SliceSum
   }
 }
 
-// The tiles that blocks of one slice each share: those of `column` on, but of its own kTileColumns only from `row` on.
-struct SharedTiles { int64_t column, row; };
+// The tiles that blocks of one slice each share: those from `column` on, but of its own kTileColumns only from
+// `row` on.
+struct SharedTiles { int64_t column = 0, row = 0; };
 
 // Where a block of `slice` leaves its sum of columns n on of a row, for sum_slices_kernel.
-__device__ __forceinline__ float* partial_sum(const LinearParams& p, const SharedTiles& shared, int slice,
-                                              int64_t row, int64_t n) {
+__device__ __forceinline__ float* partial_sum(const LinearParams& p, int slice, int64_t row, int64_t n,
+                                              const SharedTiles& shared = {}) {
   const int64_t columns = round_up(p.n, kPanelColumns) - shared.column;
   return static_cast<float*>(p.workspace) + (slice * p.m + row) * columns + n - shared.column;
 }
@@ -92,8 +93,8 @@ constexpr int kAllSlices = -1;
 // A warp's finished rows of one panel: to y with the bias, or one slice of them to the partial sums.
 template <int kTiles>
 __device__ __forceinline__ void store_fragments(const LinearParams& p, int64_t first_row, int64_t panel,
-                                                const Fragments<kTiles>& from, const SharedTiles& shared,
-                                                int slice) {
+                                                const Fragments<kTiles>& from, int slice,
+                                                const SharedTiles& shared = {}) {
   const int lane = threadIdx.x % kWarpSize, g = lane / 4, t = lane % 4;
   const int64_t n = panel * kPanelColumns + 4 * g;
 #pragma unroll
@@ -102,7 +103,7 @@ __device__ __forceinline__ void store_fragments(const LinearParams& p, int64_t f
     if (row >= p.m) continue;
     const float4 four = fragment_row(from[i / 2], i % 2);
     if (slice != kAllSlices) {
-      *reinterpret_cast<float4*>(partial_sum(p, shared, slice, row, n)) = four;
+      *reinterpret_cast<float4*>(partial_sum(p, slice, row, n, shared)) = four;
     } else {
       const float values[4] = {four.x, four.y, four.z, four.w};
 #pragma unroll
@@ -120,9 +121,9 @@ static __global__ void __launch_bounds__(kSumThreads)
     sum_slices_kernel(const __grid_constant__ LinearParams p, SharedTiles shared, int num_slices) {
   const int64_t n = shared.column + int64_t(blockIdx.y) * kSumThreads + threadIdx.x, row = blockIdx.x;
   if (n >= p.n || (n < shared.column + kTileColumns && row < shared.row)) return;
-  float sum = *partial_sum(p, shared, 0, row, n);
+  float sum = *partial_sum(p, 0, row, n, shared);
 #pragma unroll 4
-  for (int slice = 1; slice < num_slices; ++slice) sum += *partial_sum(p, shared, slice, row, n);
+  for (int slice = 1; slice < num_slices; ++slice) sum += *partial_sum(p, slice, row, n, shared);
   store_as(p.dtype, p.y, row * p.y_row_stride + n, sum + bias_of(p, n));
 }
 
