@@ -14,6 +14,7 @@ from tilestream.models.errors import ModelLoadError
 from tilestream.models.gguf_reader import GgufFile
 from tilestream.models.gguf_tokenizer import tokenizer_from_gguf
 from tilestream.models.hf_checkpoint import HfCheckpoint, read_json
+from tilestream.models.hf_quantised import quantisation_of
 from tilestream.models.hf_tokenizer import tokenizer_from_hf
 from tilestream.models.llama import LlamaModel, build_model
 from tilestream.models.tokenizer import Tokenizer
@@ -45,7 +46,8 @@ def load_model(
         spec: an alias ("smollm2-135m-instruct"), a .gguf file, a directory with config.json, safetensors and
             tokenizer.json (or with one .gguf file), or a Hugging Face hub id ("owner/name").
         dtype: "auto" keeps a GGUF file's quantised and float32 weights as they are and makes everything else (its
-            16-bit floats, all Hugging Face weights) bfloat16; "float32" and "bfloat16" hold all weights in that type.
+            16-bit floats, all unquantised Hugging Face weights) bfloat16; GPTQ's, AWQ's and compressed-tensors' integers
+            stay, too. "float32" and "bfloat16" hold all weights in that type.
         progress: called with (bytes done, bytes in all) while weights are packed.
         placement: where the model runs.
     Returns:
@@ -58,11 +60,13 @@ def load_model(
         raise ValueError(f"dtype is {dtype!r}; allowed: {', '.join(DTYPES)}")
     path = resolve(str(spec))
     if path.is_dir():
-        config = config_from_hf(read_json(path / "config.json"), str(path / "config.json"))
-        checkpoint = HfCheckpoint(path, config)
+        source, fields = str(path / "config.json"), read_json(path / "config.json")
+        config = config_from_hf(fields, source)
+        quantised = fields.get("quantization_config")
+        checkpoint = HfCheckpoint(path, config, quantisation_of(quantised, source) if quantised else None)
+        dtype = "bfloat16" if dtype == "auto" and not quantised else dtype
         tokenizer = tokenizer_from_hf(path)
         size_bytes = sum(file.stat().st_size for file in path.glob("*.safetensors"))
-        dtype = "bfloat16" if dtype == "auto" else dtype
     else:
         checkpoint = GgufFile(path)
         config = config_from_gguf(checkpoint)

@@ -8,9 +8,9 @@ import torch
 from gguf import GGMLQuantizationType
 
 from tilestream.layers.linear import Linear, StackedLinear
-from tilestream.models.checkpoint import Checkpoint, RawTensor
+from tilestream.models.checkpoint import Checkpoint, QuantisedTensor, RawTensor
 from tilestream.models.errors import ModelLoadError
-from tilestream.ops.linear import PackedFormat, PackedWeight
+from tilestream.ops.linear import PackedFormat, PackedWeight, pack_weight
 from tilestream.ops.memory import Arena
 from tilestream.placement import CPU, Placement
 
@@ -87,6 +87,7 @@ class WeightLoader:
             joins = (
                 groups
                 and self._packed_format(raw) == self._packed_format(raws[i - 1])
+                and _group(raw) == _group(raws[i - 1])
                 and raw.num_rows % _PANEL_COLUMNS == 0
                 and all(raws[j].num_rows % _PANEL_COLUMNS == 0 for j in groups[-1])
             )
@@ -97,13 +98,14 @@ class WeightLoader:
         parts = [self._pack([names[i] for i in group], [raws[i] for i in group]) for group in groups]
         return parts[0] if len(parts) == 1 else StackedLinear(parts)
 
-    def _packed_format(self, raw: RawTensor) -> PackedFormat:
-        format = _OWN_FORMATS[raw.type] if self._format is None else self._format
+    def _packed_format(self, raw: RawTensor | QuantisedTensor) -> PackedFormat:
+        own = raw.packed_format if isinstance(raw, QuantisedTensor) else _OWN_FORMATS[raw.type]
+        format = own if self._format is None else self._format
         # A GPU's activations are bfloat16, and such weights are best left as cuBLAS takes them too.
         as_rows = self.placement.dtype == torch.bfloat16 and raw.num_columns % 8 == 0
         return PackedFormat.ROWS_BFLOAT16 if format == PackedFormat.BFLOAT16 and as_rows else format
 
-    def _raw(self, name: str, n: int, k: int) -> RawTensor:
+    def _raw(self, name: str, n: int, k: int) -> RawTensor | QuantisedTensor:
         raw = self.checkpoint.tensor(name + ".weight")
         if (raw.num_rows, raw.num_columns) != (n, k):
             raise ModelLoadError(
@@ -113,19 +115,22 @@ class WeightLoader:
         self._used.add(name + ".weight")
         return raw
 
-    def _pack(self, names: Sequence[str], raws: Sequence[RawTensor]) -> Linear:
+    def _pack(self, names: Sequence[str], raws: Sequence[RawTensor | QuantisedTensor]) -> Linear:
         """One packed weight of tensors that share a format; all but a lone one fill whole panels."""
         format = self._packed_format(raws[0])
         n, k = sum(raw.num_rows for raw in raws), raws[0].num_columns
         packed = PackedWeight.empty(n, k, format, arena=self._arena)
-        row = 0
-        for raw in raws:
-            torch.ops.tilestream.pack_gguf(
-                raw.rows, int(raw.type), packed.data, n=raw.num_rows, k=k, panel_begin=row // _PANEL_COLUMNS,
-                format=int(format),
-            )
-            row += raw.num_rows
-            self._advance(raw.rows.numel())
+        if isinstance(raws[0], QuantisedTensor):
+            _pack_quantised(raws, packed)
+        else:
+            row = 0
+            for raw in raws:
+                torch.ops.tilestream.pack_gguf(
+                    raw.rows, int(raw.type), packed.data, n=raw.num_rows, k=k, panel_begin=row // _PANEL_COLUMNS,
+                    format=int(format),
+                )
+                row += raw.num_rows
+        self._advance(sum(raw.num_bytes for raw in raws))
         bias = self._bias(names, [raw.num_rows for raw in raws])
         return Linear(packed.to(self.placement.device), bias, self.placement.linear_kernel)
 
@@ -154,3 +159,23 @@ class WeightLoader:
                 f"{self.checkpoint.path}: {len(unused)} tensors belong to no known part of this model family: "
                 f"{', '.join(unused[:5])}"
             )
+
+
+def _group(raw: RawTensor | QuantisedTensor) -> int:
+    return raw.group if isinstance(raw, QuantisedTensor) else 0
+
+
+def _pack_quantised(parts: Sequence[QuantisedTensor], packed: PackedWeight) -> None:
+    """Packs weights of one input, one below the other, that share a group and a format."""
+    if not packed.format.is_quantised:
+        pack_weight(torch.cat([part.values for part in parts]), out=packed)
+        return
+    first = parts[0]
+    unit = packed.format.group_size
+    pack_weight(
+        q=torch.cat([part.q for part in parts]),
+        scale=torch.cat([part.scale for part in parts]),
+        zero=None if first.zero is None else torch.cat([part.zero for part in parts]),
+        group=-(-first.group // unit) * unit,
+        out=packed,
+    )
