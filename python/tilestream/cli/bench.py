@@ -76,6 +76,7 @@ def command(
     repeats: Annotated[
         int, typer.Option(metavar="N", min=1, help="Times each case is measured; the median is shown.")
     ] = 3,
+    dtype: options.WeightDtypeOption = options.WeightDtype.auto,
     kv_dtype: options.KvDtypeOption = options.KvDtype.auto,
     token_budget: options.TokenBudget = 512,
     batch_invariant: options.BatchInvariant = False,
@@ -96,6 +97,7 @@ def command(
     with loading_bar(model) as progress:
         llm = LLM(
             model,
+            dtype=dtype.value,
             kv_dtype=kv_dtype.value,
             kv_cache_tokens=max(prompt_tokens, decode_cache_tokens, load_cache_tokens) + _SPARE_TOKENS,
             max_num_seqs=max(*sizes, _SERVER_NUM_SEQS),
@@ -110,9 +112,11 @@ def command(
     cases = [_measure_prompt(llm, prompt_tokens, repeats)]
     cases += [_measure_decode(llm, size, decode_tokens, repeats) for size in sizes]
     load_result = _measure_load(llm, load, load_in, load_out, load_rate, repeats) if load else None
-    _print_tables(f"{model}, {_C.num_threads()} threads", cases, load_result)
+    memory = f"weights {llm.weight_bytes / 1e6:.1f} MB, KV cache {llm.kv_token_bytes} bytes a token"
+    _print_tables(f"{model}, {_C.num_threads()} threads; {memory}", cases, load_result)
     if json_path is not None:
-        facts = {"model": model, "num_threads": _C.num_threads(), "kv_dtype": kv_dtype.value}
+        facts = {"model": model, "num_threads": _C.num_threads(), "dtype": dtype.value, "kv_dtype": kv_dtype.value}
+        facts |= {"weight_bytes": llm.weight_bytes, "kv_token_bytes": llm.kv_token_bytes}
         result = facts | {
             "cases": [asdict(case) for case in cases],
             "load": None if load_result is None else asdict(load_result),

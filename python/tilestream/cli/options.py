@@ -36,6 +36,24 @@ NumThreads = Annotated[
 ]
 
 
+class WeightDtype(str, Enum):
+    """Types of the weights."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+WeightDtypeOption = Annotated[
+    WeightDtype,
+    typer.Option(
+        "--dtype",
+        help="Type of the weights; auto: quantised ones as they are, bfloat16 for others.",
+        rich_help_panel="Engine",
+    ),
+]
+
+
 class KvDtype(str, Enum):
     """Types of the KV cache."""
 

@@ -29,12 +29,13 @@ _HUB_FILES = ["*.json", "*.safetensors", "*.jinja"]
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """What runs a model: its decoder, tokenizer and shape, and the name to show."""
+    """What runs a model: its decoder, tokenizer and shape, the name to show, and the bytes of its weight matrices."""
 
     model: LlamaModel
     tokenizer: Tokenizer
     config: ModelConfig
     name: str
+    weight_bytes: int
 
 
 def load_model(
@@ -72,10 +73,11 @@ def load_model(
         config = config_from_gguf(checkpoint)
         tokenizer = tokenizer_from_gguf(checkpoint)
         size_bytes = path.stat().st_size
-    model = build_model(config, WeightLoader(checkpoint, dtype, progress, size_bytes, placement))
+    weights = WeightLoader(checkpoint, dtype, progress, size_bytes, placement)
+    model = build_model(config, weights)
     if progress is not None:
         progress(size_bytes, size_bytes)
-    return LoadedModel(model, tokenizer, config, _name(str(spec), path))
+    return LoadedModel(model, tokenizer, config, _name(str(spec), path), weights.packed_bytes)
 
 
 def resolve(spec: str) -> Path:

@@ -41,6 +41,8 @@ class WeightLoader:
         progress: called with (bytes done, bytes in all), or None.
         total_bytes: size of the checkpoint, for `progress`.
         placement: where the model runs.
+    Attributes:
+        packed_bytes: of all weight matrices so far.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class WeightLoader:
         self._format = {"float32": PackedFormat.FLOAT32, "bfloat16": PackedFormat.BFLOAT16}.get(dtype)
         self._arena = Arena() if placement.device.type == "cpu" else None
         self._used: set[str] = set()
+        self.packed_bytes = 0
         self._done_bytes = 0
 
     def has(self, name: str) -> bool:
@@ -130,6 +133,7 @@ class WeightLoader:
                     format=int(format),
                 )
                 row += raw.num_rows
+        self.packed_bytes += packed.data.numel()
         self._advance(sum(raw.num_bytes for raw in raws))
         bias = self._bias(names, [raw.num_rows for raw in raws])
         return Linear(packed.to(self.placement.device), bias, self.placement.linear_kernel)
