@@ -77,6 +77,7 @@ def command(
         int, typer.Option(metavar="N", min=1, help="Times each case is measured; the median is shown.")
     ] = 3,
     kv_dtype: options.KvDtypeOption = options.KvDtype.auto,
+    act_bits: options.ActBitsOption = options.ActBits.auto,
     token_budget: options.TokenBudget = 512,
     batch_invariant: options.BatchInvariant = False,
     device: options.Device = "cpu",
@@ -97,6 +98,7 @@ def command(
         llm = LLM(
             model,
             kv_dtype=kv_dtype.value,
+            act_bits=act_bits.value,
             kv_cache_tokens=max(prompt_tokens, decode_cache_tokens, load_cache_tokens) + _SPARE_TOKENS,
             max_num_seqs=max(*sizes, _SERVER_NUM_SEQS),
             max_queued_requests=max(*sizes, load, 1),
@@ -112,7 +114,7 @@ def command(
     load_result = _measure_load(llm, load, load_in, load_out, load_rate, repeats) if load else None
     _print_tables(f"{model}, {_C.num_threads()} threads", cases, load_result)
     if json_path is not None:
-        facts = {"model": model, "num_threads": _C.num_threads(), "kv_dtype": kv_dtype.value}
+        facts = {"model": model, "num_threads": _C.num_threads(), "kv_dtype": kv_dtype.value, "act_bits": act_bits.value}
         result = facts | {
             "cases": [asdict(case) for case in cases],
             "load": None if load_result is None else asdict(load_result),

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+from tilestream.models.checkpoint import Checkpoint
 from tilestream.models.config import ModelConfig
 from tilestream.models.config_gguf import config_from_gguf
 from tilestream.models.config_hf import config_from_hf
@@ -16,6 +17,7 @@ from tilestream.models.gguf_tokenizer import tokenizer_from_gguf
 from tilestream.models.hf_checkpoint import HfCheckpoint, read_json
 from tilestream.models.hf_tokenizer import tokenizer_from_hf
 from tilestream.models.llama import LlamaModel, build_model
+from tilestream.models.quantised import QuantisedWeights, is_quantised, uses_int4
 from tilestream.models.tokenizer import Tokenizer
 from tilestream.models.weights import DTYPES, Progress, WeightLoader
 from tilestream.placement import CPU, Placement
@@ -37,7 +39,12 @@ class LoadedModel:
 
 
 def load_model(
-    spec: str | Path, *, dtype: str = "auto", progress: Progress | None = None, placement: Placement = CPU
+    spec: str | Path,
+    *,
+    dtype: str = "auto",
+    act_bits: str = "auto",
+    progress: Progress | None = None,
+    placement: Placement = CPU,
 ) -> LoadedModel:
     """Load a model's weights and tokenizer.
 
@@ -46,32 +53,60 @@ def load_model(
             tokenizer.json (or with one .gguf file), or a Hugging Face hub id ("owner/name").
         dtype: "auto" keeps a GGUF file's quantised and float32 weights as they are and makes everything else (its
             16-bit floats, all Hugging Face weights) bfloat16; "float32" and "bfloat16" hold all weights in that type.
+        act_bits: of the INT4 blocks of a directory that `tilestream quantize` wrote: "4"; "8" runs them as INT8; "auto":
+            4 on sm_80 to sm_89, whose tensor cores multiply INT4, else 8.
         progress: called with (bytes done, bytes in all) while weights are packed.
         placement: where the model runs.
     Returns:
         The loaded model.
     Raises:
         ModelLoadError: no such model, a damaged file, or a model that is not supported.
-        ValueError: `dtype` is not one of those.
+        ValueError: `dtype` or `act_bits` is not one of those.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}; allowed: {', '.join(DTYPES)}")
+    uses_int4(act_bits, placement)  # raises
     path = resolve(str(spec))
-    if path.is_dir():
-        config = config_from_hf(read_json(path / "config.json"), str(path / "config.json"))
-        checkpoint = HfCheckpoint(path, config)
-        tokenizer = tokenizer_from_hf(path)
-        size_bytes = sum(file.stat().st_size for file in path.glob("*.safetensors"))
-        dtype = "bfloat16" if dtype == "auto" else dtype
+    size_bytes = sum(file.stat().st_size for file in path.glob("*.safetensors")) if path.is_dir() else path.stat().st_size
+    values = read_json(path / "config.json") if path.is_dir() else {}
+    if is_quantised(values):
+        if dtype != "auto":
+            raise ModelLoadError(f"{path}: dtype is {dtype!r}; the directory's weights are quantised, so only 'auto' is allowed")
+        config, tokenizer = config_from_hf(values, str(path / "config.json")), tokenizer_from_hf(path)
+        weights = QuantisedWeights(path, values, act_bits, progress, placement)
     else:
-        checkpoint = GgufFile(path)
-        config = config_from_gguf(checkpoint)
-        tokenizer = tokenizer_from_gguf(checkpoint)
-        size_bytes = path.stat().st_size
-    model = build_model(config, WeightLoader(checkpoint, dtype, progress, size_bytes, placement))
+        if act_bits == "4":
+            raise ModelLoadError(f"{path}: act_bits 4 needs a directory that `tilestream quantize` wrote")
+        source = open_checkpoint(path)
+        config, tokenizer = source.config, source.tokenizer
+        dtype = "bfloat16" if dtype == "auto" and path.is_dir() else dtype
+        weights = WeightLoader(source.checkpoint, dtype, progress, size_bytes, placement)
+    model = build_model(config, weights)
     if progress is not None:
         progress(size_bytes, size_bytes)
     return LoadedModel(model, tokenizer, config, _name(str(spec), path))
+
+
+@dataclass(frozen=True)
+class OpenCheckpoint:
+    """A checkpoint whose weights nobody has read yet."""
+
+    checkpoint: Checkpoint
+    config: ModelConfig
+    tokenizer: Tokenizer
+
+
+def open_checkpoint(path: Path) -> OpenCheckpoint:
+    """A GGUF file, or a Hugging Face directory, as `resolve` finds it.
+
+    Raises:
+        ModelLoadError: a damaged file, or a model that is not supported.
+    """
+    if path.is_dir():
+        config = config_from_hf(read_json(path / "config.json"), str(path / "config.json"))
+        return OpenCheckpoint(HfCheckpoint(path, config), config, tokenizer_from_hf(path))
+    file = GgufFile(path)
+    return OpenCheckpoint(file, config_from_gguf(file), tokenizer_from_gguf(file))
 
 
 def resolve(spec: str) -> Path:

@@ -83,6 +83,11 @@ def compensated(weight: torch.Tensor, hessian: torch.Tensor, cross: torch.Tensor
     return weight + weight @ (cross - hessian) @ damped_inverse(hessian)
 
 
+def squared_output(weight: torch.Tensor, hessian: torch.Tensor) -> float:
+    """|x . weight^T|^2, summed over the Hessian's rows x."""
+    return float((weight @ hessian * weight).sum())
+
+
 def damped_inverse(hessian: torch.Tensor) -> torch.Tensor:
     """Its inverse, after what keeps a Hessian of few or of equal rows from being singular."""
     damping = _DAMPING * hessian.diagonal().mean() + 1e-30

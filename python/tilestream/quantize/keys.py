@@ -17,8 +17,8 @@ from dataclasses import dataclass
 
 import torch
 
-_NUM_SAMPLES = 1024  # keys of a head, drawn in proportion to their weight
-_NUM_STEPS = 150
+_NUM_SAMPLES = 512  # keys of a head, drawn in proportion to their weight
+_NUM_STEPS = 100
 _RATE = 0.05
 
 

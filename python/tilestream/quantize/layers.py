@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 
 from tilestream.quantize.decoder import Decoder
-from tilestream.quantize.gptq import Codes, compensated, gptq, nearest
+from tilestream.quantize.gptq import Codes, compensated, gptq, squared_output
 from tilestream.quantize.rounding import round_rows
 from tilestream.quantize.select import Key
 from tilestream.quantize.source import INPUTS, LayerWeights
@@ -27,43 +27,35 @@ class _Moments:
         self.cross.addmm_(exact.t(), rounded)
 
 
-@dataclass(slots=True)
-class Streams:
-    """The residual stream over the calibration windows: of the float model, and of the one rounded so far."""
-
-    exact: torch.Tensor
-    rounded: torch.Tensor
-
-
 def round_layer(
-    layer_idx: int, weights: LayerWeights, k4: Mapping[Key, int], decoder: Decoder, streams: Streams, group: int
-) -> dict[str, Codes]:
-    """Codes of a layer's linears; moves both streams past it."""
+    layer_idx: int, weights: LayerWeights, k4: Mapping[Key, int], decoder: Decoder, x: torch.Tensor, group: int
+) -> tuple[dict[str, Codes], dict[str, float]]:
+    """Codes of a layer's linears, and the relative squared error that they add to what is read from each input.
+
+    Args:
+        weights: of the layer, float.
+        x: [windows, tokens, hidden], the residual stream of the layers rounded so far; becomes the stream behind this one.
+        group: input channels with one scale and zero.
+    """
     moments = {name: _Moments(weights.linear[readers[0]].size(1)) for name, readers in INPUTS.items()}
-    for begin in range(0, len(streams.exact), _CHUNK):
-        part = slice(begin, begin + _CHUNK)
-        seen: dict[str, torch.Tensor] = {}
 
-        def keep(name: str, rows: torch.Tensor) -> torch.Tensor:
-            seen[name] = rows.flatten(0, 1)
-            return rows
+    def compare(name: str, rows: torch.Tensor) -> torch.Tensor:
+        rounded = round_rows(rows, k4[layer_idx, name])
+        moments[name].add(rows.flatten(0, 1), rounded.flatten(0, 1))
+        return rounded
 
-        def compare(name: str, rows: torch.Tensor) -> torch.Tensor:
-            rounded = round_rows(rows, k4[layer_idx, name])
-            moments[name].add(seen.pop(name), rounded.flatten(0, 1))
-            return rounded
-
-        streams.exact[part] = decoder.layer(layer_idx, weights, streams.exact[part], keep)
-        decoder.layer(layer_idx, weights, streams.rounded[part], compare)
-    codes = {}
+    for part in x.split(_CHUNK):
+        decoder.layer(layer_idx, weights, part, compare)
+    codes, errors = {}, {}
     for name, readers in INPUTS.items():
-        m = moments[name]
+        m, error, signal = moments[name], 0.0, 0.0
         for reader in readers:
-            codes[reader] = gptq(compensated(weights.linear[reader], m.hessian, m.cross), m.hessian, group)
+            wanted = compensated(weights.linear[reader], m.hessian, m.cross)
+            codes[reader] = gptq(wanted, m.hessian, group)
+            error += squared_output(wanted - codes[reader].dequantise(), m.hessian)
+            signal += squared_output(wanted, m.hessian)
+        errors[name] = error / max(signal, 1e-30)
     rounded = replace(weights, linear={name: c.dequantise() for name, c in codes.items()})
-    for begin in range(0, len(streams.rounded), _CHUNK):
-        part = slice(begin, begin + _CHUNK)
-        streams.rounded[part] = decoder.layer(
-            layer_idx, rounded, streams.rounded[part], lambda name, rows: round_rows(rows, k4[layer_idx, name])
-        )
-    return codes
+    for part in x.split(_CHUNK):
+        part.copy_(decoder.layer(layer_idx, rounded, part, lambda name, rows: round_rows(rows, k4[layer_idx, name])))
+    return codes, errors

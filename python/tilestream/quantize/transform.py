@@ -35,6 +35,19 @@ class Statistics:
     inner: list[torch.Tensor]
 
 
+class Identity:
+    """No change of basis."""
+
+    def table(self, embedding: torch.Tensor) -> torch.Tensor:
+        return embedding
+
+    def head(self, weight: torch.Tensor, norm: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return weight, norm
+
+    def layer(self, layer_idx: int, weights: LayerWeights) -> LayerWeights:
+        return weights
+
+
 class Transform:
     """The changes of basis of one model.
 
