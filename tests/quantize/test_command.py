@@ -13,6 +13,7 @@ from tilestream.cli import main
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     def run_main(*arguments: str | Path) -> tuple[int, str, str]:
+        capsys.readouterr()  # what fixtures printed
         monkeypatch.setattr(sys, "argv", ["tilestream", *map(str, arguments)])
         with pytest.raises(SystemExit) as stopped:
             main()
