@@ -51,6 +51,9 @@ def test_quantise_load_and_generate(group_size: int, rotate: bool, hf_model, tmp
     expected = _logits(path, dtype="float32")
     assert _error(out, expected) < 0.6
     assert _error(out, expected, act_bits="4") < 0.6
+    runner, tokens = PagedRunner(load_model(out, act_bits="4").model), load_model(out).tokenizer.encode(TEXT)[:100]
+    steps = [runner.step({0: [token]}) for token in tokens]  # from the second on a program is replayed
+    assert torch.allclose(torch.cat(steps), _logits(out, act_bits="4"), atol=1e-2)
     llm = LLM(out, kv_dtype="int4", act_bits="4", kv_cache_tokens=512)
     answer = llm.generate("the quick brown", SamplingParams(max_tokens=12, ignore_eos=True))[0]
     assert len(answer.token_ids) == 12
