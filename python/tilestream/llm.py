@@ -72,6 +72,7 @@ class LLM:
             weights leave), at most 16 full contexts.
         max_model_len: most tokens of one request; None: the model's context length, or the cache if smaller.
         max_num_seqs, token_budget, max_queued_requests, enable_prefix_caching, batch_invariant, seed: see EngineConfig.
+        act_bits: of the activations that meet quantised weights: "auto", "4", "8" or "16": see load_model.
         softmax_ranges: a file of tilestream.calibrate, from which layers get the maximum that decodes on CUDA weigh by;
             None: the online softmax.
         num_threads: CPU threads; None: TILESTREAM_NUM_THREADS, or one for every core this process may use.
@@ -91,6 +92,7 @@ class LLM:
         device: str = "cpu",
         dtype: str = "auto",
         kv_dtype: str = "auto",
+        act_bits: str = "auto",
         page_size: int = 32,
         kv_cache_tokens: int | None = None,
         max_model_len: int | None = None,
@@ -111,7 +113,7 @@ class LLM:
         if kv_dtype not in KV_DTYPES:
             raise ValueError(f"kv_dtype is {kv_dtype!r}; supported: auto, {', '.join(KV_DTYPES)}")
         placement = Placement.of(device, batch_invariant=batch_invariant)
-        loaded = load_model(os.fspath(model), dtype=dtype, progress=progress, placement=placement)
+        loaded = load_model(os.fspath(model), dtype=dtype, act_bits=act_bits, progress=progress, placement=placement)
         if softmax_ranges is not None:
             use_softmax_ranges(loaded.model, softmax_ranges, kv_dtype=kv_dtype)
         m = loaded.model.config

@@ -78,6 +78,7 @@ def command(
     ] = 3,
     dtype: options.WeightDtypeOption = options.WeightDtype.auto,
     kv_dtype: options.KvDtypeOption = options.KvDtype.auto,
+    act_bits: options.ActBitsOption = options.ActBits.auto,
     token_budget: options.TokenBudget = 512,
     batch_invariant: options.BatchInvariant = False,
     device: options.Device = "cpu",
@@ -99,6 +100,7 @@ def command(
             model,
             dtype=dtype.value,
             kv_dtype=kv_dtype.value,
+            act_bits=act_bits.value,
             kv_cache_tokens=max(prompt_tokens, decode_cache_tokens, load_cache_tokens) + _SPARE_TOKENS,
             max_num_seqs=max(*sizes, _SERVER_NUM_SEQS),
             max_queued_requests=max(*sizes, load, 1),
@@ -115,7 +117,7 @@ def command(
     memory = f"weights {llm.weight_bytes / 1e6:.1f} MB, KV cache {llm.kv_token_bytes} bytes a token"
     _print_tables(f"{model}, {_C.num_threads()} threads; {memory}", cases, load_result)
     if json_path is not None:
-        facts = {"model": model, "num_threads": _C.num_threads(), "dtype": dtype.value, "kv_dtype": kv_dtype.value}
+        facts = {"model": model, "num_threads": _C.num_threads(), "dtype": dtype.value, "kv_dtype": kv_dtype.value, "act_bits": act_bits.value}
         facts |= {"weight_bytes": llm.weight_bytes, "kv_token_bytes": llm.kv_token_bytes}
         result = facts | {
             "cases": [asdict(case) for case in cases],

@@ -45,6 +45,7 @@ class QuantisedTensor:
         zero: as scale; None: -8 * scale (4 bits) or -128 * scale (8).
         group: consecutive columns that share a scale; num_columns, or a multiple of 32.
         bits: 4 or 8.
+        k4: how many leading columns may meet INT4 activations.
     """
 
     q: torch.Tensor
@@ -52,6 +53,7 @@ class QuantisedTensor:
     zero: torch.Tensor | None
     group: int
     bits: int
+    k4: int = 0
 
     @property
     def num_rows(self) -> int:

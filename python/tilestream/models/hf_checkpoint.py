@@ -67,7 +67,7 @@ class HfCheckpoint:
 
     def __init__(self, path: Path, config: ModelConfig, quantisation: Quantisation | None = None) -> None:
         self.path = path
-        self._quantisation = quantisation
+        self._quantisation, self.is_quantised = quantisation, quantisation is not None
         self._kinds = {"weight", "bias", *(quantisation.parts if quantisation else ())}
         self._gemma = config.family == "gemma3"
         self._files: dict[Path, Any] = {}

@@ -17,6 +17,7 @@ from tilestream.placement import CPU, Placement
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
 DTYPES = ("auto", "float32", "bfloat16")
+ACT_BITS = ("auto", "4", "8", "16")
 # The packed format that keeps a GGUF type's own integers and scales (csrc/include/tilestream/linear.h).
 _OWN_FORMATS = {
     GGMLQuantizationType.F32: PackedFormat.FLOAT32,
@@ -41,6 +42,7 @@ class WeightLoader:
         progress: called with (bytes done, bytes in all), or None.
         total_bytes: size of the checkpoint, for `progress`.
         placement: where the model runs.
+        act_bits: one of ACT_BITS, as load_model has it.
     Attributes:
         packed_bytes: of all weight matrices so far.
     """
@@ -52,11 +54,14 @@ class WeightLoader:
         progress: Progress | None,
         total_bytes: int,
         placement: Placement = CPU,
+        act_bits: str = "auto",
     ) -> None:
         self.checkpoint, self._progress, self._total_bytes = checkpoint, progress, total_bytes
         self.placement = placement
         self._format = {"float32": PackedFormat.FLOAT32, "bfloat16": PackedFormat.BFLOAT16}.get(dtype)
         self._arena = Arena() if placement.device.type == "cpu" else None
+        self._int4 = act_bits == "4" or (act_bits == "auto" and placement.has_int4)
+        self._act_bits = 16 if act_bits == "16" else 8
         self._used: set[str] = set()
         self.packed_bytes = 0
         self._done_bytes = 0
@@ -136,7 +141,9 @@ class WeightLoader:
         self.packed_bytes += packed.data.numel()
         self._advance(sum(raw.num_bytes for raw in raws))
         bias = self._bias(names, [raw.num_rows for raw in raws])
-        return Linear(packed.to(self.placement.device), bias, self.placement.linear_kernel)
+        k4 = raws[0].k4 if isinstance(raws[0], QuantisedTensor) and format.is_quantised and self._int4 else 0
+        act_bits = self._act_bits if format.is_quantised else 8
+        return Linear(packed.to(self.placement.device), bias, self.placement.linear_kernel, k4=k4, act_bits=act_bits)
 
     def _bias(self, names: Sequence[str], sizes: Sequence[int]) -> torch.Tensor | None:
         if not any(self.has(name + ".bias") for name in names):
