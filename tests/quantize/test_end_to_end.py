@@ -45,8 +45,8 @@ def test_quantise_load_and_generate(group_size: int, rotate: bool, hf_model, tmp
     }  # fmt: skip
     k4 = json.loads((out / "config.json").read_text())["quantization_config"]["k4"]
     for layer, values in zip(load_model(out, act_bits="4").model.layers, k4, strict=True):
-        found = {"qkv": layer.attention.qkv.k4, "o": layer.attention.o.k4, "gate_up": layer.mlp.gate_up.k4, "down": layer.mlp.down.k4}
-        assert found == values
+        linears = (layer.attention.qkv, layer.attention.o, layer.mlp.gate_up, layer.mlp.down)
+        assert [linear.k4 for linear in linears] == [values[name] for name in ("qkv", "o", "gate_up", "down")]
     assert all(layer.mlp.down.k4 == 0 for layer in load_model(out).model.layers)  # a CPU gains nothing by 4 bits
     expected = _logits(path, dtype="float32")
     assert _error(out, expected) < 0.6

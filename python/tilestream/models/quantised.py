@@ -20,8 +20,8 @@ QUANT_METHOD = "tilestream"
 VERSION = 1
 FILE_NAME = "model.safetensors"
 GROUP_SIZES = (32, 128)
-INPUT_OF_STEM = {"attn_q": "qkv", "attn_k": "qkv", "attn_v": "qkv", "attn_output": "o", "ffn_gate": "gate_up", "ffn_up": "gate_up",
-                 "ffn_down": "down"}
+# Which entry of k4 is a linear's: that of the first of those that read its input.
+_INPUT_OF_STEM = {"attn_q": "qkv", "attn_output": "o", "ffn_gate": "gate_up", "ffn_down": "down"}
 _FORMATS = {32: PackedFormat.U4G32, 128: PackedFormat.U4G128}
 _TABLE_FORMAT, _TABLE_GROUP = PackedFormat.U8G32S, 32
 ACT_BITS = ("auto", "4", "8")
@@ -134,7 +134,7 @@ class QuantisedWeights:
     def _k4_of(self, name: str, k: int) -> int:
         _, layer, stem = name.split(".")
         try:
-            k4 = self._k4[int(layer)][INPUT_OF_STEM[stem]]
+            k4 = self._k4[int(layer)][_INPUT_OF_STEM[stem]]
         except (TypeError, KeyError, IndexError) as error:
             raise ModelLoadError(f"{self._path.parent / 'config.json'}: quantization_config has no k4 for {name}") from error
         if not isinstance(k4, int) or not 0 <= k4 <= k or k4 % 128:
