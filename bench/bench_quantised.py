@@ -67,5 +67,6 @@ def test_quantised(windows, answers, report, benchmark, request: pytest.FixtureR
         for precision, (act_bits, kv_dtype) in _PRECISIONS.items():
             llm = LLM(path, act_bits=act_bits, kv_cache_tokens=4096)
             ours, same = _score(llm, windows, kv_dtype), _agreement(llm, answers, kv_dtype)
-            report.add_values("perplexity", f"{precision}: {name}; {same:.1%} greedy agreement", f"{ours:.4f}", "bfloat16", f"{base:.4f}", ours / base)
+            case = f"{precision}: {name}; {same:.1%} greedy agreement"
+            report.add_values("perplexity", case, f"{ours:.4f}", "bfloat16", f"{base:.4f}", ours / base)
     benchmark.pedantic(lambda: all_logits(plain, windows[0], chunk=WINDOW_TOKENS, kv_dtype="bfloat16"), rounds=1)

@@ -32,7 +32,8 @@ def calib(tmp_path: Path) -> Path:
 def test_a_directory_and_what_is_in_it(run, hf_model, calib: Path, tmp_path: Path) -> None:
     _, path = hf_model("llama")
     out = tmp_path / "out"
-    code, stdout, stderr = run("quantize", path, "--calib", calib, "-o", out, "--calib-windows", "2", "--method", "rtn", "--group-size", "32")
+    options = ("--calib-windows", "2", "--method", "rtn", "--group-size", "32")
+    code, stdout, stderr = run("quantize", path, "--calib", calib, "-o", out, *options)
     assert (code, stderr) == (0, "")
     assert "of the multiply-adds have INT4 activations" in stdout and "report.md" in stdout
     facts = json.loads((out / "config.json").read_text())["quantization_config"]

@@ -17,7 +17,8 @@ def _hessian(k: int, num_rows: int = 400) -> torch.Tensor:
 def test_gptq_errs_less_than_nearest(group: int, k: int) -> None:
     torch.manual_seed(k + group)
     weight, hessian = torch.randn(48, k), _hessian(k)
-    errors = [squared_output(weight - codes.dequantise(), hessian) for codes in (gptq(weight, hessian, group), nearest(weight, group))]
+    both = gptq(weight, hessian, group), nearest(weight, group)
+    errors = [squared_output(weight - codes.dequantise(), hessian) for codes in both]
     assert errors[0] < 0.6 * errors[1]
 
 

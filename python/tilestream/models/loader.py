@@ -79,10 +79,10 @@ def load_model(
         dtype = "bfloat16"
     size_bytes = sum(file.stat().st_size for file in path.glob("*.safetensors")) if path.is_dir() else path.stat().st_size
     weights = WeightLoader(source.checkpoint, dtype, progress, size_bytes, placement, act_bits)
-    model = build_model(config, weights)
+    model = build_model(source.config, weights)
     if progress is not None:
         progress(size_bytes, size_bytes)
-    return LoadedModel(model, tokenizer, config, _name(str(spec), path), weights.packed_bytes)
+    return LoadedModel(model, source.tokenizer, source.config, _name(str(spec), path), weights.packed_bytes)
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,9 @@ def round_layer(
     for name, readers in INPUTS.items():
         m, error, signal = moments[name], 0.0, 0.0
         for reader in readers:
-            wanted = compensated(weights.linear[reader], m.hessian, m.cross)
+            wanted = weights.linear[reader]
+            if k4[layer_idx, name]:  # INT8 leaves nothing worth it, and weights that are codes already stay so
+                wanted = compensated(wanted, m.hessian, m.cross)
             codes[reader] = gptq(wanted, m.hessian, group)
             error += squared_output(wanted - codes[reader].dequantise(), m.hessian)
             signal += squared_output(wanted, m.hessian)

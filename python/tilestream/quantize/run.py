@@ -136,10 +136,12 @@ class _Run:
         errors = self._round_layers(transform, x, k4, tensors)
         write_tensors(folder, tensors)
         write_tokenizer(folder, self.tokenizer)
-        write_json(folder / "config.json", self.values | {"tie_word_embeddings": tied, "quantization_config": self._settings(inputs, k4)})
+        said = {"tie_word_embeddings": tied, "quantization_config": self._settings(inputs, k4)}
+        write_json(folder / "config.json", self.values | said)
         facts = {
-            "model": self.name, "method": recipe.method, "groups of weights": recipe.group_size, "rotated": "yes" if rotate else "no",
-            "calibrated on": f"{self.windows.numel()} tokens", "took": f"{time.perf_counter() - start_s:.0f} s",
+            "model": self.name, "method": recipe.method, "groups of weights": recipe.group_size,
+            "rotated": "yes" if rotate else "no", "calibrated on": f"{self.windows.numel()} tokens",
+            "took": f"{time.perf_counter() - start_s:.0f} s",
         }  # fmt: skip
         write_report(folder, facts, inputs, k4, errors)
         return int4_share(inputs, k4)

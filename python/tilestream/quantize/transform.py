@@ -76,7 +76,9 @@ class Transform:
 
     def head(self, weight: torch.Tensor, norm: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The output projection and the final norm."""
-        return (self._columns(weight * norm), torch.ones_like(norm)) if self._rotate else (self._columns(weight), norm[self._order])
+        if self._rotate:
+            return self._columns(weight * norm), torch.ones_like(norm)
+        return self._columns(weight), norm[self._order]
 
     def layer(self, layer_idx: int, weights: LayerWeights) -> LayerWeights:
         """A layer that reads and writes the residual stream in the new basis."""
