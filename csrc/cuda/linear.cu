@@ -1,6 +1,7 @@
 // y = x . W^T + bias on packed weights: which kernel for which format.
 //
 //   kU4G32S, kU4G32, kU8G32S, kU8G32   common/linear_int8_kernels.cuh; rows of floats are quantised first
+//   the same with weight_only          common/linear_weight_only.cuh
 //   kBFloat16, kFloat32                common/linear_float.cuh
 //   kRowsBFloat16, kRowsFloat16        common/linear_rows.cuh, common/linear_gemv.cuh, as the caller chooses
 #include <stdexcept>
@@ -9,6 +10,7 @@
 #include "cuda/common/linear_gemv.cuh"
 #include "cuda/common/linear_int8_kernels.cuh"
 #include "cuda/common/linear_rows.cuh"
+#include "cuda/common/linear_weight_only.cuh"
 #include "cuda/runtime.cuh"
 #include "tilestream/linear.h"
 #include "tilestream/quantise.h"
@@ -27,6 +29,7 @@ QuantisedRows workspace_rows(const LinearParams& p) {
 
 void linear(const LinearParams& p, Stream stream) {
   if (p.m == 0 || p.n == 0) return;
+  if (p.weight_only) return launch_weight_only(p, stream);
   with_format(p.format, [&](auto format) {
     constexpr PackedFormat kFormat = decltype(format)::value;
     if constexpr (is_row_major(kFormat)) {

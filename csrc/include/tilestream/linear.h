@@ -149,8 +149,8 @@ inline int num_slices(const LinearParams& p) {
   constexpr int64_t kSms = 132, kLeastK = 512;
   const int64_t tiles = ceil_div(p.n, kTileColumns);
   // Of group-quantised weights all or none: then a row's bits are the same, and the choice may depend on m.
-  if (is_quantised(p.format)) return p.m > 8 && tiles * ceil_div(p.m, 128) < kSms / 2 ? kSlices : 1;
-  if (!is_row_major(p.format) || p.gemv) return 1;
+  if (is_quantised(p.format) && !p.weight_only) return p.m > 8 && tiles * ceil_div(p.m, 128) < kSms / 2 ? kSlices : 1;
+  if (!(is_row_major(p.format) || p.weight_only) || p.gemv) return 1;
   return int(std::clamp<int64_t>(std::min(2 * kSms / tiles, ceil_div(p.k, kLeastK)), 1, kSlices));
 }
 
@@ -159,7 +159,7 @@ inline int64_t partial_bytes(const LinearParams& p) {
   return num_slices(p) == 1 ? 0 : 4 * num_slices(p) * p.m * round_up(p.n, kPanelColumns);
 }
 inline int64_t workspace_bytes(const LinearParams& p) {
-  return partial_bytes(p) + (is_quantised(p.format) && p.x_q.q == nullptr ? quantised_bytes(p.m, p.k) : 0);
+  return partial_bytes(p) + (is_quantised(p.format) && !p.weight_only && p.x_q.q == nullptr ? quantised_bytes(p.m, p.k) : 0);
 }
 void linear(const LinearParams& params, Stream stream);
 void embedding(const EmbeddingParams& params, Stream stream);
