@@ -1,10 +1,11 @@
 // y = x . W^T + bias on packed weights: which kernel for which format.
 //
-//   kU4G32S, kU4G32, kU8G32S, kU8G32   common/linear_int8_kernels.cuh; rows of floats are quantised first
+//   groups of 32 and 128               common/linear_int8_kernels.cuh; rows of floats are quantised first
 //   the same with weight_only          common/linear_weight_only.cuh
 //   kBFloat16, kFloat32                common/linear_float.cuh
 //   kRowsBFloat16, kRowsFloat16        common/linear_rows.cuh, common/linear_gemv.cuh, as the caller chooses
 #include <stdexcept>
+#include <string>
 
 #include "cuda/common/linear_float.cuh"
 #include "cuda/common/linear_gemv.cuh"
@@ -37,9 +38,10 @@ void linear(const LinearParams& p, Stream stream) {
       p.gemv ? launch_gemv<T>(p, stream) : launch_rows<T>(p, stream);
     } else if constexpr (!is_quantised(kFormat)) {
       launch_float<kFormat>(p, stream);
-    } else if constexpr (group_k(kFormat) != kGroupK) {
-      throw std::invalid_argument("linear: weights in groups of 128 are not multiplied on a GPU yet");
     } else {
+      if (p.x_q.k4 > 0 && !takes_int4(kFormat))
+        throw std::invalid_argument("linear: format is " + std::to_string(int(kFormat)) +
+                                    "; INT4 activations meet formats 6 and 7 (4 bits, groups of 128) on a GPU");
       LinearParams with_rows = p;
       if (p.x_q.q == nullptr) {
         with_rows.x_q = workspace_rows(p);

@@ -94,6 +94,7 @@ def int8_bound(x: torch.Tensor, weight: Weight, want: torch.Tensor, dtype: torch
 @pytest.mark.parametrize(("m", "n", "k"), [
     (0, 32, 64), (1, 1, 32), (1, 31, 64), (1, 33, 96), (2, 64, 32), (3, 100, 160), (5, 32, 576), (7, 40, 160), (8, 96, 64),
     (9, 130, 96), (17, 70, 128), (33, 65, 64), (63, 36, 32), (64, 64, 64), (65, 40, 32), (130, 40, 96),
+    (130, 130, 64),
 ])
 def test_shapes(backend: testing.Backend, m: int, n: int, k: int, format: PackedFormat, dtype: torch.dtype) -> None:
     check(m, n, k, format, dtype)

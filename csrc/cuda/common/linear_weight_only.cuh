@@ -95,14 +95,19 @@ __device__ __forceinline__ unsigned code_pair(unsigned codes, int i, float offse
 template <class T, bool kFourBit, int kTiles>
 __device__ __forceinline__ void multiply_part(const LinearParams& p, const typename WeightOnlyStorage<T, kFourBit, kTiles>::Stage& stage,
                                               int j, Fragments<kTiles>& total) {
-  constexpr PackedFormat kFormat = kFourBit ? PackedFormat::kU4G32S : PackedFormat::kU8G32S;  // whose codes lie as all others'
+  constexpr PackedFormat kFormat = kFourBit ? PackedFormat::kU4G32 : PackedFormat::kU8G32;  // whose codes lie as all others'
   constexpr unsigned kOnes = std::is_same_v<T, __half> ? 0x3c003c00u : 0x3f803f80u;
   const int lane = threadIdx.x % kWarpSize, g = lane / 4, t = lane % 4;
   const auto& part = stage.weight[threadIdx.x / kWarpSize][j];
   const bool zeros = has_zero(p.format);
   const float offset = zeros ? 0.0f : float(GroupLayout<kFormat>::kOffset);
   unsigned codes[4][2], weight[2][2][4];  // [16 k][h]
-  load_codes<kFormat>(part.codes, g, t, codes);
+  const int chunk = g / 4 * (GroupLayout<kFormat>::kHalfBytes / 16) + t * 4 + g % 4;
+  const uint4 low = part.codes[swizzled(chunk)], high = kFourBit ? low : part.codes[swizzled(chunk + 16)];
+  unpack<kFormat, false>(low.x, high.x, codes[0]);
+  unpack<kFormat, false>(low.y, high.y, codes[1]);
+  unpack<kFormat, false>(low.z, high.z, codes[2]);
+  unpack<kFormat, false>(low.w, high.w, codes[3]);
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
     const int step = i / 4, h = i / 2 % 2, column = 2 * h + i % 2;
@@ -162,7 +167,8 @@ __global__ void __launch_bounds__(kRowsThreads, kTiles == 1 ? 4 : 2) weight_only
   }
   ptx::cp_async_wait_all();
   const int64_t panel = first_panel + threadIdx.x / kWarpSize;
-  if (panel * kPanelColumns < p.n) store_fragments<kTiles>(p, first_row, panel, total);
+  const int own_slice = num_slices > 1 ? slice : kAllSlices;
+  if (panel * kPanelColumns < p.n) store_fragments<kTiles>(p, first_row, panel, total, {0, 0}, own_slice);
 }
 
 template <class T, bool kFourBit, int kTiles>

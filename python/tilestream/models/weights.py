@@ -141,7 +141,9 @@ class WeightLoader:
         self.packed_bytes += packed.data.numel()
         self._advance(sum(raw.num_bytes for raw in raws))
         bias = self._bias(names, [raw.num_rows for raw in raws])
-        k4 = raws[0].k4 if isinstance(raws[0], QuantisedTensor) and format.is_quantised and self._int4 else 0
+        # A GPU's tensor cores multiply INT4 by weights in groups of 128 alone.
+        int4 = self._int4 and (format.group_size == 128 or self.placement.device.type == "cpu")
+        k4 = raws[0].k4 if isinstance(raws[0], QuantisedTensor) and format.is_quantised and int4 else 0
         act_bits = self._act_bits if format.is_quantised else 8
         return Linear(packed.to(self.placement.device), bias, self.placement.linear_kernel, k4=k4, act_bits=act_bits)
 
