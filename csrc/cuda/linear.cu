@@ -9,6 +9,7 @@
 #include "cuda/common/linear_gemv.cuh"
 #include "cuda/common/linear_int8_kernels.cuh"
 #include "cuda/common/linear_rows.cuh"
+#include "cuda/linear_sm90.h"
 #include "cuda/runtime.cuh"
 #include "tilestream/linear.h"
 #include "tilestream/quantise.h"
@@ -34,15 +35,15 @@ void linear(const LinearParams& p, Stream stream) {
       p.gemv ? launch_gemv<T>(p, stream) : launch_rows<T>(p, stream);
     } else if constexpr (!is_quantised(kFormat)) {
       launch_float<kFormat>(p, stream);
-    } else if constexpr (group_k(kFormat) != kGroupK) {
-      throw std::invalid_argument("linear: weights in groups of 128 are not multiplied on a GPU yet");
     } else {
       LinearParams with_rows = p;
       if (p.x_q.q == nullptr) {
         with_rows.x_q = workspace_rows(p);
         quantise({p.x, with_rows.x_q, p.m, p.k, p.x_row_stride, p.dtype}, stream);
       }
-      launch_int8<kFormat>(with_rows, stream);
+      if constexpr (group_k(kFormat) == kGroupK) launch_int8<kFormat>(with_rows, stream);
+      else if (p.weight_only || !linear_sm90(with_rows, stream))
+        throw std::invalid_argument("linear: weights in groups of 128 are multiplied on Hopper GPUs alone, by quantised rows");
     }
   });
 }
