@@ -1,6 +1,7 @@
 // y = x . W^T + bias on packed weights: which kernel for which format.
 //
 //   kU4G32S, kU4G32, kU8G32S, kU8G32   common/linear_int8_kernels.cuh; rows of floats are quantised first
+//   kU4G128S, kU4G128, kU8G128S        linear_sm90.cu, rows of integers
 //   kBFloat16, kFloat32                common/linear_float.cuh
 //   kRowsBFloat16, kRowsFloat16        common/linear_rows.cuh, common/linear_gemv.cuh, as the caller chooses
 #include <stdexcept>

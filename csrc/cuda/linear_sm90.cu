@@ -1,4 +1,18 @@
-// Linears on weights in groups of 128, on Hopper: TMA and wgmma, warp-specialised.
+// Linears on weights in groups of 128, on Hopper: TMA and wgmma, warp-specialised. docs/kernels/linear_w4ax.md.
+//
+// The weight's columns are the rows of wgmma m64nNk32, from registers; a group's rows of x are its columns, N at a time, from
+// shared memory. A group's product is exact in int32, and its two scales are applied in float32, one addition and two fma for
+// each output and group. The first warpgroup brings all that; INT4 groups it widens to int8, so that mixed rows meet one
+// product. K is cut into slices, of n and k alone, that are added in their order.
+//
+// Narrow blocks, up to 128 rows by 64 columns and one slice of K, the slices of a tile in a cluster; two on an SM up to 64 rows.
+// Bound by the weights' bytes up to there: the rings keep 2 x 63, 42 and 25 KB of them under way at 16, 32 and 64 rows, where
+// 4.8 TB/s with a latency of 1 us (an estimate) ask for 36 KB. 3.9 TB/s are 64 columns of a group every 250 cycles of an SM,
+// in which a warp, one on each scheduler, issues 140, 166 and 217 instructions.
+//
+// Wide blocks, 128 rows by 256 columns in two warpgroups, that stay and walk tiles. A group of a tile is 1,024 cycles of the
+// tensor cores and 2 x 618 instructions of a scheduler, which binds: at most 83 % of the tensor cores' rate. Each warpgroup
+// waits for its own 64 x 64 products, and the other's are under way meanwhile. It brings 33 KB a group, 27 bytes a cycle.
 #include "cuda/linear_sm90.h"
 
 #include "cuda/common/packed_format.cuh"

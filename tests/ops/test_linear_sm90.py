@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
+
 import pytest
 import torch
 
+from tests.ops import test_linear, test_quantise
 from tilestream import ops, testing
 from tilestream.ops import PackedFormat, PackedWeight, QuantisedRows
 from tilestream.reference import linear as reference
@@ -36,12 +40,30 @@ def check_exact(m: int, n: int, k: int, k4: int, format: PackedFormat, out: torc
     assert torch.equal(got.double(), reference.linear(x, values, bias))
 
 
-def random_rows(m: int, k: int, k4: int) -> QuantisedRows:
-    return ops.quantise(torch.randn(m, k), k4=k4)
-
-
 def first(rows: QuantisedRows, m: int) -> QuantisedRows:
-    return QuantisedRows(rows.q[:m], rows.scale[:m], rows.sum[:m], rows.k4)
+    return dataclasses.replace(rows, q=rows.q[:m], scale=rows.scale[:m], sum=rows.sum[:m])
+
+
+@each_format
+@pytest.mark.parametrize(("m", "n", "k", "dtype"), [
+    (0, 32, 64, torch.float32), (1, 1, 32, torch.float16), (3, 100, 160, torch.bfloat16), (17, 70, 128, torch.float16),
+    (63, 36, 32, torch.float32), (130, 40, 96, torch.bfloat16), (12, 96, 4096, torch.float32),
+], ids=str)
+def test_shapes(backend: testing.Backend, m: int, n: int, k: int, dtype: torch.dtype, format: PackedFormat) -> None:
+    test_linear.check(m, n, k, format, dtype, bias=True)
+
+
+@each_format
+def test_what_all_linears_promise(backend: testing.Backend, set_num_threads: Callable[[int], None], format: PackedFormat) -> None:
+    test_linear.test_integer_sums_are_exact(backend, format)
+    test_linear.test_zeros_nan_and_infinity_stay_in_their_row(backend, format)
+    test_linear.test_rows_do_not_depend_on_others_or_threads(backend, set_num_threads, format)
+
+
+@pytest.mark.parametrize("format", [PackedFormat.U4G128S, PackedFormat.U4G128], ids=lambda f: f.name)
+@test_quantise.each_k4
+def test_int4_blocks(backend: testing.Backend, set_num_threads: Callable[[int], None], format: PackedFormat, rows: int, k: int, k4: int) -> None:
+    test_quantise.test_linear_on_int4_blocks(backend, set_num_threads, format, rows, k, k4)
 
 
 # Tiles of 128 rows (of 64 with zeros) by 256 columns: 44 of them, the last ones of the rows and of the columns not whole.
@@ -50,16 +72,15 @@ WIDE = (21 * 128 + 3, 258)
 
 @each_format
 def test_wide_tiles(backend: testing.Backend, format: PackedFormat) -> None:
-    check_exact(*WIDE, 288, 128, format)
+    check_exact(*WIDE, 224, 128, format)
 
 
-@each_format
-def test_wide_tiles_are_the_narrow_ones_bit_for_bit(backend: testing.Backend, format: PackedFormat) -> None:
+def test_wide_tiles_are_the_narrow_ones_bit_for_bit(backend: testing.Backend) -> None:
     """Two slices of K, whose sums wait in the workspace between them."""
-    k, (m, n) = 1056, WIDE
-    weight = ops.pack_weight(q=torch.randint(2**format.bits, (n, k), dtype=torch.uint8), scale=torch.rand(n, 9),
-                             zero=None if format.is_symmetric else torch.randn(n, 9), format=format)  # fmt: skip
-    rows = random_rows(m, k, 256)
+    k, (m, n) = 544, WIDE
+    q, scale = torch.randint(16, (n, k), dtype=torch.uint8), torch.rand(n, 5)
+    weight = ops.pack_weight(q=q, scale=scale, format=PackedFormat.U4G128S)
+    rows = ops.quantise(torch.randn(m, k), k4=128)
     all_rows = ops.linear(rows, weight, out=torch.empty(m, n))
     for some in (5, 130):
         assert torch.equal(all_rows[:some], ops.linear(first(rows, some), weight, out=torch.empty(some, n)))
@@ -83,7 +104,7 @@ def test_rings_go_round(backend: testing.Backend, format: PackedFormat, k4: int)
 
 
 @pytest.mark.parametrize("m", [15, 16, 17, 32, 33, 64, 65, 128, 129])
-@pytest.mark.parametrize("k", [128, 544, 1056])
+@pytest.mark.parametrize("k", [128, 544, 736])
 def test_narrow_tiles(backend: testing.Backend, m: int, k: int) -> None:
     """Tiles of 16, 32, 64 and 128 rows; one and two slices, with even and odd numbers of groups, the last of them not whole."""
     out = testing.Guarded((m, 65), torch.float32)

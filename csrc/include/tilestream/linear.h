@@ -161,9 +161,10 @@ inline bool sm90_is_wide(const LinearParams& p) {
   return p.m > 64 && ceil_div(p.m, 128) * ceil_div(p.n, 256) >= kSm90Sms / 3 && p.n % 2 == 0 && p.y_row_stride % 2 == 0 &&
          reinterpret_cast<uintptr_t>(p.y) % dtype_bytes(p.dtype, 2) == 0;
 }
-// Slices of K with a sum each, where 64 columns a block are not two blocks for each SM. Of n and k alone: a row's bits do not depend on m.
-TILESTREAM_HOST_DEVICE int sm90_slices(int64_t n, int64_t k) {
-  const int64_t to_fill = 2 * 64 * kSm90Sms / n, of_512 = k / 512, most = to_fill < of_512 ? to_fill : of_512;
+// Slices of K with a sum each, where 64 columns a block are not two blocks for each SM. Of n and k alone: a row's bits do not
+// depend on m.
+inline int sm90_slices(int64_t n, int64_t k) {
+  const int64_t most = std::min(2 * 64 * kSm90Sms / n, k / 256);
   return most >= 8 ? 8 : most >= 4 ? 4 : most >= 2 ? 2 : 1;
 }
 // Sums of slices, or a place for each wide block's.
