@@ -1,6 +1,7 @@
 // y = x . W^T + bias on packed weights: which kernel for which format.
 //
 //   groups of 32 and 128               common/linear_int8_kernels.cuh; rows of floats are quantised first
+//   groups of 128 on Hopper            linear_sm90.cu, rows of integers
 //   the same with weight_only          common/linear_weight_only.cuh
 //   kBFloat16, kFloat32                common/linear_float.cuh
 //   kRowsBFloat16, kRowsFloat16        common/linear_rows.cuh, common/linear_gemv.cuh, as the caller chooses
@@ -12,6 +13,7 @@
 #include "cuda/common/linear_int8_kernels.cuh"
 #include "cuda/common/linear_rows.cuh"
 #include "cuda/common/linear_weight_only.cuh"
+#include "cuda/linear_sm90.h"
 #include "cuda/runtime.cuh"
 #include "tilestream/linear.h"
 #include "tilestream/quantise.h"
@@ -46,6 +48,9 @@ void linear(const LinearParams& p, Stream stream) {
       if (p.x_q.q == nullptr) {
         with_rows.x_q = workspace_rows(p);
         quantise({p.x, with_rows.x_q, p.m, p.k, p.x_row_stride, p.dtype}, stream);
+      }
+      if constexpr (group_k(kFormat) != kGroupK) {
+        if (linear_sm90(with_rows, stream)) return;
       }
       launch_int8<kFormat>(with_rows, stream);
     }
