@@ -13,10 +13,11 @@
 // and, on a GPU only, what torch has, so that other libraries can multiply by the same memory:
 //   kRowsBFloat16, kRowsFloat16: [N][K] without padding, K a multiple of 8.
 // The group-quantised formats meet int8 activations (tilestream/quantise.h), so that a group's inner product is exact in
-// int32. They are given as such, or as floats that the kernel quantises first.
+// int32. They are given as such, or as floats that the kernel quantises first, or that meet dequantised weights.
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "tilestream/quantise.h"
 
@@ -39,6 +40,18 @@ TILESTREAM_HOST_DEVICE constexpr bool is_four_bit(PackedFormat f) {
 TILESTREAM_HOST_DEVICE constexpr bool has_zero(PackedFormat f) {
   return f == PackedFormat::kU4G32 || f == PackedFormat::kU8G32 || f == PackedFormat::kU4G128;
 }
+// f(format as a std::integral_constant).
+template <class Fn>
+void with_format(PackedFormat format, Fn&& f) {
+  switch (format) {
+#define CASE(FORMAT) \
+  case PackedFormat::FORMAT: return f(std::integral_constant<PackedFormat, PackedFormat::FORMAT>{});
+    CASE(kFloat32) CASE(kBFloat16) CASE(kU4G32S) CASE(kU4G32) CASE(kU8G32S) CASE(kU8G32) CASE(kU4G128S)
+    CASE(kU4G128) CASE(kU8G128S) CASE(kRowsBFloat16) CASE(kRowsFloat16)
+#undef CASE
+  }
+}
+
 // Consecutive k of a weight that share a scale and a zero.
 TILESTREAM_HOST_DEVICE constexpr int group_k(PackedFormat f) {
   return f == PackedFormat::kU4G128S || f == PackedFormat::kU4G128 || f == PackedFormat::kU8G128S ? 128 : kGroupK;
