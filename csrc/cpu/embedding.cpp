@@ -4,7 +4,7 @@
 #include "cpu/common/thread_pool.h"
 #include "cpu/dispatch.h"
 #include "cpu/elements.h"
-#include "tilestream/linear.h"
+#include "cpu/packed_format.h"
 
 namespace tilestream::cpu::TILESTREAM_LEVEL {
 namespace {

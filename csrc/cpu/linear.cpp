@@ -10,6 +10,7 @@
 #include "cpu/dequantise_panel.h"
 #include "cpu/dispatch.h"
 #include "cpu/linear_tile.h"
+#include "cpu/packed_format.h"
 #include "cpu/quantise_row.h"
 
 namespace tilestream::cpu::TILESTREAM_LEVEL {

@@ -17,7 +17,6 @@
 #pragma once
 
 #include <algorithm>
-#include <type_traits>
 
 #include "tilestream/quantise.h"
 
@@ -40,18 +39,6 @@ TILESTREAM_HOST_DEVICE constexpr bool is_four_bit(PackedFormat f) {
 TILESTREAM_HOST_DEVICE constexpr bool has_zero(PackedFormat f) {
   return f == PackedFormat::kU4G32 || f == PackedFormat::kU8G32 || f == PackedFormat::kU4G128;
 }
-// f(format as a std::integral_constant).
-template <class Fn>
-void with_format(PackedFormat format, Fn&& f) {
-  switch (format) {
-#define CASE(FORMAT) \
-  case PackedFormat::FORMAT: return f(std::integral_constant<PackedFormat, PackedFormat::FORMAT>{});
-    CASE(kFloat32) CASE(kBFloat16) CASE(kU4G32S) CASE(kU4G32) CASE(kU8G32S) CASE(kU8G32) CASE(kU4G128S)
-    CASE(kU4G128) CASE(kU8G128S) CASE(kRowsBFloat16) CASE(kRowsFloat16)
-#undef CASE
-  }
-}
-
 // Consecutive k of a weight that share a scale and a zero.
 TILESTREAM_HOST_DEVICE constexpr int group_k(PackedFormat f) {
   return f == PackedFormat::kU4G128S || f == PackedFormat::kU4G128 || f == PackedFormat::kU8G128S ? 128 : kGroupK;
