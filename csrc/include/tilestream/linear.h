@@ -13,7 +13,7 @@
 // and, on a GPU only, what torch has, so that other libraries can multiply by the same memory:
 //   kRowsBFloat16, kRowsFloat16: [N][K] without padding, K a multiple of 8.
 // The group-quantised formats meet int8 activations (tilestream/quantise.h), so that a group's inner product is exact in
-// int32. They are given as such, or as floats that the kernel quantises first.
+// int32. They are given as such, or as floats that the kernel quantises first, or that meet dequantised weights.
 #pragma once
 
 #include <algorithm>
