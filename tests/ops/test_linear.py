@@ -123,37 +123,6 @@ def test_every_simd_level(simd_level: str, format: PackedFormat) -> None:
         check(m, 32, 64, format, torch.float32)
 
 
-@each_quantised
-@each_dtype
-def test_floats_meet_dequantised_weights(simd_level: str, format: PackedFormat, dtype: torch.dtype) -> None:
-    """act_bits 16, against float64 on the dequantised weight. bfloat16 meets a weight rounded to bfloat16."""
-    for m, n, k in ((1, 33, 32), (4, 40, 160), (7, 70, 288), (130, 40, 576)):
-        weight = Weight(n, k, format)
-        x, bias = torch.randn(m, k).to(dtype), torch.randn(n)
-        out = testing.Guarded((m, n), dtype)
-        ops.linear(x, weight.packed, bias, out=out.tensor, act_bits=16)
-        out.assert_untouched_outside()
-        want = reference.linear(x, weight.values, bias)
-        computed = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
-        plain = []
-        for order in [torch.arange(k)] + [torch.randperm(k) for _ in range(3)]:
-            rows = torch.cat([x, torch.zeros(64, k, dtype=dtype)]).to(computed)[:, order]
-            plain.append(((rows @ weight.values.to(computed)[:, order].T)[:m].float() + bias).to(dtype))
-        testing.assert_as_good_as_plain(out.tensor, want, testing.worst_of(plain, want))
-
-
-@each_quantised
-def test_rows_of_floats_do_not_depend_on_others(simd_level: str, set_num_threads, format: PackedFormat) -> None:
-    weight = Weight(70, 416, format).packed
-    for dtype in DTYPES:
-        x = torch.randn(300, 416).to(dtype)
-        alone = torch.cat([ops.linear(row, weight, act_bits=16) for row in x[:40].split(1)])
-        for num in (1, 2, 3):
-            set_num_threads(num)
-            for m in (2, 5, 6, 33, 300):
-                assert torch.equal(ops.linear(x[:m], weight, act_bits=16)[:40], alone[:m]), f"{m} rows, {num} threads, {dtype}"
-
-
 @each_format
 @each_dtype
 def test_bias(backend: testing.Backend, format: PackedFormat, dtype: torch.dtype) -> None:

@@ -32,7 +32,7 @@ def check(m: int, n: int, k: int, format: PackedFormat, dtype: torch.dtype, bias
     for order in [torch.arange(k)] + [torch.randperm(k) for _ in range(3)]:
         # 64 rows: torch sums one row and many rows in different orders
         rows = torch.cat([x, torch.zeros(64, k, dtype=dtype)])[:, order]
-        y = (rows @ weight.values.to(dtype)[:, order].T)[:m].float() + (b if bias else 0.0)
+        y = (rows @ weight.values[:, order].T)[:m].float() + (b if bias else 0.0)
         plain.append(y.to(dtype))
     testing.assert_as_good_as_plain(out.tensor, want, testing.worst_of(plain, want))
 
@@ -62,12 +62,14 @@ def test_every_simd_level(simd_level: str, format: PackedFormat) -> None:
 
 @each_format
 def test_rows_do_not_depend_on_others_or_threads(backend: testing.Backend, set_num_threads, format: PackedFormat) -> None:
-    weight, x = Weight(40, 1184, format).packed, torch.randn(70, 1184).bfloat16()
-    alone = torch.cat([ops.linear(rows, weight, act_bits=16) for rows in x.split(1 if backend.name == "cpu" else 8)])
-    for num in (1, 2, 3) if backend.name == "cpu" else (1,):
-        set_num_threads(num)
-        for m in (2, 8, 9, 70):
-            assert torch.equal(ops.linear(x[:m], weight, act_bits=16), alone[:m]), f"{m} rows, {num} threads"
+    weight = Weight(40, 1184, format).packed
+    for dtype in DTYPES if backend.name == "cpu" else DTYPES[2:]:
+        x = torch.randn(70, 1184).to(dtype)
+        alone = torch.cat([ops.linear(rows, weight, act_bits=16) for rows in x.split(1 if backend.name == "cpu" else 8)])
+        for num in (1, 2, 3) if backend.name == "cpu" else (1,):
+            set_num_threads(num)
+            for m in (2, 5, 8, 9, 33, 70):
+                assert torch.equal(ops.linear(x[:m], weight, act_bits=16), alone[:m]), f"{m} rows, {num} threads, {dtype}"
 
 
 @each_format
