@@ -2,7 +2,8 @@
 
 Row-major bfloat16 weights by each of our kernels (tune_linear.py times more rows); 4 and 8 bits with rows that are int8
 already, as the norm and the activation before them leave them. Weights come from memory. `_int_mm` gives bare int32 sums,
-without scales, and takes more than 16 rows.
+without scales, and takes more than 16 rows. Weights in groups of 128 (W4Ax) have Llama 3 70B's shapes too, rows all of int8
+and mostly of int4, and `_scaled_mm` on e4m3 with one scale a tensor as one more peer.
 """
 
 from __future__ import annotations
@@ -20,6 +21,10 @@ from tilestream.ops import LinearKernel, PackedFormat, PackedWeight
 SHAPES = {
     "qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336), "lm_head": (128256, 4096),
 }  # fmt: skip
+W4AX_SHAPES = {f"8B {name}": shape for name, shape in SHAPES.items() if name != "lm_head"} | {
+    "70B qkv": (10240, 8192), "70B o": (8192, 8192), "70B gate_up": (57344, 8192), "70B down": (8192, 28672),
+}  # fmt: skip
+W4AX_ROWS = (1, 8, 16, 32, 64, 128, 2048, 8192)
 ROWS_ROW_MAJOR = (1, 16, 64)  # above, they go to cuBLAS
 ROWS = {PackedFormat.U4G32S: (1, 4, 16, 64, 512, 2048), PackedFormat.U8G32S: (1, 64, 2048)}
 QUANTISED = [(format, m) for format, rows in ROWS.items() for m in rows]
@@ -42,6 +47,13 @@ def int_product_with_torch(x: torch.Tensor, n: int, sets: int) -> Run:
     x_int8 = torch.randint(-127, 128, (m, k), dtype=torch.int8, device=DEVICE)
     copies = torch.randint(-127, 128, (sets, n, k), dtype=torch.int8, device=DEVICE)
     return lambda i: torch._int_mm(x_int8, copies[i % sets].t())
+
+
+def fp8_product_with_torch(x: torch.Tensor, n: int, sets: int) -> Run:
+    m, k = x.shape
+    x_fp8, one = x.to(torch.float8_e4m3fn), torch.ones((), device=DEVICE)
+    copies = [torch.randn(n, k, device=DEVICE).to(torch.float8_e4m3fn) for _ in range(sets)]
+    return lambda i: torch._scaled_mm(x_fp8, copies[i % sets].t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16)
 
 
 def expected(x: torch.Tensor, values: torch.Tensor, n: int) -> torch.Tensor:
@@ -85,3 +97,27 @@ def test_quantised(format: PackedFormat, m: int, shape: str, report: Report) -> 
         peers["torch._int_mm"] = int_product_with_torch(x, n, num_sets(n * k))
     candidates = {"ours": lambda i: ops.linear(rows, weights[i], out=out)} | working(peers)
     report.add(f"linear {format.name}", f"{shape}, m={m} n={n} k={k}", interleave(candidates, sets), work=work)
+
+
+@pytest.mark.parametrize("shape", W4AX_SHAPES)
+@pytest.mark.parametrize("m", W4AX_ROWS)
+def test_w4ax(m: int, shape: str, report: Report) -> None:
+    n, k = W4AX_SHAPES[shape]
+    x = torch.randn(m, k, dtype=torch.bfloat16, device=DEVICE)
+    k4 = k * 7 // 8 // 128 * 128
+    rows, mixed = ops.quantise(x), ops.quantise(x, k4=k4)
+    weight, values = random_weight(n, k, PackedFormat.U4G128S, DEVICE)
+    out, want = x.new_empty(m, n), expected(x, values, n)
+    check(ops.linear(rows, weight, out=out), want, 0.03)
+    check(ops.linear(mixed, weight, out=out), want, 0.3)  # of which the int4 rows make most
+    num_bytes = weight.data.nbytes + rows.q.nbytes + rows.scale.nbytes + out.nbytes
+    work = Work(num_bytes, 2 * m * n * k, "int8", memory="copy")
+    sets = num_sets(num_bytes)
+    weights = clones(weight, sets)
+    peers = {"torch.mm bf16": product_with_torch(x, values, n, num_sets(2 * n * k)),
+             "torch._scaled_mm fp8": fp8_product_with_torch(x, n, num_sets(n * k))}  # fmt: skip
+    if m > 16:
+        peers["torch._int_mm"] = int_product_with_torch(x, n, num_sets(n * k))
+    candidates: dict[str, Run] = {"ours": lambda i: ops.linear(rows, weights[i], out=out)}
+    candidates[f"ours, {k4} of k int4"] = lambda i: ops.linear(mixed, weights[i], out=out)
+    report.add("linear U4G128S", f"{shape}, m={m} n={n} k={k}", interleave(candidates | working(peers), sets), work=work)

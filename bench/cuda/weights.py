@@ -24,10 +24,10 @@ def random_weight(n: int, k: int, format: PackedFormat, device: torch.device) ->
         values = (torch.randn(DISTINCT_ROWS, k) * k**-0.5).bfloat16().float()
         packed = ops.pack_weight(values, format=format)
     else:
-        levels = 16 if format == PackedFormat.U4G32S else 256
+        levels, group = 2**format.bits, format.group_size
         q = torch.randint(0, levels, (DISTINCT_ROWS, k), dtype=torch.uint8)
-        scale = ((0.5 + torch.rand(DISTINCT_ROWS, k // 32)) * 3.4 * k**-0.5 / levels).half().float()
-        values = (q.float() - levels // 2) * scale.repeat_interleave(32, 1)
+        scale = ((0.5 + torch.rand(DISTINCT_ROWS, k // group)) * 3.4 * k**-0.5 / levels).half().float()
+        values = (q.float() - levels // 2) * scale.repeat_interleave(group, 1)
         packed = ops.pack_weight(q=q, scale=scale, format=format)
     data = packed.data.to(device).repeat(n // DISTINCT_ROWS)
     return PackedWeight(data, n, k, format), values.to(device)

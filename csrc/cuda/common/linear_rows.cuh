@@ -128,12 +128,7 @@ __global__ void __launch_bounds__(kRowsThreads) rows_kernel(const __grid_constan
 
 template <class T, int kTiles>
 void launch_row_tiles(const LinearParams& p, Stream stream) {
-  const int slices = num_slices(p);
-  const unsigned tiles_m = unsigned(ceil_div(p.m, 8 * kTiles)), tiles_n = unsigned(ceil_div(p.n, kTileColumns));
-  const LaunchConfig config{.grid = dim3(tiles_m, tiles_n, unsigned(slices)), .block = kRowsThreads,
-                            .smem_bytes = sizeof(RowsStorage<kTiles>), .stream = stream};
-  launch(rows_kernel<T, kTiles>, config, p);
-  if (slices > 1) launch_sum(p, {}, slices, stream);
+  launch_tiles(rows_kernel<T, kTiles>, 8 * kTiles, kRowsThreads, sizeof(RowsStorage<kTiles>), p, stream);
 }
 
 // Instantiations: 2 element types x tiles of 8, 16, 32 and 64 rows.

@@ -132,6 +132,15 @@ inline void launch_sum(const LinearParams& p, const SharedTiles& shared, int sli
   launch(sum_slices_kernel, {.grid = grid, .block = kSumThreads, .stream = stream}, p, shared, slices);
 }
 
+// Launches a kernel whose blocks are (tiles of rows, tiles of columns, slices), and what adds up the slices.
+inline void launch_tiles(void (*kernel)(LinearParams), int rows, int threads, size_t smem_bytes,
+                         const LinearParams& p, Stream stream) {
+  const int slices = num_slices(p);
+  const dim3 grid(unsigned(ceil_div(p.m, rows)), unsigned(ceil_div(p.n, kTileColumns)), unsigned(slices));
+  launch(kernel, {.grid = grid, .block = unsigned(threads), .smem_bytes = smem_bytes, .stream = stream}, p);
+  if (slices > 1) launch_sum(p, {}, slices, stream);
+}
+
 template <int kValue>
 using Constant = std::integral_constant<int, kValue>;
 

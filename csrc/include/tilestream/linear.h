@@ -13,7 +13,7 @@
 // and, on a GPU only, what torch has, so that other libraries can multiply by the same memory:
 //   kRowsBFloat16, kRowsFloat16: [N][K] without padding, K a multiple of 8.
 // The group-quantised formats meet int8 activations (tilestream/quantise.h), so that a group's inner product is exact in
-// int32. They are given as such, or as floats that the kernel quantises first.
+// int32. They are given as such, or as floats that the kernel quantises first, or that meet dequantised weights.
 #pragma once
 
 #include <algorithm>
@@ -148,7 +148,7 @@ constexpr int kSlices = 8;         // parts of K at most
 inline int num_slices(const LinearParams& p) {
   constexpr int64_t kSms = 132, kLeastK = 512;
   const int64_t tiles = ceil_div(p.n, kTileColumns);
-  if (!is_row_major(p.format) || p.gemv) return 1;
+  if (!(is_row_major(p.format) || p.weight_only) || p.gemv) return 1;
   return int(std::clamp<int64_t>(std::min(2 * kSms / tiles, ceil_div(p.k, kLeastK)), 1, kSlices));
 }
 
@@ -159,13 +159,34 @@ inline int64_t most_shared_columns(const LinearParams& p) {
   return std::min(round_up(p.n, kPanelColumns), kTileColumns * (kMostSharedTiles / ceil_div(p.m, 128) + 2));
 }
 
+// Hopper's linears on groups of 128 (linear_sm90.cu). Blocks of 64 columns by all of K; or for many rows of 256 columns by 128
+// rows, where those are a third of the SMs' number at least, and y takes pairs of elements.
+constexpr int64_t kSm90Sms = 132, kSm90WideBytes = 4 * 128 * 256;
+inline bool sm90_is_wide(const LinearParams& p) {
+  return p.m > 64 && ceil_div(p.m, 128) * ceil_div(p.n, 256) >= kSm90Sms / 3 && p.n % 2 == 0 && p.y_row_stride % 2 == 0 &&
+         reinterpret_cast<uintptr_t>(p.y) % dtype_bytes(p.dtype, 2) == 0;
+}
+// Slices of K with a sum each, where 64 columns a block are not two blocks for each SM. Of n and k alone: a row's bits do not
+// depend on m.
+inline int sm90_slices(int64_t n, int64_t k) {
+  const int64_t most = std::min(2 * 64 * kSm90Sms / n, k / 256);
+  return most >= 8 ? 8 : most >= 4 ? 4 : most >= 2 ? 2 : 1;
+}
+// Sums of slices, or a place for each wide block's.
+inline int64_t sm90_partial_bytes(const LinearParams& p) {
+  if (!is_quantised(p.format) || group_k(p.format) == kGroupK || sm90_slices(p.n, p.k) == 1) return 0;
+  return sm90_is_wide(p) ? kSm90Sms * kSm90WideBytes : 4 * sm90_slices(p.n, p.k) * p.m * round_up(p.n, kPanelColumns);
+}
+
 // Their sums, [slices][m][columns, to a multiple of 32] float32; then rows that the kernel has to quantise itself.
 inline int64_t partial_bytes(const LinearParams& p) {
-  if (is_quantised(p.format)) return 4 * kSlices * p.m * most_shared_columns(p);
+  if (is_quantised(p.format) && !p.weight_only) {
+    return std::max(4 * kSlices * p.m * most_shared_columns(p), sm90_partial_bytes(p));
+  }
   return num_slices(p) == 1 ? 0 : 4 * num_slices(p) * p.m * round_up(p.n, kPanelColumns);
 }
 inline int64_t workspace_bytes(const LinearParams& p) {
-  return partial_bytes(p) + (is_quantised(p.format) && p.x_q.q == nullptr ? quantised_bytes(p.m, p.k) : 0);
+  return partial_bytes(p) + (is_quantised(p.format) && !p.weight_only && p.x_q.q == nullptr ? quantised_bytes(p.m, p.k) : 0);
 }
 void linear(const LinearParams& params, Stream stream);
 void embedding(const EmbeddingParams& params, Stream stream);
