@@ -11,7 +11,7 @@
 // in which a warp, one on each scheduler, issues 140, 166 and 217 instructions.
 //
 // Wide blocks, 128 rows by 256 columns in two warpgroups, that stay and walk tiles. A group of a tile is 1,024 cycles of the
-// tensor cores and 2 x 618 instructions of a scheduler, which binds: at most 83 % of the tensor cores' rate. Each warpgroup
+// tensor cores and 2 x 618 instructions of a scheduler, which bind: at most 83 % of the tensor cores' rate. Each warpgroup
 // waits for its own 64 x 64 products, and the other's are under way meanwhile. It brings 33 KB a group, 27 bytes a cycle.
 #include "cuda/linear_sm90.h"
 
