@@ -32,8 +32,8 @@ __device__ __forceinline__ void merge_slices(const LinearParams& p, const Linear
   for (int i = rank * C::kThreads + threadIdx.x; i < C::kTokens * C::kColumns; i += work.num_slices * C::kThreads) {
     const int64_t row = work.first_row(tile) + i / C::kColumns, n = work.first_column(tile) + i % C::kColumns;
     if (row >= p.m || n >= p.n) continue;
-    float sum = *partial_sum(p, 0, row, n);
-    for (int slice = 1; slice < work.num_slices; ++slice) sum += *partial_sum(p, slice, row, n);
+    float sum = *slice_sum(p, 0, row, n);
+    for (int slice = 1; slice < work.num_slices; ++slice) sum += *slice_sum(p, slice, row, n);
     store_as(p.dtype, p.y, row * p.y_row_stride + n, sum + bias_of(p, n));
   }
 }
