@@ -26,7 +26,8 @@ def pytest_configure() -> None:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--write-results", action="store_true", help="keep the tables under bench/results/")
-    parser.addoption("--text", help="bench_perplexity.py: the text to score")
+    parser.addoption("--text", help="bench_perplexity.py, bench_quantised.py: the text to score")
+    parser.addoption("--quantised", action="append", help="bench_quantised.py: a directory of `tilestream quantize`; repeatable")
 
 
 @pytest.fixture(scope="session")

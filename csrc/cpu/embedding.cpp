@@ -4,7 +4,7 @@
 #include "cpu/common/thread_pool.h"
 #include "cpu/dispatch.h"
 #include "cpu/elements.h"
-#include "tilestream/linear.h"
+#include "cpu/packed_format.h"
 
 namespace tilestream::cpu::TILESTREAM_LEVEL {
 namespace {
@@ -33,33 +33,24 @@ void read_part(const uint8_t* panel, int column, int64_t num_k, int64_t k, float
   for (int i = 0; i < kGroupK; i += 16) store(values + i, fma(load_u8(q + i), set1(scale), set1(zero)));
 }
 
+template <PackedFormat F>
 void read_values(const EmbeddingParams& p, const uint8_t* panel, int column, int64_t begin, int64_t num, float* values) {
-  switch (p.format) {
-#define CASE(FORMAT) \
-  case PackedFormat::FORMAT: return read_part<PackedFormat::FORMAT>(panel, column, p.k, begin, values);
-    CASE(kU4G32S) CASE(kU4G32) CASE(kU8G32S) CASE(kU8G32) CASE(kU4G128S) CASE(kU4G128) CASE(kU8G128S)
-#undef CASE
-    case PackedFormat::kBFloat16: {
-      const uint16_t* pairs = reinterpret_cast<const uint16_t*>(panel);
-      for (int64_t i = 0; i < num; ++i) {
-        values[i] = bf16_to_float(pairs[((begin + i) / 2 * kPanelColumns + column) * 2 + (begin + i) % 2]);
-      }
-      return;
+  if constexpr (is_quantised(F)) {
+    read_part<F>(panel, column, p.k, begin, values);
+  } else if constexpr (F == PackedFormat::kBFloat16) {
+    const uint16_t* pairs = reinterpret_cast<const uint16_t*>(panel);
+    for (int64_t i = 0; i < num; ++i) {
+      values[i] = bf16_to_float(pairs[((begin + i) / 2 * kPanelColumns + column) * 2 + (begin + i) % 2]);
     }
-    case PackedFormat::kFloat32: {
-      const float* floats = reinterpret_cast<const float*>(panel);
-      for (int64_t i = 0; i < num; ++i) values[i] = floats[(begin + i) * kPanelColumns + column];
-      return;
-    }
-    default: return;  // row-major: refused by embedding()
+  } else {
+    const float* floats = reinterpret_cast<const float*>(panel);
+    for (int64_t i = 0; i < num; ++i) values[i] = floats[(begin + i) * kPanelColumns + column];
   }
 }
 
-}  // namespace
-
-void embedding(const EmbeddingParams& p) {
-  if (is_row_major(p.format)) refuse_row_major();
-  const int64_t stride = panel_bytes(p.format, p.k);
+template <PackedFormat F>
+void run_embedding(const EmbeddingParams& p) {
+  const int64_t stride = panel_bytes(F, p.k);
   auto body = [&](int worker, int num_workers) {
     const Share share = share_of(p.num_tokens, worker, num_workers);
     with_element(p.y_dtype, [&](auto element) {
@@ -71,7 +62,7 @@ void embedding(const EmbeddingParams& p) {
         for (int64_t k = 0; k < p.k; k += kGroupK) {
           float values[kGroupK] = {};
           const int64_t num = std::min<int64_t>(kGroupK, p.k - k);
-          read_values(p, panel, int(id % kPanelColumns), k, num, values);
+          read_values<F>(p, panel, int(id % kPanelColumns), k, num, values);
           store_part<E>(y + k, load(values), std::min<int64_t>(num, 16));
           if (num > 16) store_part<E>(y + k + 16, load(values + 16), num - 16);
         }
@@ -79,6 +70,18 @@ void embedding(const EmbeddingParams& p) {
     });
   };
   parallel(int(std::min(p.num_tokens * p.k / kElementsPerWorker + 1, p.num_tokens)), body);
+}
+
+}  // namespace
+
+void embedding(const EmbeddingParams& p) {
+  with_format(p.format, [&](auto format) {
+    if constexpr (is_row_major(format)) {
+      refuse_row_major();
+    } else {
+      run_embedding<format>(p);
+    }
+  });
 }
 
 }  // namespace tilestream::cpu::TILESTREAM_LEVEL

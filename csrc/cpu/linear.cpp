@@ -7,18 +7,21 @@
 #include <algorithm>
 
 #include "cpu/common/thread_pool.h"
+#include "cpu/dequantise_panel.h"
 #include "cpu/dispatch.h"
 #include "cpu/linear_tile.h"
+#include "cpu/packed_format.h"
 #include "cpu/quantise_row.h"
 
 namespace tilestream::cpu::TILESTREAM_LEVEL {
 namespace {
 
-constexpr int64_t kBlockBytes = 512 << 10;      // activations of a block: half of Zen 4's L2
+constexpr int64_t kBlockBytes = 256 << 10;      // activations of a block: a quarter of Zen 4's L2
 constexpr int64_t kOwnCopyElements = 16 << 10;  // up to here every worker prepares all activations itself
 // From so many rows a worker, each takes blocks of its own rows: what the ops before and after do with the same rows then
 // stays in its caches. (Below, the weights are what costs, and each worker reads its own part of them.)
 constexpr int64_t kRowsForOwnBlock = 32;
+constexpr int64_t kDequantisedTiles = 32;       // of a block that shares dequantised weights: their sums lie on the stack
 constexpr int64_t kNsPerWorker = 4000;          // a launch costs 1 to 2 us
 
 struct Tiling {
@@ -152,6 +155,16 @@ void write_tile(const LinearParams& p, const float* tile, int64_t first_row, int
   });
 }
 
+// Lines that write_tile() will write come while the tile is computed: rows of a wide output lie far apart, and waiting for
+// them took a sixth of the time (512 x 4096 with k = 512). Inlined, or GCC drops a call that does nothing but fetch.
+[[gnu::always_inline]] inline void fetch_output(const LinearParams& p, int64_t first_row, int64_t rows, int64_t column) {
+  const int64_t bytes = dtype_bytes(p.dtype, std::min<int64_t>(kPanelColumns, p.n - column));
+  for (int64_t r = first_row; r < first_row + rows; ++r) {
+    const auto* y = static_cast<const uint8_t*>(p.y) + dtype_bytes(p.dtype, r * p.y_row_stride + column);
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(y + i, 1, 3);
+  }
+}
+
 // Tile t of num_tiles fetches its part of the next panel, spread over its steps.
 template <PackedFormat F>
 void set_fetch(TileArgs& args, const uint8_t* next, int64_t t, int64_t num_tiles) {
@@ -166,13 +179,13 @@ void set_fetch(TileArgs& args, const uint8_t* next, int64_t t, int64_t num_tiles
 template <PackedFormat F>
 void run_share(const LinearParams& p, const Tiling& tiling, const PreparedRows& x, Share units) {
   const int64_t stride = panel_bytes(F, p.k);
-  alignas(64) float out[kTileRows * kPanelColumns];
+  alignas(64) float out[kTileRows<F> * kPanelColumns];
   for (int64_t unit = units.begin; unit < units.end; ++unit) {
     const int64_t block = unit / tiling.num_panels, panel = unit % tiling.num_panels;
     const int64_t begin = tiling.first_tile(block), end = tiling.first_tile(block + 1);
     const auto* weight = static_cast<const uint8_t*>(p.weight);
     // A lone tile that reads forwards leaves fetching to the hardware: 35 against 25 GB/s.
-    const bool fetches = end - begin > 1 || (is_quantised(F) && !GroupLayout<F>::kFourBit && tiling.m > kStreamedRows);
+    const bool fetches = end - begin > 1 || (is_quantised(F) && tiling.m > kStreamedRows);
     const uint8_t* next =
         fetches && unit + 1 < units.end ? weight + (unit + 1) % tiling.num_panels * stride : nullptr;
     TileArgs args{};
@@ -188,8 +201,40 @@ void run_share(const LinearParams& p, const Tiling& tiling, const PreparedRows& 
         args.sum = x.sum + first * (p.k / kGroupK);
       }
       set_fetch<F>(args, next, t - begin, end - begin);
+      fetch_output(p, first, rows, panel * kPanelColumns);
       TileTable<F>::kRun[rows - 1](args);
       write_tile(p, out, first, rows, panel * kPanelColumns);
+    }
+  }
+}
+
+// The same for weights that meet floats: a part of a panel becomes one of X, which all tiles of the block then multiply.
+template <PackedFormat F, PackedFormat X>
+void run_dequantised_share(const LinearParams& p, const Tiling& tiling, const PreparedRows& x, Share units) {
+  constexpr int64_t kPartK = kBlockSteps * 8 / row_bytes<X>(2);  // one block of a tile's sums
+  alignas(64) uint8_t part[panel_bytes(X, kPartK)];
+  alignas(64) float out[kDequantisedTiles][kTileRows<X> * kPanelColumns];
+  for (int64_t unit = units.begin; unit < units.end; ++unit) {
+    const int64_t block = unit / tiling.num_panels, panel = unit % tiling.num_panels;
+    const int64_t begin = tiling.first_tile(block), end = tiling.first_tile(block + 1);
+    const auto* weight = static_cast<const uint8_t*>(p.weight) + panel * panel_bytes(F, p.k);
+    for (int64_t k = 0; k < p.k; k += kPartK) {
+      TileArgs args{};
+      args.k = std::min(kPartK, p.k - k);
+      dequantise_panel<F, X>(weight, p.k, k, k + args.k, part);
+      args.panel = part;
+      args.x_row_bytes = x.row_bytes;
+      args.adds = k > 0;
+      for (int64_t t = begin; t < end; ++t) {
+        const int64_t first = tiling.first_row(t);
+        args.x = x.x + first * x.row_bytes + row_bytes<X>(k);
+        args.out = out[t - begin];
+        TileTable<X>::kRun[tiling.first_row(t + 1) - first - 1](args);
+      }
+    }
+    for (int64_t t = begin; t < end; ++t) {
+      const int64_t first = tiling.first_row(t);
+      write_tile(p, out[t - begin], first, tiling.first_row(t + 1) - first, panel * kPanelColumns);
     }
   }
 }
@@ -200,21 +245,23 @@ int useful_workers(const LinearParams& p) {
   return int(std::clamp<int64_t>(ns / kNsPerWorker + 1, 1, 256));
 }
 
-template <PackedFormat F>
+// X: the format whose tile kernels multiply: F, or for floats that meet group-quantised weights the one these become.
+template <PackedFormat F, PackedFormat X = F>
 void run_linear(const LinearParams& p) {
   const int max_workers = std::min(useful_workers(p), num_threads());
-  Tiling tiling{p.m, ceil_div(p.m, kTileRows), 1, ceil_div(p.n, kPanelColumns)};
+  Tiling tiling{p.m, ceil_div(p.m, kTileRows<X>), 1, ceil_div(p.n, kPanelColumns)};
   const int64_t enough_units = ceil_div(4 * max_workers, tiling.num_panels);  // for even shares
-  const int64_t num_blocks = std::max(ceil_div(p.m * row_bytes<F>(p.k), kBlockBytes), max_workers > 1 ? enough_units : 1);
+  int64_t num_blocks = std::max(ceil_div(p.m * row_bytes<X>(p.k), kBlockBytes), max_workers > 1 ? enough_units : 1);
+  if (X != F) num_blocks = std::max(num_blocks, ceil_div(tiling.num_tiles, kDequantisedTiles));
   const bool by_rows = p.m >= kRowsForOwnBlock * max_workers;
   tiling.num_blocks = std::clamp<int64_t>(by_rows ? round_up(num_blocks, max_workers) : num_blocks, 1, tiling.num_tiles);
-  const bool ready = is_prepared<F>(p), own_copy = p.m * p.k <= kOwnCopyElements;
-  const int64_t bytes = ready ? 0 : prepared_bytes<F>(p.m, p.k), own_bytes = own_copy ? bytes : 0;
+  const bool ready = is_prepared<X>(p), own_copy = p.m * p.k <= kOwnCopyElements;
+  const int64_t bytes = ready ? 0 : prepared_bytes<X>(p.m, p.k), own_bytes = own_copy ? bytes : 0;
   uint8_t* shared = static_cast<uint8_t*>(scratch(Scratch::kLaunch, size_t(bytes - own_bytes)));
   if (bytes > own_bytes) {
     auto prepare_share = [&](int worker, int num_workers) {
       const Share rows = share_of(p.m, worker, num_workers);
-      prepare<F>(p, rows.begin, rows.end, shared);
+      prepare<X>(p, rows.begin, rows.end, shared);
     };
     parallel(max_workers, prepare_share);
   }
@@ -222,13 +269,18 @@ void run_linear(const LinearParams& p) {
     uint8_t* memory = shared;
     if (own_bytes > 0) {
       memory = static_cast<uint8_t*>(scratch(Scratch::kWorker, size_t(own_bytes)));
-      prepare<F>(p, 0, p.m, memory);
+      prepare<X>(p, 0, p.m, memory);
     }
-    const PreparedRows x = !ready            ? prepared_in<F>(memory, p)
-                           : is_quantised(F) ? prepared_rows(p.x_q, p.k)
+    const PreparedRows x = !ready            ? prepared_in<X>(memory, p)
+                           : is_quantised(X) ? prepared_rows(p.x_q, p.k)
                                              : PreparedRows{static_cast<const uint8_t*>(p.x),
                                                             dtype_bytes(p.dtype, p.x_row_stride)};
-    run_share<F>(p, tiling, x, share_of(tiling.num_blocks * tiling.num_panels, worker, num_workers));
+    const Share units = share_of(tiling.num_blocks * tiling.num_panels, worker, num_workers);
+    if constexpr (X == F) {
+      run_share<F>(p, tiling, x, units);
+    } else {
+      run_dequantised_share<F, X>(p, tiling, x, units);
+    }
   };
   parallel(max_workers, multiply);
 }
@@ -237,18 +289,17 @@ void run_linear(const LinearParams& p) {
 
 void linear(const LinearParams& p) {
   if (p.m == 0 || p.n == 0) return;
-  switch (p.format) {
-    case PackedFormat::kFloat32: return run_linear<PackedFormat::kFloat32>(p);
-    case PackedFormat::kBFloat16: return run_linear<PackedFormat::kBFloat16>(p);
-    case PackedFormat::kU4G32S: return run_linear<PackedFormat::kU4G32S>(p);
-    case PackedFormat::kU4G32: return run_linear<PackedFormat::kU4G32>(p);
-    case PackedFormat::kU8G32S: return run_linear<PackedFormat::kU8G32S>(p);
-    case PackedFormat::kU8G32: return run_linear<PackedFormat::kU8G32>(p);
-    case PackedFormat::kU4G128S: return run_linear<PackedFormat::kU4G128S>(p);
-    case PackedFormat::kU4G128: return run_linear<PackedFormat::kU4G128>(p);
-    case PackedFormat::kU8G128S: return run_linear<PackedFormat::kU8G128S>(p);
-    default: refuse_row_major();
-  }
+  with_format(p.format, [&](auto format) {
+    constexpr PackedFormat F = format;
+    if constexpr (is_row_major(F)) {
+      refuse_row_major();
+    } else if constexpr (is_quantised(F)) {
+      if (!p.weight_only) return run_linear<F>(p);
+      p.dtype == DType::kBFloat16 ? run_linear<F, PackedFormat::kBFloat16>(p) : run_linear<F, PackedFormat::kFloat32>(p);
+    } else {
+      run_linear<F>(p);
+    }
+  });
 }
 
 }  // namespace tilestream::cpu::TILESTREAM_LEVEL

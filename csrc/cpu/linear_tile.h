@@ -5,22 +5,32 @@
 // and at the end of each span of 128 k that share an activation scale, total = total + span * x_scale.
 // Float formats: sums of blocks of K, added up, so that the error grows with their number only.
 // The same operations for every R: a row's result does not depend on its tile.
-// Budget per row, 16 columns and group on AVX-512 VNNI: 8 vpdpbusd and 1 1/4 FMA (2 1/4 where zeros are stored) share
-// the two multiply pipes; conversion and unpacking go elsewhere and cost nothing. So the limit is 8/9.25 or 8/10.25 of
-// the vpdpbusd peak. vpmaddubsw uses the same pipes, so mixing it in gains nothing. Registers with 6 rows x 2 vectors:
-// 12 int32 + 12 float accumulators, 2 weights, mask, scales; no spill in the loop, for the totals stay in memory.
+// Budget per row, 16 columns and 128 k on AVX-512 VNNI: 32 vpdpbusd share the two multiply pipes with the FMAs of the
+// scales, in groups of 128: 2 (3 where zeros are stored), in groups of 32: 5 (9). So the limit is 32/34 (32/35) or 32/37
+// (32/41) of the vpdpbusd peak. Conversion and unpacking go elsewhere and cost nothing: 4-bit tiles run as fast as 8-bit
+// ones. vpmaddubsw uses the same pipes, so mixing it in gains nothing. Registers: 8 rows x 2 vectors of int32 in groups of
+// 128; 6 x 2 of int32 and as many float sums in groups of 32; 2 weights, mask, scales. Totals stay in memory. From 4 rows
+// on more make a tile no faster; they spare reading the weights again.
 #pragma once
+
+#include <utility>
 
 #include "cpu/elements.h"
 #include "tilestream/linear.h"
 
 namespace tilestream::cpu::TILESTREAM_LEVEL {
 
-#if defined(__AVX512F__)
-// Fits 32 registers; 12 chains hide the latency of the dot product.
+// Rows and 16-column vectors held at once: as many as fit the registers.
+#if defined(__AVX512VNNI__)
+template <PackedFormat F>
+constexpr int kTileRows = group_k(F) == kScaleK ? 8 : 6;
+constexpr int kTileVectors = 2;
+#elif defined(__AVX512F__)
+template <PackedFormat F>
 constexpr int kTileRows = 6;
-constexpr int kTileVectors = 2;  // 16-column vectors held at once
+constexpr int kTileVectors = 2;
 #else
+template <PackedFormat F>
 constexpr int kTileRows = 4;  // 16 registers of 8 or 4 lanes: one vector at a time
 constexpr int kTileVectors = 1;
 #endif
@@ -36,6 +46,8 @@ constexpr int64_t kFetchStepK = F == PackedFormat::kFloat32    ? 8
                                 : F == PackedFormat::kBFloat16 ? 16
                                                                : kGroupK;
 
+constexpr int64_t kBlockSteps = 128;  // float formats: 4-byte steps of x summed before they join the total
+
 struct TileArgs {
   const uint8_t* panel;
   const uint8_t* x;     // the tile's first row: int8 or floats
@@ -44,6 +56,7 @@ struct TileArgs {
   const int32_t* sum;   // [rows][num_groups] of tilestream/quantise.h
   int64_t k;
   float* out;           // [rows][32]
+  bool adds;            // float formats: to what `out` holds
   const uint8_t* next;  // what to fetch into L2 meanwhile (a part of the next panel)
   int next_lines;       // cache lines of it per kFetchStepK
 };
@@ -90,21 +103,33 @@ struct GroupProducts<true> {
   I32x16 end(I32x16 start) const { return end_u4(sum, start); }
 };
 
+// Sum of x over `parts` times 32 k.
+inline int32_t add_sums(const int32_t* sum, int parts) {
+  int32_t s = sum[0];
+  switch (parts) {
+    case 4: s += sum[3]; [[fallthrough]];
+    case 3: s += sum[2]; [[fallthrough]];
+    case 2: s += sum[1];
+  }
+  return s;
+}
+
 // acc += one group of `parts` times 32 k: R rows of x, V vectors of 16 columns, sums of x from `sum` on.
 template <PackedFormat F, int R, int V>
-[[gnu::always_inline]] inline void add_group(const TileArgs& a, const uint8_t* x, const uint8_t* group, int first_vector,
+[[gnu::always_inline]] inline void add_group(const uint8_t* x, int64_t x_row_bytes, const uint8_t* group, int first_vector,
                                              const int32_t* sum, int64_t sum_stride, int parts, F32x16 (&acc)[R][V]) {
   using Layout = GroupLayout<F>;
   using Products = GroupProducts<Layout::kFourBit>;
-  int32_t sums[R];
+  int32_t x_sums[R];
   I32x16 dots[R][V];
+#pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
-    sums[r] = sum[r * sum_stride];
-    for (int i = 1; i < parts; ++i) sums[r] += sum[r * sum_stride + i];
-    for (int j = 0; j < V; ++j) dots[r][j] = Layout::kHasZero ? izero() : set1_int(sums[r] * -Layout::kOffset);
+    x_sums[r] = Layout::kParts == 1 ? sum[r * sum_stride] : add_sums(sum + r * sum_stride, parts);
+    for (int j = 0; j < V; ++j) dots[r][j] = Layout::kHasZero ? izero() : set1_int(x_sums[r] * -Layout::kOffset);
   }
   for (int i = 0; i < parts; ++i, x += kGroupK, group += Layout::kCodeBytes) {
     Products products[R][V];
+#pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       for (int j = 0; j < V; ++j) products[r][j] = Products::begin(dots[r][j]);
     }
@@ -115,8 +140,9 @@ template <PackedFormat F, int R, int V>
         for (int j = begin; j < end; ++j) {
           codes[j] = load_codes<Layout::kFourBit>(group + (first_vector + j) * Layout::kHalfBytes, v, half);
         }
+#pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
-          const int32_t word = load_word(x + r * a.x_row_bytes + 4 * v + 16 * half);
+          const int32_t word = load_word(x + r * x_row_bytes + 4 * v + 16 * half);
           for (int j = begin; j < end; ++j) products[r][j].add(codes[j], word);
         }
       }
@@ -130,6 +156,7 @@ template <PackedFormat F, int R, int V>
 #pragma GCC unroll 4
       for (int v = 0; v < kGroupK / 8; ++v) dot_vectors(v, 0, V);
     }
+#pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       for (int j = 0; j < V; ++j) dots[r][j] = products[r][j].end(dots[r][j]);
     }
@@ -137,10 +164,12 @@ template <PackedFormat F, int R, int V>
   const auto* const scales = reinterpret_cast<const uint16_t*>(group) + 16 * first_vector;
   for (int j = 0; j < V; ++j) {
     const F32x16 scale = load_f16(scales + 16 * j);
+#pragma GCC unroll 8
     for (int r = 0; r < R; ++r) acc[r][j] = fma(to_float(dots[r][j]), scale, acc[r][j]);
     if constexpr (Layout::kHasZero) {
       const F32x16 z = load_f16(scales + kPanelColumns + 16 * j);
-      for (int r = 0; r < R; ++r) acc[r][j] = fma(z, set1(float(sums[r])), acc[r][j]);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) acc[r][j] = fma(z, set1(float(x_sums[r])), acc[r][j]);
     }
   }
 }
@@ -165,11 +194,11 @@ inline void quantised_vectors(const TileArgs& a, int first_vector) {
     if constexpr (Layout::kParts == 1) {
       for (int i = 0; i < parts; ++i, x += kGroupK, group += Layout::kBytes) {
         fetch_lines(next, a.next_lines);
-        add_group<F, R, V>(a, x, group, first_vector, a.sum + first + i, num_parts, 1, acc);
+        add_group<F, R, V>(x, a.x_row_bytes, group, first_vector, a.sum + first + i, num_parts, 1, acc);
       }
     } else {
       fetch_lines(next, parts * a.next_lines);
-      add_group<F, R, V>(a, x, group, first_vector, a.sum + first, num_parts, parts, acc);
+      add_group<F, R, V>(x, a.x_row_bytes, group, first_vector, a.sum + first, num_parts, parts, acc);
       x += kScaleK, group += Layout::kBytes;
     }
     for (int r = 0; r < R; ++r) {
@@ -185,11 +214,11 @@ inline void quantised_vectors(const TileArgs& a, int first_vector) {
 template <PackedFormat F, int R, int V>
 inline void float_vectors(const TileArgs& a, int first_vector) {
   constexpr bool kPairs = F == PackedFormat::kBFloat16;  // one 4-byte step of x is two bfloat16 or one float
-  constexpr int64_t kRound = 8, kBlock = 128;  // steps per round; steps summed before they join the total
+  constexpr int64_t kRound = 8;                          // steps per round
   const int64_t steps = kPairs ? ceil_div(a.k, 2) : a.k;
   F32x16 total[R][V], acc[R][V];
   for (int r = 0; r < R; ++r)
-    for (int j = 0; j < V; ++j) total[r][j] = zero();
+    for (int j = 0; j < V; ++j) total[r][j] = a.adds ? load(a.out + r * kPanelColumns + 16 * (first_vector + j)) : zero();
   const uint8_t* w = a.panel + 64 * first_vector;
   const uint8_t* next = a.next;
   const auto step = [&](int64_t i) __attribute__((always_inline)) {
@@ -205,8 +234,8 @@ inline void float_vectors(const TileArgs& a, int first_vector) {
       }
     }
   };
-  for (int64_t begin = 0; begin < steps; begin += kBlock) {
-    const int64_t end = begin + kBlock < steps ? begin + kBlock : steps;
+  for (int64_t begin = 0; begin < steps; begin += kBlockSteps) {
+    const int64_t end = begin + kBlockSteps < steps ? begin + kBlockSteps : steps;
     for (int r = 0; r < R; ++r)
       for (int j = 0; j < V; ++j) acc[r][j] = zero();
     int64_t i = begin;
@@ -219,7 +248,7 @@ inline void float_vectors(const TileArgs& a, int first_vector) {
     for (int r = 0; r < R; ++r)
       for (int j = 0; j < V; ++j) total[r][j] = add(total[r][j], acc[r][j]);
   }
-#pragma GCC unroll 6
+#pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
     for (int j = 0; j < V; ++j) store(a.out + r * kPanelColumns + 16 * (first_vector + j), total[r][j]);
 }
@@ -237,15 +266,12 @@ void run_tile(const TileArgs& a) {
 
 using TileFn = void (*)(const TileArgs&);
 
-// Kernel for tiles of 1..kTileRows rows: table[rows - 1].
-template <PackedFormat F>
-struct TileTable {
-#if defined(__AVX512F__)
-  static constexpr TileFn kRun[kTileRows] = {run_tile<F, 1>, run_tile<F, 2>, run_tile<F, 3>,
-                                             run_tile<F, 4>, run_tile<F, 5>, run_tile<F, 6>};
-#else
-  static constexpr TileFn kRun[kTileRows] = {run_tile<F, 1>, run_tile<F, 2>, run_tile<F, 3>, run_tile<F, 4>};
-#endif
+// Kernel for tiles of 1..kTileRows rows: kRun[rows - 1].
+template <PackedFormat F, class Rows = std::make_integer_sequence<int, kTileRows<F>>>
+struct TileTable;
+template <PackedFormat F, int... kRowsLessOne>
+struct TileTable<F, std::integer_sequence<int, kRowsLessOne...>> {
+  static constexpr TileFn kRun[] = {run_tile<F, kRowsLessOne + 1>...};
 };
 
 }  // namespace tilestream::cpu::TILESTREAM_LEVEL

@@ -8,7 +8,7 @@
 #include "cpu/common/thread_pool.h"
 #include "cpu/elements.h"
 #include "cpu/gguf_blocks.h"
-#include "tilestream/linear.h"
+#include "cpu/packed_format.h"
 
 namespace tilestream::cpu::TILESTREAM_LEVEL {
 namespace {
@@ -198,6 +198,16 @@ void pack_separated(const PackParams& p) {
   });
 }
 
+void pack_values(const PackParams& p) {
+  const int64_t stride = panel_bytes(p.format, p.k);
+  for_each_panel(p.n, [&](int64_t panel, int64_t first, int64_t num_columns) {
+    pack_floats(p.format, static_cast<uint8_t*>(p.packed) + panel * stride, num_columns, p.k,
+                [&](int64_t column, int64_t begin, int64_t num, float* values) {
+                  std::memcpy(values, p.values + (first + column) * p.k + begin, size_t(num) * 4);
+                });
+  });
+}
+
 }  // namespace
 
 void pack_gguf(const PackGgufParams& p) {
@@ -215,22 +225,12 @@ void pack_gguf(const PackGgufParams& p) {
 }
 
 void pack_weight(const PackParams& p) {
-  switch (p.format) {
-    case PackedFormat::kU4G32S: return pack_separated<PackedFormat::kU4G32S>(p);
-    case PackedFormat::kU4G32: return pack_separated<PackedFormat::kU4G32>(p);
-    case PackedFormat::kU8G32S: return pack_separated<PackedFormat::kU8G32S>(p);
-    case PackedFormat::kU8G32: return pack_separated<PackedFormat::kU8G32>(p);
-    case PackedFormat::kU4G128S: return pack_separated<PackedFormat::kU4G128S>(p);
-    case PackedFormat::kU4G128: return pack_separated<PackedFormat::kU4G128>(p);
-    case PackedFormat::kU8G128S: return pack_separated<PackedFormat::kU8G128S>(p);
-    default: break;
-  }
-  const int64_t stride = panel_bytes(p.format, p.k);
-  for_each_panel(p.n, [&](int64_t panel, int64_t first, int64_t num_columns) {
-    pack_floats(p.format, static_cast<uint8_t*>(p.packed) + panel * stride, num_columns, p.k,
-                [&](int64_t column, int64_t begin, int64_t num, float* values) {
-                  std::memcpy(values, p.values + (first + column) * p.k + begin, size_t(num) * 4);
-                });
+  with_format(p.format, [&](auto format) {
+    if constexpr (is_quantised(format)) {
+      pack_separated<format>(p);
+    } else {
+      pack_values(p);
+    }
   });
 }
 

@@ -1,15 +1,18 @@
 // y = x . W^T + bias on packed weights: which kernel for which format.
 //
-//   kU4G32S, kU4G32, kU8G32S, kU8G32   common/linear_int8_kernels.cuh; rows of floats are quantised first
-//   kU4G128S, kU4G128, kU8G128S        linear_sm90.cu, rows of integers
+//   groups of 32 and 128               common/linear_int8_kernels.cuh; rows of floats are quantised first
+//   groups of 128 on Hopper            linear_sm90.cu, rows of integers
+//   the same with weight_only          common/linear_weight_only.cuh
 //   kBFloat16, kFloat32                common/linear_float.cuh
 //   kRowsBFloat16, kRowsFloat16        common/linear_rows.cuh, common/linear_gemv.cuh, as the caller chooses
 #include <stdexcept>
+#include <string>
 
 #include "cuda/common/linear_float.cuh"
 #include "cuda/common/linear_gemv.cuh"
 #include "cuda/common/linear_int8_kernels.cuh"
 #include "cuda/common/linear_rows.cuh"
+#include "cuda/common/linear_weight_only.cuh"
 #include "cuda/linear_sm90.h"
 #include "cuda/runtime.cuh"
 #include "tilestream/linear.h"
@@ -29,6 +32,7 @@ QuantisedRows workspace_rows(const LinearParams& p) {
 
 void linear(const LinearParams& p, Stream stream) {
   if (p.m == 0 || p.n == 0) return;
+  if (p.weight_only) return launch_weight_only(p, stream);
   with_format(p.format, [&](auto format) {
     constexpr PackedFormat kFormat = decltype(format)::value;
     if constexpr (is_row_major(kFormat)) {
@@ -37,14 +41,18 @@ void linear(const LinearParams& p, Stream stream) {
     } else if constexpr (!is_quantised(kFormat)) {
       launch_float<kFormat>(p, stream);
     } else {
+      if (p.x_q.k4 > 0 && !takes_int4(kFormat))
+        throw std::invalid_argument("linear: format is " + std::to_string(int(kFormat)) +
+                                    "; INT4 activations meet formats 6 and 7 (4 bits, groups of 128) on a GPU");
       LinearParams with_rows = p;
       if (p.x_q.q == nullptr) {
         with_rows.x_q = workspace_rows(p);
         quantise({p.x, with_rows.x_q, p.m, p.k, p.x_row_stride, p.dtype}, stream);
       }
-      if constexpr (group_k(kFormat) == kGroupK) launch_int8<kFormat>(with_rows, stream);
-      else if (p.weight_only || !linear_sm90(with_rows, stream))
-        throw std::invalid_argument("linear: weights in groups of 128 are multiplied on Hopper GPUs alone, by quantised rows");
+      if constexpr (group_k(kFormat) != kGroupK) {
+        if (linear_sm90(with_rows, stream)) return;
+      }
+      launch_int8<kFormat>(with_rows, stream);
     }
   });
 }

@@ -72,10 +72,14 @@ class LLM:
             weights leave), at most 16 full contexts.
         max_model_len: most tokens of one request; None: the model's context length, or the cache if smaller.
         max_num_seqs, token_budget, max_queued_requests, enable_prefix_caching, batch_invariant, seed: see EngineConfig.
+        act_bits: of the activations that meet quantised weights: "auto", "4", "8" or "16": see load_model.
         softmax_ranges: a file of tilestream.calibrate, from which layers get the maximum that decodes on CUDA weigh by;
             None: the online softmax.
         num_threads: CPU threads; None: TILESTREAM_NUM_THREADS, or one for every core this process may use.
         progress: called with (done, total) bytes while loading.
+    Attributes:
+        name, tokenizer, config, engine: of the model that was loaded.
+        weight_bytes: of all weight matrices; kv_token_bytes: of one token in the KV cache, over all layers.
     Raises:
         ModelLoadError: the model cannot be found or read, with the file and what is wrong.
         ValueError: an option that is not allowed, with its value and what is.
@@ -88,6 +92,7 @@ class LLM:
         device: str = "cpu",
         dtype: str = "auto",
         kv_dtype: str = "auto",
+        act_bits: str = "auto",
         page_size: int = 32,
         kv_cache_tokens: int | None = None,
         max_model_len: int | None = None,
@@ -108,7 +113,7 @@ class LLM:
         if kv_dtype not in KV_DTYPES:
             raise ValueError(f"kv_dtype is {kv_dtype!r}; supported: auto, {', '.join(KV_DTYPES)}")
         placement = Placement.of(device, batch_invariant=batch_invariant)
-        loaded = load_model(os.fspath(model), dtype=dtype, progress=progress, placement=placement)
+        loaded = load_model(os.fspath(model), dtype=dtype, act_bits=act_bits, progress=progress, placement=placement)
         if softmax_ranges is not None:
             use_softmax_ranges(loaded.model, softmax_ranges, kv_dtype=kv_dtype)
         m = loaded.model.config
@@ -118,6 +123,8 @@ class LLM:
         self.name = loaded.name
         self.tokenizer = loaded.tokenizer
         self.config = m
+        self.weight_bytes = loaded.weight_bytes
+        self.kv_token_bytes = _kv_token_bytes(m, kv_dtype)
         engine_config = EngineConfig(
             kv_cache_tokens=kv_cache_tokens,
             max_model_len=min(m.max_position, capacity) if max_model_len is None else max_model_len,
@@ -253,13 +260,17 @@ def _output(prompt: Prompt, token_ids: list[int], deltas: list[RequestDelta]) ->
     )
 
 
-def _default_kv_cache_tokens(config, kv_dtype: str, page_size: int, device: torch.device) -> int:
+def _kv_token_bytes(config, kv_dtype: str) -> int:
+    """What a token takes in the KV cache, over all layers."""
     element_bytes = 0.5 if kv_dtype == "int4" else KV_DTYPES[kv_dtype].itemsize
     scale_bytes = 4 if kv_dtype in ("int8", "int4") else 0
-    token_bytes = config.num_layers * config.num_kv_heads * 2 * (config.head_dim * element_bytes + scale_bytes)
+    return int(config.num_layers * config.num_kv_heads * 2 * (config.head_dim * element_bytes + scale_bytes))
+
+
+def _default_kv_cache_tokens(config, kv_dtype: str, page_size: int, device: torch.device) -> int:
     if device.type == "cpu":
         room_bytes = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * _KV_MEMORY_SHARE
     else:
         room_bytes = torch.cuda.mem_get_info(device)[0] * _KV_GPU_MEMORY_SHARE
-    tokens = min(int(room_bytes / token_bytes), _KV_MAX_CONTEXTS * config.max_position)
+    tokens = min(int(room_bytes / _kv_token_bytes(config, kv_dtype)), _KV_MAX_CONTEXTS * config.max_position)
     return max(tokens, page_size)

@@ -31,6 +31,11 @@ class Placement:
     asynchronous: bool
     linear_kernel: LinearKernel | None = None
 
+    @property
+    def has_int4(self) -> bool:
+        """Whether its tensor cores multiply INT4 natively: those of sm_80 to sm_89."""
+        return self.device.type == "cuda" and torch.cuda.get_device_capability(self.device)[0] == 8
+
     @staticmethod
     def of(device: str, *, batch_invariant: bool = False) -> Placement:
         """The placement for "cpu", "cuda" or "cuda:<index>": float32 activations on the CPU, bfloat16 on a GPU.

@@ -112,7 +112,7 @@ def test_dtype_is_checked():
     (dict(hidden_act="relu"), "activation is 'relu'; supported: silu"),
     (dict(rope_parameters=dict(rope_type="longrope", rope_theta=1e4)), "RoPE scaling is 'longrope'; supported:"),
     (dict(rope_parameters=dict(rope_type="default", rope_theta="x")), "rope_theta is 'x'; it must be a finite number"),
-    (dict(quantization_config={"quant_method": "gptq"}), "quantization_config .'gptq'. is not supported"),
+    (dict(quantization_config={"quant_method": "fp8"}), "quantization_config has quant_method 'fp8'; supported: gptq, awq"),
     (dict(tie_word_embeddings=False), r"tensor output\.weight \(in GGUF naming\) is missing"),
     (dict(rms_norm_eps=2.0), "rms_eps is 2.0; it must be between 0 and 1"),
 ])

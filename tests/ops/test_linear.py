@@ -24,7 +24,7 @@ class Weight:
 
     def __init__(self, n: int, k: int, format: PackedFormat, group: int | None = None) -> None:
         self.format = format
-        group = group or format.group_size
+        self.group = group = group or format.group_size
         if format not in QUANTISED:
             values = torch.randn(n, k) / k**0.5
             self.values = (values.bfloat16() if format == PackedFormat.BFLOAT16 else values).double()
@@ -40,7 +40,7 @@ class Weight:
         else:
             self.zero = (-self.scale * levels * torch.rand(n, -(-k // group))).half().float()
             self.packed = ops.pack_weight(q=self.q, scale=self.scale, zero=self.zero, format=format)
-        self.values = reference.dequantise(self.q, self.scale, self.zero)
+        self.values = reference.dequantise(self.q, self.scale, self.zero, group)
 
 
 def check(m: int, n: int, k: int, format: PackedFormat, dtype: torch.dtype, bias: bool = False, group: int | None = None) -> None:
@@ -52,7 +52,7 @@ def check(m: int, n: int, k: int, format: PackedFormat, dtype: torch.dtype, bias
     ops.linear(x, weight.packed, b, out=out.tensor)
     out.assert_untouched_outside()
     if format in QUANTISED:
-        want = reference.linear_int8(x, weight.q, weight.scale, weight.zero, b)
+        want = reference.linear_int8(x, weight.q, weight.scale, weight.zero, weight.group, b)
         bound = int8_bound(x, weight, want, dtype)
         testing.assert_within(out.tensor, want, bound)
         return
@@ -83,7 +83,7 @@ def int8_bound(x: torch.Tensor, weight: Weight, want: torch.Tensor, dtype: torch
     if x.numel() == 0:
         return 0.0
     x = x.abs().double()
-    zero = reference.dequantise(torch.zeros_like(weight.q), weight.scale, weight.zero)
+    zero = reference.dequantise(torch.zeros_like(weight.q), weight.scale, weight.zero, weight.group)
     terms = x @ (weight.values - zero).abs().T + x @ zero.abs().T
     arithmetic = ((x.shape[1] // 32) ** 0.5 + 4) * testing.unit_roundoff(torch.float32) * float(terms.max())
     return arithmetic + 1.01 * testing.unit_roundoff(dtype) * float(want.abs().max())
@@ -94,6 +94,7 @@ def int8_bound(x: torch.Tensor, weight: Weight, want: torch.Tensor, dtype: torch
 @pytest.mark.parametrize(("m", "n", "k"), [
     (0, 32, 64), (1, 1, 32), (1, 31, 64), (1, 33, 96), (2, 64, 32), (3, 100, 160), (5, 32, 576), (7, 40, 160), (8, 96, 64),
     (9, 130, 96), (17, 70, 128), (33, 65, 64), (63, 36, 32), (64, 64, 64), (65, 40, 32), (130, 40, 96),
+    (130, 130, 64),
 ])
 def test_shapes(backend: testing.Backend, m: int, n: int, k: int, format: PackedFormat, dtype: torch.dtype) -> None:
     check(m, n, k, format, dtype)
@@ -149,7 +150,7 @@ def test_integer_sums_are_exact(backend: testing.Backend, format: PackedFormat) 
     x[:, ::128] = 127.0  # every span's scale is 1
     x[0], x[1] = 127.0, -127.0
     for m in (1, 9):
-        want = reference.linear(x[:m], reference.dequantise(q, scale, zero))
+        want = reference.linear(x[:m], reference.dequantise(q, scale, zero, group))
         assert torch.equal(ops.linear(x[:m], packed).double(), want)
 
 

@@ -51,10 +51,10 @@ def test_quantise(backend: testing.Backend, rows: int, k: int, dtype: torch.dtyp
 def test_int4_blocks(backend: testing.Backend, rows: int, k: int, k4: int, dtype: torch.dtype) -> None:
     """From each op that quantises."""
     x = torch.randn(rows, 2 * k).to(dtype)
-    room = testing.Guarded((rows, k - k4 // 2), torch.int8)
-    out = dataclasses.replace(QuantisedRows.empty(rows, k, k4=k4), q=room.tensor)
+    q, memory = testing.guarded_contiguous((rows, k - k4 // 2), torch.int8)
+    out = dataclasses.replace(QuantisedRows.empty(rows, k, k4=k4), q=q)
     check_rows(ops.quantise(x[:, :k], out=out), x[:, :k].double())
-    room.assert_untouched_outside()
+    testing.assert_margins(memory)
     values = activation_reference.silu_and_mul(x)
     check_rows(ops.silu_and_mul_quant(x, k4=k4), values, 16 * testing.unit_roundoff(torch.float32) * float(values.abs().max()))
     residual, weight = torch.randn(rows, k).to(dtype), 1 + 0.2 * torch.randn(k)
@@ -140,7 +140,7 @@ def test_linear_on_int4_blocks(
     x[:, k4:] = torch.randint(-127, 128, (rows, k - k4))
     x[:, :k4:128], x[:, k4::128] = 7.0, -127.0  # every span's scale is 1
     x[0, :k4] = 7.0
-    want = reference.linear(x, reference.dequantise(q, scale, zero))
+    want = reference.linear(x, reference.dequantise(q, scale, zero, 128))
     for num in (1, 3) if backend.name == "cpu" else (1,):
         set_num_threads(num)
         for dtype in (torch.float32, torch.bfloat16):
@@ -148,6 +148,21 @@ def test_linear_on_int4_blocks(
             ops.linear(ops.quantise(x, k4=k4), weight, out=out.tensor)
             out.assert_untouched_outside()
             assert torch.equal(out.tensor, want.to(dtype))
+
+
+@pytest.mark.parametrize("format", [PackedFormat.U4G128S, PackedFormat.U4G128], ids=lambda f: f.name)
+def test_int4_rows_do_not_depend_on_others(backend: testing.Backend, format: PackedFormat) -> None:
+    n, k, k4 = 40, 1184, 640
+    q, scale = torch.randint(16, (n, k), dtype=torch.uint8), torch.rand(n, -(-k // 128))
+    weight = ops.pack_weight(q=q, scale=scale, zero=None if format.is_symmetric else -5 * scale, format=format)
+    x = torch.randn(70, k)
+
+    def product(rows: torch.Tensor) -> torch.Tensor:
+        return ops.linear(ops.quantise(rows, k4=k4), weight, out=torch.empty(rows.size(0), n))
+
+    alone = torch.cat([product(rows) for rows in x.split(7)])
+    for m in (9, 17, 33, 70):
+        assert torch.equal(product(x[:m]), alone[:m]), m
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])

@@ -86,10 +86,12 @@ def test_generate_into_a_closed_pipe() -> None:
 
 def test_bench(tmp_path: Path) -> None:
     result = tmp_path / "result.json"
-    sizes = ["--prompt-tokens", "40", "--decode-tokens", "4", "--batch-sizes", "1,3", "--repeats", "1"]
+    sizes = ["--prompt-tokens", "40", "--decode-tokens", "4", "--batch-sizes", "1,3", "--repeats", "1", "--dtype", "bfloat16"]
     done = subprocess.run([*COMMAND, "bench", *sizes, "--json", str(result)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    cases = json.loads(result.read_text())["cases"]
+    facts = json.loads(result.read_text())
+    cases = facts["cases"]
+    assert facts["weight_bytes"] > 135e6 * 1.9 and facts["kv_token_bytes"] == 30 * 3 * 2 * 64 * 2
     assert [(case["name"], case["batch_size"]) for case in cases] == [("prompt", 1), ("decode", 1), ("decode", 3)]
     assert all(case["median_tok_s"] > 0 for case in cases)
     assert "tok/s" in done.stdout

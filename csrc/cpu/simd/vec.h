@@ -27,6 +27,7 @@
 //   V in_register(V)       the same value, kept in a register where the level has enough of them
 //   F exp2_weight(F)       exp2 for softmax weights: exact at 0 and -inf; denormal results may be denormal or 0
 //   P load_bf16x32(const void*), P set1_bf16_pair(uint32_t), P cvt_bf16x32(F lo, F hi)
+//   P bf16_pairs(F first, F second)            lane i: first[i], second[i]; denormals as cvt_bf16x32
 //   F dot_bf16(F acc, P a, P b)                acc[i] += a[2i] * b[2i] + a[2i+1] * b[2i+1]
 //   void store_low_bytes(int8_t*, F)           the lowest byte of each lane: see kRoundingMagic
 //   B load_u8x64(const void*), void store_u8x64(void*, B), B and_0f(B), B shift_right_4(B)  (each byte >> 4)

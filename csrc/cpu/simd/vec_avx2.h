@@ -187,6 +187,13 @@ inline Bf16x32 set1_bf16_pair(uint32_t a) { return {_mm256_set1_epi32(int(a)), _
 inline Bf16x32 cvt_bf16x32(F32x16 lo, F32x16 hi) {
   return {_mm256_set_m128i(bf16_bits(lo.hi), bf16_bits(lo.lo)), _mm256_set_m128i(bf16_bits(hi.hi), bf16_bits(hi.lo))};
 }
+inline Bf16x32 bf16_pairs(F32x16 first, F32x16 second) {
+  const auto half = [](__m256 a, __m256 b) {
+    const __m128i low = bf16_bits(a), high = bf16_bits(b);
+    return _mm256_set_m128i(_mm_unpackhi_epi16(low, high), _mm_unpacklo_epi16(low, high));
+  };
+  return {half(first.lo, second.lo), half(first.hi, second.hi)};
+}
 inline void store_bf16x32(void* p, Bf16x32 a) {
   _mm256_storeu_si256(static_cast<__m256i*>(p), a.lo);
   _mm256_storeu_si256(static_cast<__m256i*>(p) + 1, a.hi);

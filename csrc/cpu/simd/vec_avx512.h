@@ -168,6 +168,16 @@ inline Bf16x32 cvt_bf16x32(F32x16 lo, F32x16 hi) {
   return {_mm512_inserti64x4(_mm512_castsi256_si512(bf16_bits(lo)), bf16_bits(hi), 1)};
 #endif
 }
+inline Bf16x32 bf16_pairs(F32x16 first, F32x16 second) {
+#if defined(__AVX512BF16__)
+  constexpr int kStep = 0x00010001;  // words i of the low and of the high half, in turn
+  const __m512i turn = _mm512_add_epi32(_mm512_set1_epi32(16 << 16), _mm512_mullo_epi32(iota(), _mm512_set1_epi32(kStep)));
+  return {_mm512_permutexvar_epi16(turn, cvt_bf16x32(first, second).v)};
+#else
+  const __m512i high = _mm512_slli_epi32(_mm512_cvtepu16_epi32(bf16_bits(second)), 16);
+  return {_mm512_or_si512(_mm512_cvtepu16_epi32(bf16_bits(first)), high)};
+#endif
+}
 inline void store_bf16x32(void* p, Bf16x32 a) { _mm512_storeu_si512(p, a.v); }
 inline F32x16 dot_bf16(F32x16 acc, Bf16x32 a, Bf16x32 b) {
 #if defined(__AVX512BF16__)

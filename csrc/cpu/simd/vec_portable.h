@@ -220,6 +220,12 @@ inline Bf16x32 cvt_bf16x32(F32x16 lo, F32x16 hi) {
   store_bf16(r.v + 16, hi);
   return r;
 }
+inline Bf16x32 bf16_pairs(F32x16 first, F32x16 second) {
+  Bf16x32 r;
+  const Bf16x32 both = cvt_bf16x32(first, second);
+  for (int i = 0; i < 32; ++i) r.v[i] = both.v[i / 2 + i % 2 * 16];
+  return r;
+}
 inline void store_bf16x32(void* p, Bf16x32 a) { std::memcpy(p, &a, sizeof(a)); }
 inline F32x16 dot_bf16(F32x16 acc, Bf16x32 a, Bf16x32 b) {
   const i32x4 high = {int(0xffff0000u), int(0xffff0000u), int(0xffff0000u), int(0xffff0000u)};

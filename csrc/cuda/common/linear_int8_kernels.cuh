@@ -10,10 +10,9 @@
 //
 // Above: int8_tile_kernel. A block has 4 panels and a tile of 16 to 128 rows; its warps share each span's
 // weights and rows in one ring, so that rows are read from L2 once for 128 columns: with one panel a block,
-// M = 64 would read 3.6 times as many bytes of rows as of 4-bit weights. Where that leaves few blocks (N =
-// 4,096: 32), each slice gets a block of its own and sum_slices_kernel adds what they leave. Bound by the
-// weights up to 32 rows on an H200 (an estimate: 25 instructions for each 8 rows, 32 columns and 32 k, and
-// 4 a cycle), by instructions above: most are the float32 arithmetic that the groups' scales ask for.
+// M = 64 would read 3.6 times as many bytes of rows as of 4-bit weights. Tiles that would leave half of the GPU
+// without work, a few or those of the last wave, are divided: each slice gets a block of its own, and
+// sum_slices_kernel adds what they leave. Budgets: docs/kernels/linear_w4ax.md.
 #pragma once
 
 #include "cuda/common/linear_int8.cuh"
@@ -61,9 +60,8 @@ __global__ void __launch_bounds__(kBlockThreads, 2) int8_flat_kernel(const __gri
     fetch((at + kStages - 1) % kStages, span + kStages - 1);
     ptx::cp_async_wait_group<kStages - 1>();
     __syncwarp();
-    SpanWeight<F> weight;
-    load_weight<F>(ring[at].weight[0], weight);
-    multiply_span<F, 1>(weight, ring[at].rows, total);
+    const auto& stage = ring[at];
+    multiply_span<F, 1>(is_int4<F>(p, span), stage.weight[0], stage.rows, stage.scale, total);
     __syncwarp();  // before the stage is overwritten
     at = (at + 1) % kStages;
   }
@@ -75,6 +73,11 @@ __global__ void __launch_bounds__(kBlockThreads, 2) int8_flat_kernel(const __gri
 
 constexpr int kTilePanels = kTileColumns / kPanelColumns;
 
+// Tiles from `first` on, of a grid of columns of tiles_m tiles of `rows` rows.
+TILESTREAM_HOST_DEVICE constexpr SharedTiles shared_tiles(unsigned first, unsigned tiles_m, int rows) {
+  return {int64_t(first / tiles_m) * kTileColumns, int64_t(first % tiles_m) * rows};
+}
+
 // A warp makes 8 kTiles rows of one panel; kRowGroups such rows of warps.
 template <PackedFormat F, int kTiles, int kRowGroups>
 struct TileStorage {
@@ -85,20 +88,28 @@ struct TileStorage {
   Stage ring[kStages];
 };
 
-// Blocks: (tiles of rows, tiles of 4 panels, 1 or kSlices slices of K). Rows first: blocks that run at the
-// same time then share weights in L2.
+// Blocks: one for each of the first `whole` tiles, then one for each slice of the others, those with INT8 spans
+// first, for they take the longest. Rows first: blocks that run at the same time then share weights in L2.
 template <PackedFormat F, int kTiles, int kRowGroups>
 __global__ void __launch_bounds__(TileStorage<F, kTiles, kRowGroups>::kThreads, 1)
-    int8_tile_kernel(const __grid_constant__ LinearParams p) {
+    int8_tile_kernel(const __grid_constant__ LinearParams p, unsigned whole) {
   using Storage = TileStorage<F, kTiles, kRowGroups>;
   constexpr int kStages = Storage::kStages;
   auto& ring = dynamic_smem<Storage>().ring;
   const int warp = threadIdx.x / kWarpSize, row_in_tile = warp / kTilePanels * 8 * kTiles;
-  const int64_t first_row = int64_t(blockIdx.x) * Storage::kRows;
-  const int first_panel = blockIdx.y * kTilePanels;
+  const unsigned tiles_m = unsigned(ceil_div(p.m, Storage::kRows));
+  unsigned tile = blockIdx.x;
+  int own_slice = kAllSlices;
+  if (tile >= whole) {
+    const unsigned shared = (gridDim.x - whole) / kSlices, piece = tile - whole;
+    tile = whole + piece % shared;
+    own_slice = kSlices - 1 - int(piece / shared);
+  }
+  const int64_t first_row = int64_t(tile % tiles_m) * Storage::kRows;
+  const int first_panel = tile / tiles_m * kTilePanels;
   const int num_spans = int(ceil_div(p.k, kScaleK));
-  int slice = blockIdx.z;
-  const int end_slice = gridDim.z > 1 ? slice + 1 : kSlices;
+  int slice = own_slice == kAllSlices ? 0 : own_slice;
+  const int end_slice = own_slice == kAllSlices ? kSlices : slice + 1;
   const int begin = first_span(num_spans, slice), end = first_span(num_spans, end_slice);
   const auto fetch = [&](int stage, int span) {
     if (span < end) fetch_span<Storage::kThreads>(p, ring[stage], first_panel, first_row, span, threadIdx.x);
@@ -112,9 +123,9 @@ __global__ void __launch_bounds__(TileStorage<F, kTiles, kRowGroups>::kThreads, 
     ptx::cp_async_wait_group<kStages - 2>();
     __syncthreads();  // the span is here, and everybody has left the stage that is filled next
     fetch((at + kStages - 1) % kStages, span + kStages - 1);
-    SpanWeight<F> weight;
-    load_weight<F>(ring[at].weight[warp % kTilePanels], weight);
-    multiply_span<F, kTiles>(weight, ring[at].rows + row_in_tile, total);
+    const auto& stage = ring[at];
+    multiply_span<F, kTiles>(is_int4<F>(p, span), stage.weight[warp % kTilePanels], stage.rows + row_in_tile,
+                             stage.scale + row_in_tile, total);
     at = (at + 1) % kStages;
     for (; slice < end_slice && span + 1 >= first_span(num_spans, slice + 1); ++slice) {
       add_fragments<kTiles>(sum, total);
@@ -124,17 +135,24 @@ __global__ void __launch_bounds__(TileStorage<F, kTiles, kRowGroups>::kThreads, 
   ptx::cp_async_wait_all();
   const int64_t panel = first_panel + warp % kTilePanels;
   if (panel * kPanelColumns >= p.n) return;
-  store_fragments<kTiles>(p, first_row + row_in_tile, panel, sum);
+  const SharedTiles shared = shared_tiles(whole, tiles_m, Storage::kRows);
+  store_fragments<kTiles>(p, first_row + row_in_tile, panel, sum, shared, own_slice);
 }
 
 template <PackedFormat F, int kTiles, int kRowGroups>
 void launch_int8_tiles(const LinearParams& p, Stream stream) {
   using Storage = TileStorage<F, kTiles, kRowGroups>;
   constexpr auto kKernel = int8_tile_kernel<F, kTiles, kRowGroups>;
-  launch_tiles(kKernel, Storage::kRows, Storage::kThreads, sizeof(Storage), p, stream);
+  const unsigned tiles_m = unsigned(ceil_div(p.m, Storage::kRows));
+  const unsigned tiles = tiles_m * unsigned(ceil_div(p.n, kTileColumns));
+  const unsigned wave = resident_blocks(kKernel, Storage::kThreads, sizeof(Storage)), last = tiles % wave;
+  const unsigned shared = last <= std::min<unsigned>(wave / 2, kMostSharedTiles) ? last : 0, whole = tiles - shared;
+  launch(kKernel, {.grid = whole + kSlices * shared, .block = Storage::kThreads, .smem_bytes = sizeof(Storage),
+                   .stream = stream}, p, whole);
+  if (shared > 0) launch_sum(p, shared_tiles(whole, tiles_m, Storage::kRows), kSlices, stream);
 }
 
-// Instantiations: 4 formats x tiles of 8, 16, 32, 64 and, for all but kU8G32, 128 rows.
+// Instantiations: 7 formats x tiles of 8, 16, 32, 64 and, for all but kU8G32, 128 rows.
 template <PackedFormat F>
 void launch_int8(const LinearParams& p, Stream stream) {
   constexpr int kMostTiles = F == PackedFormat::kU8G32 ? 4 : 8;  // whose weights leave no registers for 8

@@ -122,7 +122,8 @@ __global__ void __launch_bounds__(kRowsThreads) rows_kernel(const __grid_constan
   }
   ptx::cp_async_wait_all();
   const int64_t panel = blockIdx.y * kRowsWarps + threadIdx.x / kWarpSize;
-  if (panel * kPanelColumns < p.n) store_fragments<kTiles>(p, first_row, panel, total);
+  const int shares = num_slices > 1 ? slice : kAllSlices;
+  if (panel * kPanelColumns < p.n) store_fragments<kTiles>(p, first_row, panel, total, {0, 0}, shares);
 }
 
 template <class T, int kTiles>

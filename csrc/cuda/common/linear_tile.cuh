@@ -77,16 +77,23 @@ __device__ __forceinline__ void store_tile(const LinearParams& p, const SliceSum
   }
 }
 
+// The tiles that blocks of one slice each share: those of `column` on, but of its own kTileColumns only from `row` on.
+struct SharedTiles { int64_t column, row; };
+
 // Where a block of `slice` leaves its sum of columns n on of a row, for sum_slices_kernel.
-__device__ __forceinline__ float* partial_sum(const LinearParams& p, int slice, int64_t row, int64_t n) {
-  return static_cast<float*>(p.workspace) + (slice * p.m + row) * round_up(p.n, kPanelColumns) + n;
+__device__ __forceinline__ float* partial_sum(const LinearParams& p, const SharedTiles& shared, int slice,
+                                              int64_t row, int64_t n) {
+  const int64_t columns = round_up(p.n, kPanelColumns) - shared.column;
+  return static_cast<float*>(p.workspace) + (slice * p.m + row) * columns + n - shared.column;
 }
 
-// A warp's finished rows of one panel: to y with the bias, or where blocks have a slice each, to the partial
-// sums.
+constexpr int kAllSlices = -1;
+
+// A warp's finished rows of one panel: to y with the bias, or one slice of them to the partial sums.
 template <int kTiles>
 __device__ __forceinline__ void store_fragments(const LinearParams& p, int64_t first_row, int64_t panel,
-                                                const Fragments<kTiles>& from) {
+                                                const Fragments<kTiles>& from, const SharedTiles& shared,
+                                                int slice) {
   const int lane = threadIdx.x % kWarpSize, g = lane / 4, t = lane % 4;
   const int64_t n = panel * kPanelColumns + 4 * g;
 #pragma unroll
@@ -94,8 +101,8 @@ __device__ __forceinline__ void store_fragments(const LinearParams& p, int64_t f
     const int64_t row = first_row + 8 * (i / 2) + 2 * t + i % 2;
     if (row >= p.m) continue;
     const float4 four = fragment_row(from[i / 2], i % 2);
-    if (gridDim.z > 1) {
-      *reinterpret_cast<float4*>(partial_sum(p, blockIdx.z, row, n)) = four;
+    if (slice != kAllSlices) {
+      *reinterpret_cast<float4*>(partial_sum(p, shared, slice, row, n)) = four;
     } else {
       const float values[4] = {four.x, four.y, four.z, four.w};
 #pragma unroll
@@ -110,25 +117,27 @@ __device__ __forceinline__ void store_fragments(const LinearParams& p, int64_t f
 constexpr int kSumThreads = 256;
 
 static __global__ void __launch_bounds__(kSumThreads)
-    sum_slices_kernel(const __grid_constant__ LinearParams p, int num_slices) {
-  const int64_t n = int64_t(blockIdx.y) * kSumThreads + threadIdx.x, row = blockIdx.x;
-  if (n >= p.n) return;
-  float sum = *partial_sum(p, 0, row, n);
+    sum_slices_kernel(const __grid_constant__ LinearParams p, SharedTiles shared, int num_slices) {
+  const int64_t n = shared.column + int64_t(blockIdx.y) * kSumThreads + threadIdx.x, row = blockIdx.x;
+  if (n >= p.n || (n < shared.column + kTileColumns && row < shared.row)) return;
+  float sum = *partial_sum(p, shared, 0, row, n);
 #pragma unroll 4
-  for (int slice = 1; slice < num_slices; ++slice) sum += *partial_sum(p, slice, row, n);
+  for (int slice = 1; slice < num_slices; ++slice) sum += *partial_sum(p, shared, slice, row, n);
   store_as(p.dtype, p.y, row * p.y_row_stride + n, sum + bias_of(p, n));
+}
+
+inline void launch_sum(const LinearParams& p, const SharedTiles& shared, int slices, Stream stream) {
+  const dim3 grid(unsigned(p.m), unsigned(ceil_div(p.n - shared.column, kSumThreads)));
+  launch(sum_slices_kernel, {.grid = grid, .block = kSumThreads, .stream = stream}, p, shared, slices);
 }
 
 // Launches a kernel whose blocks are (tiles of rows, tiles of columns, slices), and what adds up the slices.
 inline void launch_tiles(void (*kernel)(LinearParams), int rows, int threads, size_t smem_bytes,
                          const LinearParams& p, Stream stream) {
-  const unsigned tiles_m = unsigned(ceil_div(p.m, rows)), tiles_n = unsigned(ceil_div(p.n, kTileColumns));
   const int slices = num_slices(p);
-  launch(kernel, {.grid = dim3(tiles_m, tiles_n, unsigned(slices)), .block = unsigned(threads),
-                  .smem_bytes = smem_bytes, .stream = stream}, p);
-  if (slices == 1) return;
-  const dim3 grid(unsigned(p.m), unsigned(ceil_div(p.n, kSumThreads)));
-  launch(sum_slices_kernel, {.grid = grid, .block = kSumThreads, .stream = stream}, p, slices);
+  const dim3 grid(unsigned(ceil_div(p.m, rows)), unsigned(ceil_div(p.n, kTileColumns)), unsigned(slices));
+  launch(kernel, {.grid = grid, .block = unsigned(threads), .smem_bytes = smem_bytes, .stream = stream}, p);
+  if (slices > 1) launch_sum(p, {0, 0}, slices, stream);
 }
 
 template <int kValue>

@@ -13,7 +13,7 @@
 // and, on a GPU only, what torch has, so that other libraries can multiply by the same memory:
 //   kRowsBFloat16, kRowsFloat16: [N][K] without padding, K a multiple of 8.
 // The group-quantised formats meet int8 activations (tilestream/quantise.h), so that a group's inner product is exact in
-// int32. They are given as such, or as floats that the kernel quantises first.
+// int32. They are given as such, or as floats that the kernel quantises first, or that meet dequantised weights.
 #pragma once
 
 #include <algorithm>
@@ -144,14 +144,19 @@ namespace cuda {
 constexpr int kTileColumns = 128;  // columns of y of a block that divides K with others
 constexpr int kSlices = 8;         // parts of K at most
 
-// Blocks among which K is divided, where an H200's 132 SMs would else have too little to do.
+// Blocks among which K is divided for row-major weights, where an H200's 132 SMs would else have too little to do.
 inline int num_slices(const LinearParams& p) {
   constexpr int64_t kSms = 132, kLeastK = 512;
   const int64_t tiles = ceil_div(p.n, kTileColumns);
-  // Of group-quantised weights all or none: then a row's bits are the same, and the choice may depend on m.
-  if (is_quantised(p.format)) return p.m > 8 && tiles * ceil_div(p.m, 128) < kSms / 2 ? kSlices : 1;
-  if (!is_row_major(p.format) || p.gemv) return 1;
+  if (!(is_row_major(p.format) || p.weight_only) || p.gemv) return 1;
   return int(std::clamp<int64_t>(std::min(2 * kSms / tiles, ceil_div(p.k, kLeastK)), 1, kSlices));
+}
+
+// For group-quantised weights the last tiles, of at most 128 rows, may have a block for each slice. A row's bits are the same.
+constexpr int kMostSharedTiles = 64;
+inline int64_t most_shared_columns(const LinearParams& p) {
+  if (!is_quantised(p.format) || p.m <= 8) return 0;
+  return std::min(round_up(p.n, kPanelColumns), kTileColumns * (kMostSharedTiles / ceil_div(p.m, 128) + 2));
 }
 
 // Hopper's linears on groups of 128 (linear_sm90.cu). Blocks of 64 columns by all of K; or for many rows of 256 columns by 128
@@ -173,13 +178,15 @@ inline int64_t sm90_partial_bytes(const LinearParams& p) {
   return sm90_is_wide(p) ? kSm90Sms * kSm90WideBytes : 4 * sm90_slices(p.n, p.k) * p.m * round_up(p.n, kPanelColumns);
 }
 
-// Their sums, [num_slices][m][n to a multiple of 32] float32; then rows that the kernel has to quantise itself.
+// Their sums, [slices][m][columns, to a multiple of 32] float32; then rows that the kernel has to quantise itself.
 inline int64_t partial_bytes(const LinearParams& p) {
-  const int64_t own = num_slices(p) == 1 ? 0 : 4 * num_slices(p) * p.m * round_up(p.n, kPanelColumns);
-  return std::max(own, sm90_partial_bytes(p));
+  if (is_quantised(p.format) && !p.weight_only) {
+    return std::max(4 * kSlices * p.m * most_shared_columns(p), sm90_partial_bytes(p));
+  }
+  return num_slices(p) == 1 ? 0 : 4 * num_slices(p) * p.m * round_up(p.n, kPanelColumns);
 }
 inline int64_t workspace_bytes(const LinearParams& p) {
-  return partial_bytes(p) + (is_quantised(p.format) && p.x_q.q == nullptr ? quantised_bytes(p.m, p.k) : 0);
+  return partial_bytes(p) + (is_quantised(p.format) && !p.weight_only && p.x_q.q == nullptr ? quantised_bytes(p.m, p.k) : 0);
 }
 void linear(const LinearParams& params, Stream stream);
 void embedding(const EmbeddingParams& params, Stream stream);

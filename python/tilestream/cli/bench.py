@@ -76,7 +76,9 @@ def command(
     repeats: Annotated[
         int, typer.Option(metavar="N", min=1, help="Times each case is measured; the median is shown.")
     ] = 3,
+    dtype: options.WeightDtypeOption = options.WeightDtype.auto,
     kv_dtype: options.KvDtypeOption = options.KvDtype.auto,
+    act_bits: options.ActBitsOption = options.ActBits.auto,
     token_budget: options.TokenBudget = 512,
     batch_invariant: options.BatchInvariant = False,
     device: options.Device = "cpu",
@@ -96,7 +98,9 @@ def command(
     with loading_bar(model) as progress:
         llm = LLM(
             model,
+            dtype=dtype.value,
             kv_dtype=kv_dtype.value,
+            act_bits=act_bits.value,
             kv_cache_tokens=max(prompt_tokens, decode_cache_tokens, load_cache_tokens) + _SPARE_TOKENS,
             max_num_seqs=max(*sizes, _SERVER_NUM_SEQS),
             max_queued_requests=max(*sizes, load, 1),
@@ -110,9 +114,11 @@ def command(
     cases = [_measure_prompt(llm, prompt_tokens, repeats)]
     cases += [_measure_decode(llm, size, decode_tokens, repeats) for size in sizes]
     load_result = _measure_load(llm, load, load_in, load_out, load_rate, repeats) if load else None
-    _print_tables(f"{model}, {_C.num_threads()} threads", cases, load_result)
+    memory = f"weights {llm.weight_bytes / 1e6:.1f} MB, KV cache {llm.kv_token_bytes} bytes a token"
+    _print_tables(f"{model}, {_C.num_threads()} threads; {memory}", cases, load_result)
     if json_path is not None:
-        facts = {"model": model, "num_threads": _C.num_threads(), "kv_dtype": kv_dtype.value}
+        facts = {"model": model, "num_threads": _C.num_threads(), "dtype": dtype.value, "kv_dtype": kv_dtype.value, "act_bits": act_bits.value}
+        facts |= {"weight_bytes": llm.weight_bytes, "kv_token_bytes": llm.kv_token_bytes}
         result = facts | {
             "cases": [asdict(case) for case in cases],
             "load": None if load_result is None else asdict(load_result),

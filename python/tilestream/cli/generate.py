@@ -55,6 +55,8 @@ def command(
         ),
     ] = None,
     stats: Annotated[bool, typer.Option("--stats/--no-stats", help="A line of timings on stderr at the end.")] = True,
+    kv_dtype: options.KvDtypeOption = options.KvDtype.auto,
+    act_bits: options.ActBitsOption = options.ActBits.auto,
     device: options.Device = "cpu",
     num_threads: options.NumThreads = None,
 ) -> None:
@@ -65,7 +67,9 @@ def command(
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
     start_s = time.perf_counter()
     with loading_bar(model) as progress:
-        llm = LLM(model, device=device, num_threads=num_threads, progress=progress)
+        llm = LLM(
+            model, device=device, kv_dtype=kv_dtype.value, act_bits=act_bits.value, num_threads=num_threads, progress=progress
+        )
     load_s = time.perf_counter() - start_s
     prompt_ids = _encode(llm, text, chat)
     timings = _stream(llm, prompt_ids, params)

@@ -36,6 +36,24 @@ NumThreads = Annotated[
 ]
 
 
+class WeightDtype(str, Enum):
+    """Types of the weights."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+WeightDtypeOption = Annotated[
+    WeightDtype,
+    typer.Option(
+        "--dtype",
+        help="Type of the weights; auto: quantised ones as they are, bfloat16 for others.",
+        rich_help_panel="Engine",
+    ),
+]
+
+
 class KvDtype(str, Enum):
     """Types of the KV cache."""
 
@@ -51,6 +69,26 @@ class KvDtype(str, Enum):
 KvDtypeOption = Annotated[
     KvDtype,
     typer.Option("--kv-dtype", help="Type of the KV cache; auto: bfloat16.", rich_help_panel="Engine"),
+]
+
+
+class ActBits(str, Enum):
+    """Bits of the activations that meet quantised weights."""
+
+    auto = "auto"
+    four = "4"
+    eight = "8"
+    sixteen = "16"
+
+
+ActBitsOption = Annotated[
+    ActBits,
+    typer.Option(
+        "--act-bits",
+        help="Bits of the activations that meet quantised weights; 4: in the INT4 blocks of a directory of `tilestream quantize`; "
+        "auto: 4 for such a directory where the device multiplies INT4 natively (sm_80 to sm_89), else 8.",
+        rich_help_panel="Engine",
+    ),
 ]
 KvCacheTokens = Annotated[
     int | None,

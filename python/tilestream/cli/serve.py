@@ -58,6 +58,7 @@ def command(
         ),
     ] = None,
     kv_dtype: options.KvDtypeOption = options.KvDtype.auto,
+    act_bits: options.ActBitsOption = options.ActBits.auto,
     kv_cache_tokens: options.KvCacheTokens = None,
     prefix_caching: Annotated[
         bool,
@@ -94,6 +95,7 @@ def command(
         llm = LLM(
             model,
             kv_dtype=kv_dtype.value,
+            act_bits=act_bits.value,
             kv_cache_tokens=kv_cache_tokens,
             max_num_seqs=max_num_seqs,
             max_queued_requests=max_queued_requests,

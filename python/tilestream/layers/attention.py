@@ -49,6 +49,7 @@ class Attention:
         self.sm_scale, self.logits_soft_cap = sm_scale, logits_soft_cap
         self.unified_max: float | None = None
         self._append, self._attend = torch.ops.tilestream.append_kv.default, torch.ops.tilestream.attention.default
+        self._quantise = torch.ops.tilestream.quantise.default
 
     def __call__(
         self, x: torch.Tensor | QuantisedRows, buf: Scratch, step: StepInputs, cache: KvCache
@@ -71,4 +72,9 @@ class Attention:
             k_scale=cache.k_scale, v_scale=cache.v_scale, blocked=cache.blocked, int4=cache.int4,
             unified_max=self.unified_max,
         )
-        self.o(buf.heads_flat, buf.x)
+        if self.o.k4 and buf.heads_int8 is not None:
+            rows = buf.heads_int8.with_k4(self.o.k4)
+            self._quantise(buf.heads_flat, rows.q, rows.scale, rows.sum)
+            self.o(rows, buf.x)
+        else:
+            self.o(buf.heads_flat, buf.x)

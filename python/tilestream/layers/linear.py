@@ -18,25 +18,28 @@ class Linear:
         weight: packed [n, k].
         bias: [n] float32, or None.
         kernel: for a row-major weight, the one to use; None: by the number of rows.
+        k4: how many leading elements of its rows are to come as INT4, where `takes_int8`.
+        act_bits: for a group-quantised weight, 8, or 16: rows stay floats.
     """
 
     def __init__(
-        self, weight: PackedWeight, bias: torch.Tensor | None = None, kernel: LinearKernel | None = None
+        self, weight: PackedWeight, bias: torch.Tensor | None = None, kernel: LinearKernel | None = None, *, k4: int = 0,
+        act_bits: int = 8,
     ) -> None:
-        self.weight, self.bias, self._kernel = weight, bias, kernel
+        self.weight, self.bias, self._kernel, self.k4, self._act_bits = weight, bias, kernel, k4, act_bits
         self.n, self.k = weight.n, weight.k
-        self.takes_int8 = weight.format.is_quantised
+        self.takes_int8 = weight.format.is_quantised and act_bits == 8
         self._data, self._format = weight.data, int(weight.format)
         self._op, self._quant_op = torch.ops.tilestream.linear.default, torch.ops.tilestream.linear_quant.default
 
     def __call__(self, x: torch.Tensor | QuantisedRows, out: torch.Tensor) -> None:
-        """Writes [num_tokens, n] into `out` from x [num_tokens, k], int8 where `takes_int8`; rows may be strided."""
+        """Writes [num_tokens, n] into `out` from x [num_tokens, k], integers where `takes_int8`; rows may be strided."""
         if isinstance(x, QuantisedRows):
             self._quant_op(x.q, x.scale, x.sum, self._data, self.bias, out, n=self.n, format=self._format)
         elif self.weight.format.is_row_major:
             linear(x, self.weight, self.bias, out=out, kernel=self._kernel)
         else:
-            self._op(x, self._data, self.bias, out, n=self.n, format=self._format)
+            self._op(x, self._data, self.bias, out, n=self.n, format=self._format, act_bits=self._act_bits)
 
 
 class StackedLinear:
@@ -46,6 +49,7 @@ class StackedLinear:
         self.parts = list(parts)
         self.n = sum(part.n for part in parts)
         self.takes_int8 = all(part.takes_int8 for part in parts)
+        self.k4 = self.parts[0].k4  # one for all, who read the same rows
 
     def __call__(self, x: torch.Tensor | QuantisedRows, out: torch.Tensor) -> None:
         """As Linear: column ranges of `out` in the order of the parts."""

@@ -35,7 +35,7 @@ class GatedMlp:
             part = slice(0, rows.stop - begin)
             self.gate_up(x[rows], buf.gate_up[part])
             if buf.act_int8 is not None and self.down.takes_int8:
-                act = buf.act_int8[part]
+                act = buf.act_int8.with_k4(self.down.k4)[part]
                 self._act_quant(buf.gate_up[part], act.q, act.scale, act.sum)
                 self.down(act, buf.x[rows])
             else:

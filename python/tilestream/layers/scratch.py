@@ -22,7 +22,8 @@ class Scratch:
         heads, heads_flat: attention's output, [num_tokens, num_qo_heads, head_dim] and [num_tokens, qo_size].
         mlp_rows: how many rows go through the MLP together: num_tokens in equal parts.
         gate_up, act: [mlp_rows, 2 * intermediate] and [mlp_rows, intermediate].
-        x_int8, act_int8: as x and act, for the linears that take int8 rows; None where the width is no multiple of 32.
+        x_int8, heads_int8, act_int8: as x, heads_flat and act, for the linears that take integers; None where the width is no
+            multiple of 32.
         num_bytes: of all of them.
     """
 
@@ -37,6 +38,7 @@ class Scratch:
         self.gate_up = self._take(self.mlp_rows, 2 * config.intermediate_size)
         self.act = self._take(self.mlp_rows, config.intermediate_size)
         self.x_int8 = self._take_int8(num_tokens, config.hidden_size)
+        self.heads_int8 = self._take_int8(num_tokens, config.qo_size)
         self.act_int8 = self._take_int8(self.mlp_rows, config.intermediate_size)
         head_dim, qo, kv = config.head_dim, config.qo_size, config.kv_size
         self.q = self.qkv[:, :qo].unflatten(1, (-1, head_dim))

@@ -1,4 +1,4 @@
-"""What the weight loader needs of a file format: tensors by one set of names, as rows of blocks."""
+"""What the weight loader needs of a file format: tensors by one set of names, as rows of blocks or as integers."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Protocol
 
 import torch
 from gguf import GGMLQuantizationType
+
+from tilestream.ops.linear import PackedFormat
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +30,61 @@ class RawTensor:
     def num_rows(self) -> int:
         return self.rows.shape[0]
 
+    @property
+    def num_bytes(self) -> int:
+        return self.rows.numel()
+
+
+@dataclass(frozen=True, slots=True)
+class QuantisedTensor:
+    """A weight whose integers stand apart from their scales: q * scale + zero.
+
+    Attributes:
+        q: uint8 [num_rows, num_columns].
+        scale: float32 [num_rows, ceil(num_columns / group)].
+        zero: as scale; None: -8 * scale (4 bits) or -128 * scale (8).
+        group: consecutive columns that share a scale; num_columns, or a multiple of 32.
+        bits: 4 or 8.
+        k4: how many leading columns may meet INT4 activations.
+    """
+
+    q: torch.Tensor
+    scale: torch.Tensor
+    zero: torch.Tensor | None
+    group: int
+    bits: int
+    k4: int = 0
+
+    @property
+    def num_rows(self) -> int:
+        return self.q.shape[0]
+
+    @property
+    def num_columns(self) -> int:
+        return self.q.shape[1]
+
+    @property
+    def num_bytes(self) -> int:
+        """In the file, nearly."""
+        return self.q.numel() * self.bits // 8
+
+    @property
+    def packed_format(self) -> PackedFormat:
+        """The packed format that keeps the integers and scales."""
+        wide = self.group % 128 == 0 or self.group == self.num_columns
+        if self.zero is not None:
+            return PackedFormat.U8G32 if self.bits == 8 else PackedFormat.U4G128 if wide else PackedFormat.U4G32
+        if self.bits == 8:
+            return PackedFormat.U8G128S if wide else PackedFormat.U8G32S
+        return PackedFormat.U4G128S if wide else PackedFormat.U4G32S
+
+    @property
+    def values(self) -> torch.Tensor:
+        """[num_rows, num_columns] float32."""
+        zero = -(2 ** (self.bits - 1)) * self.scale if self.zero is None else self.zero
+        scale, zero = (t.repeat_interleave(self.group, 1)[:, : self.num_columns] for t in (self.scale, zero))
+        return self.q * scale + zero
+
 
 class Checkpoint(Protocol):
     """Named tensors. The names are GGUF's: `token_embd.weight`, `blk.0.attn_q.weight`, ..."""
@@ -39,6 +96,6 @@ class Checkpoint(Protocol):
 
     def has_tensor(self, name: str) -> bool: ...
 
-    def tensor(self, name: str) -> RawTensor: ...
+    def tensor(self, name: str) -> RawTensor | QuantisedTensor: ...
 
     def vector(self, name: str) -> torch.Tensor: ...

@@ -109,11 +109,6 @@ def _family_and_fields(values: Mapping[str, Any], source: str) -> tuple[str, _Fi
     if not isinstance(model_type, str) or model_type not in _MODEL_TYPES:
         raise ModelLoadError(f"{source}: model_type is {model_type!r}; supported: {', '.join(sorted(_MODEL_TYPES))}")
     fields = _Fields(values, source)
-    if values.get("quantization_config") is not None:
-        method = fields.mapping("quantization_config").get("quant_method")
-        raise ModelLoadError(
-            f"{source}: quantization_config ({method!r}) is not supported; use a GGUF file or unquantised weights"
-        )
     if isinstance(values.get("text_config"), Mapping):
         fields = _Fields(_gemma3_text_defaults() | dict(values["text_config"]), f"{source} (text_config)")
     return _MODEL_TYPES[model_type], fields

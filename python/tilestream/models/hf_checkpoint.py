@@ -11,9 +11,10 @@ import torch
 from gguf import GGMLQuantizationType
 from safetensors import SafetensorError, safe_open
 
-from tilestream.models.checkpoint import RawTensor
+from tilestream.models.checkpoint import QuantisedTensor, RawTensor
 from tilestream.models.config import ModelConfig
 from tilestream.models.errors import ModelLoadError
+from tilestream.models.hf_quantised import Quantisation
 
 _BLOCK_TYPES = {
     torch.float32: GGMLQuantizationType.F32,
@@ -40,7 +41,7 @@ _GEMMA_LAYER_NAMES = _LAYER_NAMES | {
     "pre_feedforward_layernorm": "ffn_norm",
     "post_feedforward_layernorm": "post_ffw_norm",
 }
-_LAYER_PATTERN = re.compile(r"layers\.(\d+)\.(.+)\.(weight|bias)")
+_LAYER_PATTERN = re.compile(r"layers\.(\d+)\.(.+)\.(\w+)")
 
 
 def read_json(path: Path) -> Any:
@@ -59,12 +60,15 @@ class HfCheckpoint:
     Args:
         path: directory with model.safetensors, or model.safetensors.index.json and its shards.
         config: shape of the model (Gemma's norms are stored as weight - 1).
+        quantisation: how weights are cut into tensors; None: they are whole.
     Raises:
         ModelLoadError: missing, damaged or foreign files.
     """
 
-    def __init__(self, path: Path, config: ModelConfig) -> None:
+    def __init__(self, path: Path, config: ModelConfig, quantisation: Quantisation | None = None) -> None:
         self.path = path
+        self._quantisation, self.is_quantised = quantisation, quantisation is not None
+        self._kinds = {"weight", "bias", *(quantisation.parts if quantisation else ())}
         self._gemma = config.family == "gemma3"
         self._files: dict[Path, Any] = {}
         self._names: dict[str, tuple[Path, str]] = {}
@@ -107,7 +111,7 @@ class HfCheckpoint:
             return None
         name = name.removeprefix(prefix)
         layer = _LAYER_PATTERN.fullmatch(name)
-        if layer is None:
+        if layer is None or layer[3] not in self._kinds:
             stem, _, kind = name.rpartition(".")
             return f"{_TOP_NAMES[stem]}.{kind}" if stem in _TOP_NAMES else None
         index, stem, kind = layer.groups()
@@ -116,19 +120,27 @@ class HfCheckpoint:
 
     @property
     def tensor_names(self) -> list[str]:
-        return list(self._names)
+        """Weights that are cut into tensors by one name, as if they were whole."""
+        kinds = set(self._kinds) - {"bias"}
+        stems = (name.rpartition(".") for name in self._names)
+        return list(dict.fromkeys(f"{stem}.weight" if kind in kinds else f"{stem}.{kind}" for stem, _, kind in stems))
 
     def has_tensor(self, name: str) -> bool:
         return name in self._names
 
-    def _read(self, name: str) -> torch.Tensor:
+    def _get(self, name: str) -> torch.Tensor:
         if name not in self._names:
             raise ModelLoadError(f"{self.path}: the tensor {name} (in GGUF naming) is missing")
         file, stored = self._names[name]
         try:
-            tensor = self._open(file).get_tensor(stored)
+            return self._open(file).get_tensor(stored)
         except (SafetensorError, OSError) as error:
             raise ModelLoadError(f"{file}: tensor {stored} is not readable: {error}") from error
+
+    def _read(self, name: str) -> torch.Tensor:
+        """A tensor of floats."""
+        tensor = self._get(name)
+        file, stored = self._names[name]
         if tensor.dtype not in _BLOCK_TYPES or not 1 <= tensor.dim() <= 2 or tensor.numel() == 0:
             raise ModelLoadError(
                 f"{file}: tensor {stored} is {tensor.dtype} {list(tensor.shape)}; "
@@ -136,11 +148,22 @@ class HfCheckpoint:
             )
         return tensor.contiguous()
 
-    def tensor(self, name: str) -> RawTensor:
-        """A weight matrix as rows of one-element blocks."""
+    def tensor(self, name: str) -> RawTensor | QuantisedTensor:
+        """A weight matrix: rows of one-element blocks, or the integers of a quantised one."""
+        if self._quantisation is not None:
+            stem = name.removesuffix(".weight")
+            parts = [kind for kind in self._quantisation.parts if f"{stem}.{kind}" in self._names]
+            if parts != ["weight"] and self._quantisation.parts[0] in parts:
+                return self._unpack(stem, parts)
         values = self._read(name)
         matrix = values if values.dim() == 2 else values.unsqueeze(0)
         return RawTensor(_BLOCK_TYPES[values.dtype], matrix.view(torch.uint8), matrix.shape[1])
+
+    def _unpack(self, stem: str, parts: list[str]) -> QuantisedTensor:
+        try:
+            return self._quantisation.unpack({kind: self._get(f"{stem}.{kind}") for kind in parts})
+        except (KeyError, RuntimeError, ValueError, IndexError) as error:
+            raise ModelLoadError(f"{self.path}: the tensors of {stem} do not fit each other: {error}") from error
 
     def vector(self, name: str) -> torch.Tensor:
         """A norm weight or bias as float32."""

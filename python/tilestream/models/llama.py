@@ -55,14 +55,19 @@ class DecoderLayer:
 
     def __call__(self, buf: Scratch, step: StepInputs, cache: KvCache) -> None:
         x, residual = buf.x, buf.residual
-        normed = self.attn_norm.add(x, residual, buf.x_int8 if self.attention.qkv.takes_int8 else None)
+        normed = self.attn_norm.add(x, residual, _rows_for(self.attention.qkv, buf))
         self.attention(normed, buf, step, cache)
         if self.post_attn_norm is not None:
             self.post_attn_norm(x)
-        normed = self.mlp_norm.add(x, residual, buf.x_int8 if self.mlp.gate_up.takes_int8 else None)
+        normed = self.mlp_norm.add(x, residual, _rows_for(self.mlp.gate_up, buf))
         self.mlp(normed, buf)
         if self.post_mlp_norm is not None:
             self.post_mlp_norm(x)
+
+
+def _rows_for(reader: Linear | StackedLinear, buf: Scratch) -> QuantisedRows | None:
+    """Where a norm writes the integers that `reader` takes; None if it takes floats."""
+    return buf.x_int8.with_k4(reader.k4) if reader.takes_int8 and buf.x_int8 is not None else None
 
 
 class LlamaModel:

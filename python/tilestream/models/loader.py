@@ -7,17 +7,20 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+from tilestream.models.checkpoint import Checkpoint
 from tilestream.models.config import ModelConfig
 from tilestream.models.config_gguf import config_from_gguf
 from tilestream.models.config_hf import config_from_hf
 from tilestream.models.errors import ModelLoadError
+from tilestream.models.fmpq_checkpoint import FmpqCheckpoint, is_fmpq
 from tilestream.models.gguf_reader import GgufFile
 from tilestream.models.gguf_tokenizer import tokenizer_from_gguf
 from tilestream.models.hf_checkpoint import HfCheckpoint, read_json
+from tilestream.models.hf_quantised import quantisation_of
 from tilestream.models.hf_tokenizer import tokenizer_from_hf
 from tilestream.models.llama import LlamaModel, build_model
 from tilestream.models.tokenizer import Tokenizer
-from tilestream.models.weights import DTYPES, Progress, WeightLoader
+from tilestream.models.weights import ACT_BITS, DTYPES, Progress, WeightLoader
 from tilestream.placement import CPU, Placement
 
 # alias -> (Python package that ships the file, file in it)
@@ -28,16 +31,22 @@ _HUB_FILES = ["*.json", "*.safetensors", "*.jinja"]
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """What runs a model: its decoder, tokenizer and shape, and the name to show."""
+    """What runs a model: its decoder, tokenizer and shape, the name to show, and the bytes of its weight matrices."""
 
     model: LlamaModel
     tokenizer: Tokenizer
     config: ModelConfig
     name: str
+    weight_bytes: int
 
 
 def load_model(
-    spec: str | Path, *, dtype: str = "auto", progress: Progress | None = None, placement: Placement = CPU
+    spec: str | Path,
+    *,
+    dtype: str = "auto",
+    act_bits: str = "auto",
+    progress: Progress | None = None,
+    placement: Placement = CPU,
 ) -> LoadedModel:
     """Load a model's weights and tokenizer.
 
@@ -45,33 +54,62 @@ def load_model(
         spec: an alias ("smollm2-135m-instruct"), a .gguf file, a directory with config.json, safetensors and
             tokenizer.json (or with one .gguf file), or a Hugging Face hub id ("owner/name").
         dtype: "auto" keeps a GGUF file's quantised and float32 weights as they are and makes everything else (its
-            16-bit floats, all Hugging Face weights) bfloat16; "float32" and "bfloat16" hold all weights in that type.
+            16-bit floats, all unquantised Hugging Face weights) bfloat16; GPTQ's, AWQ's and compressed-tensors' integers
+            stay, too. "float32" and "bfloat16" hold all weights in that type.
+        act_bits: of the activations that meet quantised weights. "8"; "4": INT4 blocks as such, of a directory that `tilestream
+            quantize` wrote; "16": floats times dequantised weights; "auto": 4 for such a directory on sm_80 to sm_89,
+            whose tensor cores multiply INT4, else 8.
         progress: called with (bytes done, bytes in all) while weights are packed.
         placement: where the model runs.
     Returns:
         The loaded model.
     Raises:
         ModelLoadError: no such model, a damaged file, or a model that is not supported.
-        ValueError: `dtype` is not one of those.
+        ValueError: `dtype` or `act_bits` is not one of those.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}; allowed: {', '.join(DTYPES)}")
+    if act_bits not in ACT_BITS:
+        raise ValueError(f"act_bits is {act_bits!r}; allowed: {', '.join(ACT_BITS)}")
     path = resolve(str(spec))
-    if path.is_dir():
-        config = config_from_hf(read_json(path / "config.json"), str(path / "config.json"))
-        checkpoint = HfCheckpoint(path, config)
-        tokenizer = tokenizer_from_hf(path)
-        size_bytes = sum(file.stat().st_size for file in path.glob("*.safetensors"))
-        dtype = "bfloat16" if dtype == "auto" else dtype
-    else:
-        checkpoint = GgufFile(path)
-        config = config_from_gguf(checkpoint)
-        tokenizer = tokenizer_from_gguf(checkpoint)
-        size_bytes = path.stat().st_size
-    model = build_model(config, WeightLoader(checkpoint, dtype, progress, size_bytes, placement))
+    source = open_checkpoint(path)
+    if act_bits == "4" and not isinstance(source.checkpoint, FmpqCheckpoint):
+        raise ModelLoadError(f"{path}: act_bits 4 needs a directory that `tilestream quantize` wrote")
+    if dtype == "auto" and isinstance(source.checkpoint, HfCheckpoint) and not source.checkpoint.is_quantised:
+        dtype = "bfloat16"
+    size_bytes = sum(file.stat().st_size for file in path.glob("*.safetensors")) if path.is_dir() else path.stat().st_size
+    weights = WeightLoader(source.checkpoint, dtype, progress, size_bytes, placement, act_bits)
+    model = build_model(source.config, weights)
     if progress is not None:
         progress(size_bytes, size_bytes)
-    return LoadedModel(model, tokenizer, config, _name(str(spec), path))
+    return LoadedModel(model, source.tokenizer, source.config, _name(str(spec), path), weights.packed_bytes)
+
+
+@dataclass(frozen=True)
+class OpenCheckpoint:
+    """A checkpoint whose weights nobody has read yet."""
+
+    checkpoint: Checkpoint
+    config: ModelConfig
+    tokenizer: Tokenizer
+
+
+def open_checkpoint(path: Path) -> OpenCheckpoint:
+    """A GGUF file, a Hugging Face directory, or one of `tilestream quantize`, as `resolve` finds it.
+
+    Raises:
+        ModelLoadError: a damaged file, or a model that is not supported.
+    """
+    if path.is_dir():
+        source, values = str(path / "config.json"), read_json(path / "config.json")
+        config, tokenizer = config_from_hf(values, source), tokenizer_from_hf(path)
+        quantised = values.get("quantization_config")
+        if is_fmpq(values):
+            return OpenCheckpoint(FmpqCheckpoint(path, quantised), config, tokenizer)
+        checkpoint = HfCheckpoint(path, config, quantisation_of(quantised, source) if quantised else None)
+        return OpenCheckpoint(checkpoint, config, tokenizer)
+    file = GgufFile(path)
+    return OpenCheckpoint(file, config_from_gguf(file), tokenizer_from_gguf(file))
 
 
 def resolve(spec: str) -> Path:

@@ -36,6 +36,7 @@ class Tokenizer:
         special_tokens: bos_token, eos_token, ... as the chat template sees them.
     Attributes:
         vocab_size: number of token ids, added tokens included.
+        special_tokens: as given.
     """
 
     def __init__(
@@ -55,12 +56,17 @@ class Tokenizer:
         added = backend.get_added_tokens_decoder()
         self._special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
         self._added = {token_id: token.content for token_id, token in added.items()}
-        self._byte_level = byte_level
+        self._byte_level, self.special_tokens = byte_level, dict(special_tokens)
         self._chat_template = None if chat_template is None else ChatTemplate(chat_template, special_tokens)
 
     @property
     def has_chat_template(self) -> bool:
         return self._chat_template is not None
+
+    @property
+    def chat_template(self) -> str | None:
+        """Its Jinja source."""
+        return None if self._chat_template is None else self._chat_template.source
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text. Special tokens spelled out in the text are recognised.

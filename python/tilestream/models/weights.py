@@ -8,15 +8,16 @@ import torch
 from gguf import GGMLQuantizationType
 
 from tilestream.layers.linear import Linear, StackedLinear
-from tilestream.models.checkpoint import Checkpoint, RawTensor
+from tilestream.models.checkpoint import Checkpoint, QuantisedTensor, RawTensor
 from tilestream.models.errors import ModelLoadError
-from tilestream.ops.linear import PackedFormat, PackedWeight
+from tilestream.ops.linear import PackedFormat, PackedWeight, pack_weight
 from tilestream.ops.memory import Arena
 from tilestream.placement import CPU, Placement
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
 DTYPES = ("auto", "float32", "bfloat16")
+ACT_BITS = ("auto", "4", "8", "16")
 # The packed format that keeps a GGUF type's own integers and scales (csrc/include/tilestream/linear.h).
 _OWN_FORMATS = {
     GGMLQuantizationType.F32: PackedFormat.FLOAT32,
@@ -41,6 +42,9 @@ class WeightLoader:
         progress: called with (bytes done, bytes in all), or None.
         total_bytes: size of the checkpoint, for `progress`.
         placement: where the model runs.
+        act_bits: one of ACT_BITS, as load_model has it.
+    Attributes:
+        packed_bytes: of all weight matrices so far.
     """
 
     def __init__(
@@ -50,12 +54,16 @@ class WeightLoader:
         progress: Progress | None,
         total_bytes: int,
         placement: Placement = CPU,
+        act_bits: str = "auto",
     ) -> None:
         self.checkpoint, self._progress, self._total_bytes = checkpoint, progress, total_bytes
         self.placement = placement
         self._format = {"float32": PackedFormat.FLOAT32, "bfloat16": PackedFormat.BFLOAT16}.get(dtype)
         self._arena = Arena() if placement.device.type == "cpu" else None
+        self._int4 = act_bits == "4" or (act_bits == "auto" and placement.has_int4)
+        self._act_bits = 16 if act_bits == "16" else 8
         self._used: set[str] = set()
+        self.packed_bytes = 0
         self._done_bytes = 0
 
     def has(self, name: str) -> bool:
@@ -87,6 +95,7 @@ class WeightLoader:
             joins = (
                 groups
                 and self._packed_format(raw) == self._packed_format(raws[i - 1])
+                and _group(raw) == _group(raws[i - 1])
                 and raw.num_rows % _PANEL_COLUMNS == 0
                 and all(raws[j].num_rows % _PANEL_COLUMNS == 0 for j in groups[-1])
             )
@@ -97,13 +106,14 @@ class WeightLoader:
         parts = [self._pack([names[i] for i in group], [raws[i] for i in group]) for group in groups]
         return parts[0] if len(parts) == 1 else StackedLinear(parts)
 
-    def _packed_format(self, raw: RawTensor) -> PackedFormat:
-        format = _OWN_FORMATS[raw.type] if self._format is None else self._format
+    def _packed_format(self, raw: RawTensor | QuantisedTensor) -> PackedFormat:
+        own = raw.packed_format if isinstance(raw, QuantisedTensor) else _OWN_FORMATS[raw.type]
+        format = own if self._format is None else self._format
         # A GPU's activations are bfloat16, and such weights are best left as cuBLAS takes them too.
         as_rows = self.placement.dtype == torch.bfloat16 and raw.num_columns % 8 == 0
         return PackedFormat.ROWS_BFLOAT16 if format == PackedFormat.BFLOAT16 and as_rows else format
 
-    def _raw(self, name: str, n: int, k: int) -> RawTensor:
+    def _raw(self, name: str, n: int, k: int) -> RawTensor | QuantisedTensor:
         raw = self.checkpoint.tensor(name + ".weight")
         if (raw.num_rows, raw.num_columns) != (n, k):
             raise ModelLoadError(
@@ -113,21 +123,29 @@ class WeightLoader:
         self._used.add(name + ".weight")
         return raw
 
-    def _pack(self, names: Sequence[str], raws: Sequence[RawTensor]) -> Linear:
+    def _pack(self, names: Sequence[str], raws: Sequence[RawTensor | QuantisedTensor]) -> Linear:
         """One packed weight of tensors that share a format; all but a lone one fill whole panels."""
         format = self._packed_format(raws[0])
         n, k = sum(raw.num_rows for raw in raws), raws[0].num_columns
         packed = PackedWeight.empty(n, k, format, arena=self._arena)
-        row = 0
-        for raw in raws:
-            torch.ops.tilestream.pack_gguf(
-                raw.rows, int(raw.type), packed.data, n=raw.num_rows, k=k, panel_begin=row // _PANEL_COLUMNS,
-                format=int(format),
-            )
-            row += raw.num_rows
-            self._advance(raw.rows.numel())
+        if isinstance(raws[0], QuantisedTensor):
+            _pack_quantised(raws, packed)
+        else:
+            row = 0
+            for raw in raws:
+                torch.ops.tilestream.pack_gguf(
+                    raw.rows, int(raw.type), packed.data, n=raw.num_rows, k=k, panel_begin=row // _PANEL_COLUMNS,
+                    format=int(format),
+                )
+                row += raw.num_rows
+        self.packed_bytes += packed.data.numel()
+        self._advance(sum(raw.num_bytes for raw in raws))
         bias = self._bias(names, [raw.num_rows for raw in raws])
-        return Linear(packed.to(self.placement.device), bias, self.placement.linear_kernel)
+        # A GPU's tensor cores multiply INT4 by weights in groups of 128 alone.
+        int4 = self._int4 and (format.group_size == 128 or self.placement.device.type == "cpu")
+        k4 = raws[0].k4 if isinstance(raws[0], QuantisedTensor) and format.is_quantised and int4 else 0
+        act_bits = self._act_bits if format.is_quantised else 8
+        return Linear(packed.to(self.placement.device), bias, self.placement.linear_kernel, k4=k4, act_bits=act_bits)
 
     def _bias(self, names: Sequence[str], sizes: Sequence[int]) -> torch.Tensor | None:
         if not any(self.has(name + ".bias") for name in names):
@@ -154,3 +172,23 @@ class WeightLoader:
                 f"{self.checkpoint.path}: {len(unused)} tensors belong to no known part of this model family: "
                 f"{', '.join(unused[:5])}"
             )
+
+
+def _group(raw: RawTensor | QuantisedTensor) -> int:
+    return raw.group if isinstance(raw, QuantisedTensor) else 0
+
+
+def _pack_quantised(parts: Sequence[QuantisedTensor], packed: PackedWeight) -> None:
+    """Packs weights of one input, one below the other, that share a group and a format."""
+    if not packed.format.is_quantised:
+        pack_weight(torch.cat([part.values for part in parts]), out=packed)
+        return
+    first = parts[0]
+    unit = packed.format.group_size
+    pack_weight(
+        q=torch.cat([part.q for part in parts]),
+        scale=torch.cat([part.scale for part in parts]),
+        zero=None if first.zero is None else torch.cat([part.zero for part in parts]),
+        group=-(-first.group // unit) * unit,
+        out=packed,
+    )

@@ -156,7 +156,8 @@ def pack_weight(
     scale: torch.Tensor | None = None,
     zero: torch.Tensor | None = None,
     group: int | None = None,
-    format: PackedFormat,
+    format: PackedFormat | None = None,
+    out: PackedWeight | None = None,
 ) -> PackedWeight:
     """Pack a weight given as floats (FLOAT32, BFLOAT16, ROWS) or as integers with scales (the group-quantised formats).
 
@@ -166,9 +167,10 @@ def pack_weight(
         scale: [n, ceil(k / group)], float32: weight = q * scale + zero; stored as float16.
         zero: as scale; the symmetric formats have none (zero = -8 * scale or -128 * scale).
         group: consecutive k that share a scale, a multiple of format.group_size; None: the smallest that scale's shape allows.
-        format: the packed format.
+        format: the packed format; needed where `out` is not given.
+        out: room for the weight; allocated when None.
     Returns:
-        The packed weight.
+        out.
     Raises:
         ValueError, TypeError: which argument, what it was, what is allowed.
     """
@@ -176,12 +178,13 @@ def pack_weight(
     if source is None:
         raise ValueError("pack_weight needs values (FLOAT32, BFLOAT16, ROWS) or q and scale (the group-quantised formats)")
     n, k = source.shape
+    if out is None:
+        out = PackedWeight.empty(n, k, format)
     if group is None:
-        unit = PackedFormat(format).group_size or 1
+        unit = out.format.group_size or 1
         group = k if scale is None else -(-k // (scale.size(1) * unit)) * unit
-    packed = PackedWeight.empty(n, k, format)
-    torch.ops.tilestream.pack_weight(values, q, scale, zero, group, packed.data, n=n, k=k, format=format)
-    return packed
+    torch.ops.tilestream.pack_weight(values, q, scale, zero, group, out.data, n=n, k=k, format=out.format)
+    return out
 
 
 def pack_gguf(rows: torch.Tensor, gguf_type: int, k: int, *, format: PackedFormat) -> PackedWeight:

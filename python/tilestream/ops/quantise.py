@@ -46,6 +46,21 @@ class QuantisedRows:
         """Elements of a row that are INT4."""
         return 2 * (self.k - self.q.size(1))
 
+    def with_k4(self, k4: int) -> QuantisedRows:
+        """The same room for rows whose first k4 elements are INT4.
+
+        Args:
+            k4: a multiple of 128. The room itself is contiguous and made with k4 = 0.
+        Returns:
+            Views of its memory.
+        Raises:
+            RuntimeError: torch's own, where q is not contiguous.
+        """
+        if k4 == 0:
+            return self
+        num_rows, row_bytes = self.q.size(0), self.k - k4 // 2
+        return QuantisedRows(self.q.view(-1)[: num_rows * row_bytes].view(num_rows, row_bytes), self.scale, self.sum)
+
     def __getitem__(self, rows: slice) -> QuantisedRows:
         """A range of rows, sharing memory."""
         return QuantisedRows(self.q[rows], self.scale[rows], self.sum[rows])

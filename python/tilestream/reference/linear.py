@@ -5,19 +5,19 @@ import torch
 SCALE_K = 128  # consecutive k that share an activation scale; the last of a row may be fewer
 
 
-def dequantise(q: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
+def dequantise(q: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, group: int) -> torch.Tensor:
     """q * scale + zero by group.
 
     Args:
         q: [n, k] integers.
-        scale, zero: [n, ceil(k / group)], group the smallest multiple of 32 that gives this shape.
+        scale, zero: [n, ceil(k / group)].
+        group: consecutive k that share them; the last of a row may be fewer.
     Returns:
         [n, k], float64.
     """
-    group, k = -(-q.shape[1] // scale.shape[1] // 32) * 32, q.shape[1]
 
     def per_value(t: torch.Tensor) -> torch.Tensor:
-        return t.double().repeat_interleave(group, 1)[:, :k]
+        return t.double().repeat_interleave(group, 1)[:, : q.shape[1]]
 
     return q.double() * per_value(scale) + per_value(zero)
 
@@ -67,7 +67,7 @@ def dequantise_rows(q: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return q.double() * scale.double().repeat_interleave(SCALE_K, 1)[:, : q.shape[1]]
 
 
-def linear_int8(x: torch.Tensor, q: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor,
+def linear_int8(x: torch.Tensor, q: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, group: int,
                 bias: torch.Tensor | None = None, k4: int = 0) -> torch.Tensor:
     """What `linear` on a group-quantised weight computes, without its float32 rounding.
 
@@ -77,8 +77,9 @@ def linear_int8(x: torch.Tensor, q: torch.Tensor, scale: torch.Tensor, zero: tor
         x: [m, k].
         q: [n, k] unsigned weights.
         scale, zero: [n, ceil(k / group)], group a multiple of 32.
+        group: consecutive k that share them.
         k4: how many leading elements of a row are INT4.
     Returns:
         [m, n], float64.
     """
-    return linear(dequantise_rows(*quantise(x, k4)), dequantise(q, scale, zero), bias)
+    return linear(dequantise_rows(*quantise(x, k4)), dequantise(q, scale, zero, group), bias)

@@ -1,0 +1,1 @@
+"""FMPQ: 4-bit weights, 4- and 8-bit activations, from a float checkpoint and a text (docs/quantize.md)."""

@@ -1,0 +1,205 @@
+"""`quantize`: a model and a text -> a directory of 4-bit weights that knows where activations may have 4 bits too."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from tilestream.models.config import ModelConfig
+from tilestream.models.errors import ModelLoadError
+from tilestream.models.hf_checkpoint import read_json
+from tilestream.models.loader import OpenCheckpoint, open_checkpoint, resolve
+from tilestream.models.fmpq_checkpoint import GROUP_SIZES, QUANT_METHOD, VERSION
+from tilestream.quantize.calibration import gather_statistics, measure_harm
+from tilestream.quantize.config_json import config_json
+from tilestream.quantize.decoder import Decoder
+from tilestream.quantize.gptq import nearest
+from tilestream.quantize.layers import round_layer
+from tilestream.quantize.report import write_report
+from tilestream.quantize.select import Input, Key, choose_k4, int4_share
+from tilestream.quantize.source import INPUTS, STEMS, LayerWeights, NORMS, Source
+from tilestream.quantize.transform import Identity, Transform
+from tilestream.quantize.writer import code_tensors, new_directory, table_tensors, write_json, write_tensors, write_tokenizer
+
+METHODS = ("fmpq", "rtn")
+
+Progress = Callable[[int, int, str], None]  # steps done, steps in all, what is being done
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How to quantise.
+
+    Args:
+        method: "fmpq"; "rtn" rounds to nearest in the model's own basis, for comparison.
+        group_size: consecutive input channels with one scale and zero, 32 or 128.
+        int4_share: of the decoder's multiply-adds that are to meet INT4 activations, at least; 0 to 1.
+        rotate: turn the residual stream and the values; otherwise channels are only sorted. Not with post norms.
+        num_windows, window_tokens: of the calibration text.
+    """
+
+    method: str = "fmpq"
+    group_size: int = 128
+    int4_share: float = 0.84
+    rotate: bool = True
+    num_windows: int = 32
+    window_tokens: int = 512
+
+    def validate(self) -> None:
+        if self.method not in METHODS:
+            raise ValueError(f"method is {self.method!r}; allowed: {', '.join(METHODS)}")
+        if self.group_size not in GROUP_SIZES:
+            raise ValueError(f"group_size is {self.group_size}; allowed: {', '.join(map(str, GROUP_SIZES))}")
+        if not 0 <= self.int4_share <= 1:
+            raise ValueError(f"int4_share is {self.int4_share}; it must be between 0 and 1")
+        if self.num_windows < 1 or self.window_tokens < 2:
+            raise ValueError(f"{self.num_windows} windows of {self.window_tokens} tokens; at least 1 of 2 are needed")
+
+
+@torch.no_grad()
+def quantize(model: str, text: str, path: Path, recipe: Recipe | None = None, progress: Progress | None = None) -> float:
+    """Quantise a model.
+
+    Args:
+        model: an alias, a GGUF file, a Hugging Face directory or a hub id.
+        text: to calibrate on, at least recipe.num_windows windows long.
+        path: the directory to make.
+        recipe: default Recipe().
+        progress: called with (steps done, steps in all, what is being done).
+    Returns:
+        The share of the decoder's multiply-adds that meets INT4 activations.
+    Raises:
+        ModelLoadError: the model cannot be found, read or quantised.
+        ValueError: an option that is not allowed, or too short a text.
+        FileExistsError: there is something at `path`.
+    """
+    recipe = recipe or Recipe()
+    recipe.validate()
+    found = resolve(model)
+    source = open_checkpoint(found)
+    if found.is_dir() and read_json(found / "config.json").get("quantization_config"):
+        raise ModelLoadError(f"{found}: this model is quantised already; quantise from its float weights")
+    with new_directory(path) as folder:
+        return _Run(source, found, text, recipe, progress, model).write(folder)
+
+
+class _Run:
+    """One model on its way."""
+
+    def __init__(
+        self, opened: OpenCheckpoint, found: Path, text: str, recipe: Recipe, progress: Progress | None, name: str
+    ) -> None:
+        self.source, self.tokenizer = Source(opened.checkpoint, opened.config), opened.tokenizer
+        self.config, self.recipe, self.name = self.source.config, recipe, name
+        _check_shape(found, self.config)
+        self.values = config_json(found, self.config)
+        self.windows = _windows(self.tokenizer.encode(text), recipe)
+        self.decoder = Decoder(self.config, recipe.window_tokens)
+        self._progress, self._done, self._what = progress, 0, ""
+
+    def _stage(self, what: str) -> None:
+        self._what = what
+        self._report()
+
+    def _advance(self) -> None:
+        self._done += 1
+        self._report()
+
+    def _report(self) -> None:
+        if self._progress is not None:
+            passes = 3 if self.recipe.method == "fmpq" else 2
+            self._progress(self._done, passes * self.config.num_layers, self._what)
+
+    def write(self, folder: Path) -> float:
+        """Fill the folder."""
+        start_s = time.perf_counter()
+        config, recipe = self.config, self.recipe
+        table = self.source.matrix("token_embd")
+        head = table if config.tied_embeddings else self.source.matrix("output")
+        rotate = recipe.rotate and recipe.method == "fmpq" and not config.post_norms
+        transform = self._transform(table, rotate)
+        head, norm = transform.head(head, self.source.vector("output_norm.weight"))
+        table = transform.table(table)
+        # Rotation moves the last norm's weight into the output projection, which is then no longer the embedding.
+        tied = config.tied_embeddings and not rotate
+        tensors = table_tensors("token_embd", table) | {"output_norm.weight": norm}
+        if not tied:
+            tensors |= table_tensors("output", head)
+        x = table[self.windows] * config.embedding_scale
+        self._stage("Weighing blocks")
+        inputs = measure_harm(self.source, transform, self.decoder, x, self._advance)
+        k4 = choose_k4(inputs, recipe.int4_share)
+        errors = self._round_layers(transform, x, k4, tensors)
+        write_tensors(folder, tensors)
+        write_tokenizer(folder, self.tokenizer)
+        said = {"tie_word_embeddings": tied, "quantization_config": self._settings(inputs, k4)}
+        write_json(folder / "config.json", self.values | said)
+        facts = {
+            "model": self.name, "method": recipe.method, "groups of weights": recipe.group_size,
+            "rotated": "yes" if rotate else "no", "calibrated on": f"{self.windows.numel()} tokens",
+            "took": f"{time.perf_counter() - start_s:.0f} s",
+        }  # fmt: skip
+        write_report(folder, facts, inputs, k4, errors)
+        return int4_share(inputs, k4)
+
+    def _transform(self, table: torch.Tensor, rotate: bool) -> Transform | Identity:
+        if self.recipe.method == "rtn":
+            return Identity()
+        self._stage("Watching activations")
+        x = table[self.windows] * self.config.embedding_scale
+        statistics = gather_statistics(self.source, self.decoder, x, fold=rotate, advance=self._advance)
+        # Without rotation a source whose weights are 4-bit codes in groups of 32 keeps them, if these groups stay together.
+        granule = 1 if rotate or self.recipe.group_size == 128 else self.recipe.group_size
+        return Transform(self.config, statistics, rotate=rotate, granule=granule)
+
+    def _round_layers(
+        self, transform: Transform | Identity, x: torch.Tensor, k4: dict[Key, int], tensors: dict[str, torch.Tensor]
+    ) -> dict[Key, float]:
+        """Adds every layer's tensors; returns what Recipe "fmpq" measures on the way. Overwrites x."""
+        self._stage("Rounding weights")
+        errors: dict[Key, float] = {}
+        for i in range(self.config.num_layers):
+            weights = transform.layer(i, self.source.layer(i))
+            if self.recipe.method == "rtn":
+                codes = {name: nearest(weight, self.recipe.group_size) for name, weight in weights.linear.items()}
+            else:
+                codes, found = round_layer(i, weights, k4, self.decoder, x, self.recipe.group_size)
+                errors |= {(i, name): error for name, error in found.items()}
+            for name, c in codes.items():
+                tensors |= code_tensors(f"blk.{i}.{STEMS[name]}", c)
+            tensors |= _vectors(i, weights)
+            self._advance()
+        return errors
+
+    def _settings(self, inputs: dict[Key, Input], k4: dict[Key, int]) -> dict[str, object]:
+        return {
+            "quant_method": QUANT_METHOD, "version": VERSION, "method": self.recipe.method, "bits": 4,
+            "group_size": self.recipe.group_size, "int4_share": round(int4_share(inputs, k4), 4),
+            "k4": [{name: k4[i, name] for name in INPUTS} for i in range(self.config.num_layers)],
+        }  # fmt: skip
+
+
+def _vectors(layer_idx: int, weights: LayerWeights) -> dict[str, torch.Tensor]:
+    vectors = {f"blk.{layer_idx}.{STEMS[name]}.bias": bias for name, bias in weights.bias.items()}
+    return vectors | {f"blk.{layer_idx}.{NORMS[name]}.weight": norm for name, norm in weights.norm.items()}
+
+
+def _check_shape(path: Path, config: ModelConfig) -> None:
+    for name in ("hidden_size", "qo_size", "intermediate_size"):
+        if getattr(config, name) % 32:
+            raise ModelLoadError(f"{path}: {name} is {getattr(config, name)}; quantised weights need multiples of 32")
+
+
+def _windows(tokens: list[int], recipe: Recipe) -> torch.Tensor:
+    """[num_windows, window_tokens], spread evenly over the text."""
+    length, count = recipe.window_tokens, recipe.num_windows
+    if len(tokens) < length * count:
+        raise ValueError(
+            f"the calibration text has {len(tokens)} tokens; {count} windows of {length} need {length * count} (--calib-windows)"
+        )
+    stride = len(tokens) // count
+    return torch.tensor([tokens[i * stride : i * stride + length] for i in range(count)])

@@ -1,0 +1,160 @@
+"""A model and a text in, a directory out that loads and answers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tilestream import LLM, SamplingParams
+from tilestream.models import ModelLoadError, load_model
+from tilestream.models.fmpq_checkpoint import pack_nibbles, unpack_nibbles
+from tilestream.quantize.run import Recipe, quantize
+
+from tests.models.gguf_files import write_model
+from tests.models.helpers import PagedRunner
+
+_WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "and", "sleeps", "until", "rain", "comes"]
+TEXT = " ".join(_WORDS[(i * i + i // 7) % len(_WORDS)] for i in range(700))[:3000]  # 3,000 bytes
+RECIPE = {"num_windows": 12, "window_tokens": 96}
+
+
+def _logits(path: Path, **options) -> torch.Tensor:
+    loaded = load_model(path, **options)
+    return PagedRunner(loaded.model).step({0: loaded.tokenizer.encode(TEXT)[:100]})
+
+
+def _error(path: Path, expected: torch.Tensor, **options) -> float:
+    return float((_logits(path, **options) - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("group_size", [32, 128])
+@pytest.mark.parametrize("rotate", [True, False])
+def test_quantise_load_and_generate(group_size: int, rotate: bool, hf_model, tmp_path: Path) -> None:
+    _, path = hf_model("llama")
+    out, steps = tmp_path / "out", []
+    recipe = Recipe(group_size=group_size, rotate=rotate, int4_share=0.6, **RECIPE)
+    share = quantize(str(path), TEXT, out, recipe, lambda done, total, what: steps.append((done, total, what)))
+    assert share >= 0.6
+    assert steps[-1][:2] == (9, 9)
+    assert {file.name for file in out.iterdir()} == {
+        "config.json", "generation_config.json", "int8_share.png", "model.safetensors", "report.md", "tokenizer.json",
+        "tokenizer_config.json",
+    }  # fmt: skip
+    k4 = json.loads((out / "config.json").read_text())["quantization_config"]["k4"]
+    for layer, values in zip(load_model(out, act_bits="4").model.layers, k4, strict=True):
+        linears = (layer.attention.qkv, layer.attention.o, layer.mlp.gate_up, layer.mlp.down)
+        assert [linear.k4 for linear in linears] == [values[name] for name in ("qkv", "o", "gate_up", "down")]
+    assert all(layer.mlp.down.k4 == 0 for layer in load_model(out).model.layers)  # a CPU gains nothing by 4 bits
+    expected = _logits(path, dtype="float32")
+    assert _error(out, expected) < 0.6
+    assert _error(out, expected, act_bits="4") < 0.6
+    runner, tokens = PagedRunner(load_model(out, act_bits="4").model), load_model(out).tokenizer.encode(TEXT)[:100]
+    steps = [runner.step({0: [token]}) for token in tokens]  # from the second on a program is replayed
+    assert torch.allclose(torch.cat(steps), _logits(out, act_bits="4"), atol=1e-2)
+    llm = LLM(out, kv_dtype="int4", act_bits="4", kv_cache_tokens=512)
+    answer = llm.generate("the quick brown", SamplingParams(max_tokens=12, ignore_eos=True))[0]
+    assert len(answer.token_ids) == 12
+    assert llm.tokenizer.encode(TEXT) == LLM(path, kv_cache_tokens=512).tokenizer.encode(TEXT)
+
+
+def test_fmpq_errs_less_than_rounding_to_nearest(hf_model, tmp_path: Path) -> None:
+    _, path = hf_model("llama")
+    expected = _logits(path, dtype="float32")
+    for method in ("rtn", "fmpq"):
+        quantize(str(path), TEXT, tmp_path / method, Recipe(method=method, **RECIPE))
+    assert _error(tmp_path / "fmpq", expected, act_bits="4") < 0.9 * _error(tmp_path / "rtn", expected, act_bits="4")
+
+
+@pytest.mark.parametrize("name", ["llama-biases", "qwen2", "qwen3", "gemma3", "mistral"])
+def test_other_families(name: str, hf_model, tmp_path: Path) -> None:
+    _, path = hf_model(name)
+    quantize(str(path), TEXT, tmp_path / "out", Recipe(int4_share=0.0, **RECIPE))
+    assert _error(tmp_path / "out", _logits(path, dtype="float32")) < 0.6
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3"])
+def test_gguf_input(architecture: str, hf_model, tmp_path: Path) -> None:
+    model, _ = hf_model(architecture)
+    fields = {"attention.sliding_window": 19, "attention.sliding_window_pattern": [True, False, True], "rope.freq_base": 1e6,
+              "attention.scale": 96**-0.5} if architecture == "gemma3" else {}  # fmt: skip
+    file = write_model(tmp_path / "model.gguf", architecture, model, fields=fields)
+    quantize(str(file), TEXT, tmp_path / "out", Recipe(int4_share=0.0, **RECIPE))
+    assert _error(tmp_path / "out", _logits(file, dtype="float32")) < 0.6
+    tokenizers = [load_model(path).tokenizer for path in (file, tmp_path / "out")]
+    assert tokenizers[0].encode(TEXT + " ab\n\tÄ") == tokenizers[1].encode(TEXT + " ab\n\tÄ")
+    assert tokenizers[0].eos_token_ids == tokenizers[1].eos_token_ids
+
+
+def test_metadata_that_config_json_cannot_express(hf_model, tmp_path: Path) -> None:
+    model, _ = hf_model("llama")
+    file = write_model(tmp_path / "model.gguf", "llama", model, extra={"rope_freqs.weight": torch.full((32,), 2.0).numpy()})
+    with pytest.raises(ModelLoadError, match="cannot express this file's rope"):
+        quantize(str(file), TEXT, tmp_path / "out", Recipe(**RECIPE))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"method": "awq"}, "method is 'awq'; allowed: fmpq, rtn"),
+        ({"group_size": 64}, "group_size is 64; allowed: 32, 128"),
+        ({"int4_share": 1.5}, "int4_share is 1.5; it must be between 0 and 1"),
+        ({"num_windows": 0}, "0 windows of 96 tokens"),
+        ({"num_windows": 400}, "400 windows of 96 need 38400"),
+    ],
+)
+def test_recipes_that_do_not_work(change: dict, message: str, hf_model, tmp_path: Path) -> None:
+    _, path = hf_model("llama")
+    with pytest.raises(ValueError, match=message):
+        quantize(str(path), TEXT, tmp_path / "out", Recipe(**RECIPE | change))
+    assert not list(tmp_path.iterdir())  # nothing is left behind
+
+
+def test_models_that_do_not_work(hf_model, tmp_path: Path) -> None:
+    with pytest.raises(ModelLoadError, match="no model 'nowhere.gguf'"):
+        quantize("nowhere.gguf", TEXT, tmp_path / "out", Recipe(**RECIPE))
+    _, odd = hf_model("llama-odd-sizes")
+    with pytest.raises(ModelLoadError, match="hidden_size is 144; quantised weights need multiples of 32"):
+        quantize(str(odd), TEXT, tmp_path / "out", Recipe(**RECIPE))
+    _, path = hf_model("llama")
+    quantize(str(path), TEXT, tmp_path / "out", Recipe(method="rtn", **RECIPE))
+    with pytest.raises(FileExistsError, match="out exists"):
+        quantize(str(path), TEXT, tmp_path / "out", Recipe(**RECIPE))
+    with pytest.raises(ModelLoadError, match="quantised already"):
+        quantize(str(tmp_path / "out"), TEXT, tmp_path / "again", Recipe(**RECIPE))
+
+
+def test_directories_that_do_not_load(hf_model, tmp_path: Path) -> None:
+    _, path = hf_model("llama")
+    with pytest.raises(ModelLoadError, match="act_bits 4 needs a directory"):
+        load_model(path, act_bits="4")
+    with pytest.raises(ValueError, match="act_bits is '5'; allowed: auto, 4, 8, 16"):
+        load_model(path, act_bits="5")
+    out = tmp_path / "out"
+    quantize(str(path), TEXT, out, Recipe(method="rtn", **RECIPE))
+    config, weights = (out / "config.json").read_text(), load_file(out / "model.safetensors")
+
+    def broken(change, match: str) -> None:
+        values, tensors = json.loads(config), dict(weights)
+        change(values["quantization_config"], tensors)
+        (out / "config.json").write_text(json.dumps(values))
+        save_file(tensors, out / "model.safetensors")
+        with pytest.raises(ModelLoadError, match=match):
+            load_model(out, act_bits="4")
+
+    broken(lambda q, t: q.update(version=2), "version 2")
+    broken(lambda q, t: q.update(k4=q["k4"][:2]), "no k4 for blk.2.attn_q")
+    broken(lambda q, t: q["k4"][0].update(o=96), "k4 of blk.0.attn_output is 96")
+    broken(lambda q, t: t.pop("blk.1.ffn_up.scale"), "the tensor blk.1.ffn_up.scale is missing")
+    broken(lambda q, t: t.update({"blk.0.attn_norm.weight": torch.ones(4)}), r"attn_norm.weight has 4 elements; expected 128")
+    broken(lambda q, t: t.update({"blk.0.more.weight": torch.ones(4)}), "1 tensors belong to no known part")
+
+
+def test_nibbles() -> None:
+    q = torch.randint(0, 16, (3, 96), dtype=torch.uint8)
+    packed = pack_nibbles(q)
+    assert packed.shape == (3, 48)
+    assert (packed[0, 0] & 15, packed[0, 0] >> 4) == (q[0, 0], q[0, 16])
+    assert torch.equal(unpack_nibbles(packed), q)
