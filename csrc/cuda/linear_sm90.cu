@@ -11,7 +11,7 @@
 // in which a warp, one on each scheduler, issues 140, 166 and 217 instructions.
 //
 // Wide blocks, 128 rows by 256 columns in two warpgroups, that stay and walk tiles. A group of a tile is 1,024 cycles of the
-// tensor cores and 2 x 618 instructions of a scheduler, which binds: at most 83 % of the tensor cores' rate. Each warpgroup
+// tensor cores and 2 x 618 instructions of a scheduler, which bind: at most 83 % of the tensor cores' rate. Each warpgroup
 // waits for its own 64 x 64 products, and the other's are under way meanwhile. It brings 33 KB a group, 27 bytes a cycle.
 #include "cuda/linear_sm90.h"
 
@@ -32,8 +32,8 @@ __device__ __forceinline__ void merge_slices(const LinearParams& p, const Linear
   for (int i = rank * C::kThreads + threadIdx.x; i < C::kTokens * C::kColumns; i += work.num_slices * C::kThreads) {
     const int64_t row = work.first_row(tile) + i / C::kColumns, n = work.first_column(tile) + i % C::kColumns;
     if (row >= p.m || n >= p.n) continue;
-    float sum = *partial_sum(p, 0, row, n);
-    for (int slice = 1; slice < work.num_slices; ++slice) sum += *partial_sum(p, slice, row, n);
+    float sum = *slice_sum(p, 0, row, n);
+    for (int slice = 1; slice < work.num_slices; ++slice) sum += *slice_sum(p, slice, row, n);
     store_as(p.dtype, p.y, row * p.y_row_stride + n, sum + bias_of(p, n));
   }
 }

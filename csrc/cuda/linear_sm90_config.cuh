@@ -53,6 +53,11 @@ struct LinearMaps {
   ptx::TensorMap x, x4;  // the rows' INT8 and INT4 elements: (byte, row)
 };
 
+// Where a block of a cluster leaves its slice's sum for column n of a row: [slices][m][n to a multiple of 32].
+__device__ __forceinline__ float* slice_sum(const LinearParams& p, int slice, int64_t row, int64_t n) {
+  return static_cast<float*>(p.workspace) + (slice * p.m + row) * round_up(p.n, kPanelColumns) + n;
+}
+
 // Which stage is next, and the parity of its `full`; of its `empty` for the one who fills it, the other.
 template <int kStages>
 struct StageRing {

@@ -258,7 +258,7 @@ class Multiplier {
   }
 
   __device__ __forceinline__ void put_partial(int tile) const {
-    float* const sums = partial_sum(p_, work_.first_slice(), 0, 0);
+    float* const sums = slice_sum(p_, work_.first_slice(), 0, 0);
     for_each_pair(tile, sums, round_up(p_.n, kPanelColumns), [](float* place, int, float one, float two) {
       *reinterpret_cast<float2*>(place) = make_float2(one, two);
     });

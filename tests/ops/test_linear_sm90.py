@@ -23,7 +23,8 @@ def exact_weight(n: int, k: int, format: PackedFormat) -> tuple[PackedWeight, to
     q, scale = torch.randint(2**format.bits, (n, k), dtype=torch.uint8), 2.0 ** torch.randint(-1, 1, (n, -(-k // 128)))
     zero = -(2 ** (format.bits - 1)) * scale if format.is_symmetric else torch.randint(-8, 9, scale.shape).float()
     packed = ops.pack_weight(q=q, scale=scale, zero=None if format.is_symmetric else zero, format=format)
-    return packed, reference.dequantise(q, scale, zero)
+    scale, zero = (t.double().repeat_interleave(128, 1)[:, :k] for t in (scale, zero))
+    return packed, q * scale + zero
 
 
 def exact_rows(m: int, k: int, k4: int) -> torch.Tensor:
@@ -46,7 +47,7 @@ def first(rows: QuantisedRows, m: int) -> QuantisedRows:
 
 @each_format
 @pytest.mark.parametrize(("m", "n", "k", "dtype"), [
-    (0, 32, 64, torch.float32), (1, 1, 32, torch.float16), (3, 100, 160, torch.bfloat16), (17, 70, 128, torch.float16),
+    (0, 32, 64, torch.float32), (1, 1, 32, torch.float16), (3, 100, 224, torch.bfloat16), (17, 70, 128, torch.float16),
     (63, 36, 32, torch.float32), (130, 40, 96, torch.bfloat16), (12, 96, 4096, torch.float32),
 ], ids=str)
 def test_shapes(backend: testing.Backend, m: int, n: int, k: int, dtype: torch.dtype, format: PackedFormat) -> None:
@@ -63,7 +64,7 @@ def test_what_all_linears_promise(backend: testing.Backend, set_num_threads: Cal
 @pytest.mark.parametrize("format", [PackedFormat.U4G128S, PackedFormat.U4G128], ids=lambda f: f.name)
 @test_quantise.each_k4
 def test_int4_blocks(backend: testing.Backend, set_num_threads: Callable[[int], None], format: PackedFormat, rows: int, k: int, k4: int) -> None:
-    test_quantise.test_linear_on_int4_blocks(backend, set_num_threads, format, rows, k, k4)
+    test_quantise.test_linear_on_int4_blocks(backend, set_num_threads, format=format, rows=rows, k=k, k4=k4)
 
 
 # Tiles of 128 rows (of 64 with zeros) by 256 columns: 44 of them, the last ones of the rows and of the columns not whole.
@@ -72,7 +73,7 @@ WIDE = (21 * 128 + 3, 258)
 
 @each_format
 def test_wide_tiles(backend: testing.Backend, format: PackedFormat) -> None:
-    check_exact(*WIDE, 224, 128, format)
+    check_exact(*WIDE, 224, 128 if format.bits == 4 else 0, format)
 
 
 def test_wide_tiles_are_the_narrow_ones_bit_for_bit(backend: testing.Backend) -> None:
@@ -86,25 +87,27 @@ def test_wide_tiles_are_the_narrow_ones_bit_for_bit(backend: testing.Backend) ->
         assert torch.equal(all_rows[:some], ops.linear(first(rows, some), weight, out=torch.empty(some, n)))
 
 
-@pytest.mark.parametrize(("n", "stride", "begin"), [(259, 259, 0), (258, 261, 0), (258, 262, 1)])
+@pytest.mark.parametrize(("n", "stride", "begin"), [(259, 259, 0), (258, 262, 1)])
 def test_results_that_are_no_pairs(backend: testing.Backend, n: int, stride: int, begin: int) -> None:
     """Many rows, but wide tiles store pairs of neighbours."""
     m = WIDE[0]
     room = torch.full((m, stride), 5.5)
-    check_exact(m, n, 64, 0, PackedFormat.U4G128S, room[:, begin : begin + n])
+    check_exact(m, n, 32, 0, PackedFormat.U4G128S, room[:, begin : begin + n])
     room[:, begin : begin + n] = 5.5
     assert bool((room == 5.5).all())
 
 
-@each_format
-@pytest.mark.parametrize("k4", [0, 20480, 1152])
+@pytest.mark.parametrize(("format", "k4"), [
+    (PackedFormat.U4G128S, 0), (PackedFormat.U4G128S, 16512), (PackedFormat.U4G128S, 1152), (PackedFormat.U4G128, 1152),
+    (PackedFormat.U8G128S, 0),
+], ids=lambda value: getattr(value, "name", str(value)))
 def test_rings_go_round(backend: testing.Backend, format: PackedFormat, k4: int) -> None:
-    """Eight slices of 20 groups, more than a ring has stages; INT4 and INT8 groups meet in a slice."""
-    check_exact(3, 70, 20480, k4, format)
+    """Eight slices of 16 or 17 groups, more than a ring has stages; INT4 and INT8 groups meet in a slice."""
+    check_exact(3, 40, 16512, k4, format)
 
 
 @pytest.mark.parametrize("m", [15, 16, 17, 32, 33, 64, 65, 128, 129])
-@pytest.mark.parametrize("k", [128, 544, 736])
+@pytest.mark.parametrize("k", [128, 736])
 def test_narrow_tiles(backend: testing.Backend, m: int, k: int) -> None:
     """Tiles of 16, 32, 64 and 128 rows; one and two slices, with even and odd numbers of groups, the last of them not whole."""
     out = testing.Guarded((m, 65), torch.float32)
