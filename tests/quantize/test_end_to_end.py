@@ -126,6 +126,15 @@ def test_models_that_do_not_work(hf_model, tmp_path: Path) -> None:
         quantize(str(tmp_path / "out"), TEXT, tmp_path / "again", Recipe(**RECIPE))
 
 
+def test_without_matplotlib(hf_model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Said at once, not at the end of the work."""
+    _, path = hf_model("llama")
+    monkeypatch.setattr("tilestream.quantize.report.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="needs matplotlib: pip install matplotlib"):
+        quantize(str(path), TEXT, tmp_path / "out", Recipe(**RECIPE))
+    assert not (tmp_path / "out").exists()
+
+
 def test_directories_that_do_not_load(hf_model, tmp_path: Path) -> None:
     _, path = hf_model("llama")
     with pytest.raises(ModelLoadError, match="act_bits 4 needs a directory"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 
 from tilestream.quantize.select import Input, Key, int4_share
@@ -51,12 +52,16 @@ def _cell(entry: Input, k4: int, error: float | None) -> str:
     return share if error is None else f"{share} ({10 * log10(max(error, 1e-12)):.1f})"
 
 
+def check_can_draw() -> None:
+    """Raises ImportError, before minutes of work, where the report could not be drawn at their end."""
+    if find_spec("matplotlib") is None:
+        raise ImportError("drawing the report needs matplotlib: pip install matplotlib")
+
+
 def _draw(path: Path, num_layers: int, inputs: Mapping[Key, Input], k4: Mapping[Key, int]) -> None:
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("drawing the report needs matplotlib: pip install matplotlib") from error
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(max(6.0, 1.5 + 0.28 * num_layers), 4.2), dpi=150, facecolor=_PAPER, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()

@@ -19,7 +19,7 @@ from tilestream.quantize.config_json import config_json
 from tilestream.quantize.decoder import Decoder
 from tilestream.quantize.gptq import nearest
 from tilestream.quantize.layers import round_layer
-from tilestream.quantize.report import write_report
+from tilestream.quantize.report import check_can_draw, write_report
 from tilestream.quantize.select import Input, Key, choose_k4, int4_share
 from tilestream.quantize.source import INPUTS, STEMS, LayerWeights, NORMS, Source
 from tilestream.quantize.transform import Identity, Transform
@@ -76,9 +76,11 @@ def quantize(model: str, text: str, path: Path, recipe: Recipe | None = None, pr
         ModelLoadError: the model cannot be found, read or quantised.
         ValueError: an option that is not allowed, or too short a text.
         FileExistsError: there is something at `path`.
+        ImportError: matplotlib, which draws the report, is not installed.
     """
     recipe = recipe or Recipe()
     recipe.validate()
+    check_can_draw()
     found = resolve(model)
     source = open_checkpoint(found)
     if found.is_dir() and read_json(found / "config.json").get("quantization_config"):
