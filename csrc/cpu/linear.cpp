@@ -155,8 +155,8 @@ void write_tile(const LinearParams& p, const float* tile, int64_t first_row, int
   });
 }
 
-// Lines that write_tile() will write come while the tile is computed: rows of a wide output lie far apart, and waiting for
-// them took a sixth of the time (512 x 4096 with k = 512). Inlined, or GCC drops a call that does nothing but fetch.
+// Lines that write_tile() will write come while the tile is computed: rows of a wide output lie far apart.
+// Inlined, or GCC drops a call that does nothing but fetch.
 [[gnu::always_inline]] inline void fetch_output(const LinearParams& p, int64_t first_row, int64_t rows, int64_t column) {
   const int64_t bytes = dtype_bytes(p.dtype, std::min<int64_t>(kPanelColumns, p.n - column));
   for (int64_t r = first_row; r < first_row + rows; ++r) {
