@@ -4,7 +4,7 @@
 #include "cpu/common/thread_pool.h"
 #include "cpu/dispatch.h"
 #include "cpu/elements.h"
-#include "cpu/packed_format.h"
+#include "tilestream/linear.h"
 
 namespace tilestream::cpu::TILESTREAM_LEVEL {
 namespace {

@@ -10,8 +10,8 @@
 #include "cpu/dequantise_panel.h"
 #include "cpu/dispatch.h"
 #include "cpu/linear_tile.h"
-#include "cpu/packed_format.h"
 #include "cpu/quantise_row.h"
+#include "tilestream/linear.h"
 
 namespace tilestream::cpu::TILESTREAM_LEVEL {
 namespace {

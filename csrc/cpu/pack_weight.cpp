@@ -8,7 +8,7 @@
 #include "cpu/common/thread_pool.h"
 #include "cpu/elements.h"
 #include "cpu/gguf_blocks.h"
-#include "cpu/packed_format.h"
+#include "tilestream/linear.h"
 
 namespace tilestream::cpu::TILESTREAM_LEVEL {
 namespace {

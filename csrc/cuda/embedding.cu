@@ -3,7 +3,6 @@
 // A thread takes 8 k of one token: 16 bytes of a row-major weight, else a word or two for each 4 k, or a word
 // for each pair or single k of the float panels. Memory-bound: a panel's other columns come along, since a
 // sector of 32 bytes has 8 of its 32 columns. No shared memory.
-#include "cuda/common/packed_format.cuh"
 #include "cuda/common/vec.cuh"
 #include "cuda/runtime.cuh"
 #include "tilestream/linear.h"

@@ -15,7 +15,6 @@
 // waits for its own 64 x 64 products, and the other's are under way meanwhile. It brings 33 KB a group, 27 bytes a cycle.
 #include "cuda/linear_sm90.h"
 
-#include "cuda/common/packed_format.cuh"
 #include "cuda/linear_sm90_load.cuh"
 #include "cuda/linear_sm90_multiply.cuh"
 #include "cuda/ptx/cluster.cuh"

@@ -42,7 +42,7 @@ class Stored:
         bits = config["bits"] if method != "compressed-tensors" else config["config_groups"]["group_0"]["weights"]["num_bits"]
         symmetric = method == "compressed-tensors" and config["config_groups"]["group_0"]["weights"]["symmetric"]
         self.q = torch.randint(2**bits, (n, k), generator=draw)
-        self.zeros = torch.randint(1, 2**bits, (n, num_groups), generator=draw)
+        self.zeros = torch.randint(2**bits, (n, num_groups), generator=draw)
         if symmetric:
             self.zeros.fill_(2 ** (bits - 1))
         self.scale = ((0.5 + torch.rand(n, num_groups, generator=draw)) / 2**bits / k**0.5).half()
@@ -50,7 +50,7 @@ class Stored:
         zeros, scales = self.zeros, self.scale
         if method == "gptq":
             later = 0 if config.get("checkpoint_format") == "gptq_v2" else 1
-            self.tensors = {"qweight": words(self.q.T, bits, 0), "qzeros": words(zeros.T - later, bits, 1), "scales": scales.T,
+            self.tensors = {"qweight": words(self.q.T, bits, 0), "qzeros": words((zeros.T - later) % 2**bits, bits, 1), "scales": scales.T,
                             "g_idx": (torch.arange(k) // group).int()}
         elif method == "awq":
             order = torch.tensor([0, 2, 4, 6, 1, 3, 5, 7])

@@ -21,7 +21,6 @@
 #pragma once
 
 #include "cuda/common/linear_tile.cuh"
-#include "cuda/common/packed_format.cuh"
 #include "cuda/ptx/cp_async.cuh"
 #include "cuda/ptx/mma.cuh"
 

@@ -17,6 +17,7 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "tilestream/quantise.h"
 
@@ -27,6 +28,18 @@ enum class PackedFormat : int32_t {
   kRowsBFloat16 = 9, kRowsFloat16 = 10
 };
 constexpr int kNumPackedFormats = 11;
+
+// f(format as a std::integral_constant).
+template <class F>
+inline void with_format(PackedFormat format, F&& f) {
+  switch (format) {
+#define CASE(FORMAT) \
+  case PackedFormat::FORMAT: return f(std::integral_constant<PackedFormat, PackedFormat::FORMAT>{});
+    CASE(kFloat32) CASE(kBFloat16) CASE(kU4G32S) CASE(kU4G32) CASE(kU8G32S) CASE(kU8G32) CASE(kU4G128S)
+    CASE(kU4G128) CASE(kU8G128S) CASE(kRowsBFloat16) CASE(kRowsFloat16)
+#undef CASE
+  }
+}
 
 constexpr int kPanelColumns = 32;
 

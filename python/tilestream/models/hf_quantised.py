@@ -58,13 +58,14 @@ def _one_of(config: Mapping[str, Any], key: str, default: Any, allowed: tuple, s
 
 
 def _gptq(config: Mapping[str, Any], source: str) -> Quantisation:
-    """qweight int32 [k / 8, n] (4 bits), qzeros [k / group, n / 8], scales [k / group, n]; AutoGPTQ stores zeros less one."""
+    """qweight int32 [k / 8, n] (4 bits), qzeros [k / group, n / 8], scales [k / group, n]; AutoGPTQ stores zeros less one, a zero of 0 as
+    the greatest code."""
     bits = _one_of(config, "bits", 4, (4, 8), source)
     later = 0 if config.get("checkpoint_format") == "gptq_v2" else 1
 
     def unpack(parts: Parts) -> QuantisedTensor:
         q = _fields(parts["qweight"], bits, 0).T
-        zeros = _fields(parts["qzeros"], bits, 1) + later
+        zeros = (_fields(parts["qzeros"], bits, 1) + later) % 2**bits
         group = _group(q.shape[1], zeros.shape[0])
         order = parts.get("g_idx")
         if order is not None and not torch.equal(order.long(), torch.arange(q.shape[1]) // group):
