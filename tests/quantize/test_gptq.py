@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tilestream.quantize.gptq import compensated, gptq, nearest, squared_output
+from tilestream.quantize.gptq import gptq, nearest, squared_output
 
 
 def _hessian(k: int, num_rows: int = 400) -> torch.Tensor:
@@ -50,13 +50,3 @@ def test_constant_groups_and_channels_that_are_never_read() -> None:
     hessian[0, 0] = 1.0
     for codes in (nearest(weight, 32), gptq(weight, hessian, 32), gptq(weight, torch.zeros(64, 64), 32)):
         assert torch.equal(codes.dequantise(), weight)
-
-
-def test_compensation_answers_for_rounded_inputs() -> None:
-    torch.manual_seed(2)
-    exact, weight = torch.randn(2000, 32) @ torch.randn(32, 32), torch.randn(8, 32)
-    rounded = (exact / 3).round() * 3
-    better = compensated(weight, rounded.t() @ rounded, exact.t() @ rounded)
-    errors = [(exact @ weight.t() - rounded @ w.t()).square().sum() for w in (better, weight)]
-    assert errors[0] < 0.9 * errors[1]
-    assert torch.allclose(compensated(weight, exact.t() @ exact, exact.t() @ exact), weight)

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 
 _LEVELS = 15
 _SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)  # of a group's range: what is cut off pays for finer steps
-_DAMPING = 0.01  # of the mean of the Hessian's diagonal (GPTQ, section 3.3)
+# Of the mean of the Hessian's diagonal. GPTQ's 0.01 (section 3.3) fits the calibration text's rows and not the next text's.
+_DAMPING = 0.1
 _LAZY_COLUMNS = 128  # columns between two updates of all that follow
 
 
@@ -56,7 +57,7 @@ def gptq(weight: torch.Tensor, hessian: torch.Tensor, group: int) -> Codes:
     group_of = (order // group).tolist()
     spread_scale, spread_zero = scale.float(), zero.float()
     left, q = weight[:, order].clone(), torch.empty(n, k, dtype=torch.uint8)
-    upper = torch.linalg.cholesky(damped_inverse(hessian[order][:, order]), upper=True)
+    upper = torch.linalg.cholesky(_damped_inverse(hessian[order][:, order]), upper=True)
     for begin in range(0, k, _LAZY_COLUMNS):
         end = min(begin + _LAZY_COLUMNS, k)
         errors = torch.empty(n, end - begin)
@@ -72,23 +73,12 @@ def gptq(weight: torch.Tensor, hessian: torch.Tensor, group: int) -> Codes:
     return Codes(q[:, order.argsort()].contiguous(), scale, zero, group)
 
 
-def compensated(weight: torch.Tensor, hessian: torch.Tensor, cross: torch.Tensor) -> torch.Tensor:
-    """The float weight that does best on rounded inputs what `weight` does on exact ones (least squares).
-
-    Args:
-        weight: [n, k].
-        hessian: [k, k], sum of x^T x over rounded rows x.
-        cross: [k, k], sum of y^T x over exact rows y and their rounded x.
-    """
-    return weight + weight @ (cross - hessian) @ damped_inverse(hessian)
-
-
 def squared_output(weight: torch.Tensor, hessian: torch.Tensor) -> float:
     """|x . weight^T|^2, summed over the Hessian's rows x."""
     return float((weight @ hessian * weight).sum())
 
 
-def damped_inverse(hessian: torch.Tensor) -> torch.Tensor:
+def _damped_inverse(hessian: torch.Tensor) -> torch.Tensor:
     """Its inverse, after what keeps a Hessian of few or of equal rows from being singular."""
     damping = _DAMPING * hessian.diagonal().mean() + 1e-30
     return torch.cholesky_inverse(torch.linalg.cholesky(hessian + damping * torch.eye(hessian.size(0))))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -24,6 +25,8 @@ from tilestream.quantize.select import Input, Key, choose_k4, int4_share
 from tilestream.quantize.source import INPUTS, STEMS, LayerWeights, NORMS, Source
 from tilestream.quantize.transform import Identity, Transform
 from tilestream.quantize.writer import code_tensors, new_directory, table_tensors, write_json, write_tensors, write_tokenizer
+
+logger = logging.getLogger("tilestream.quantize")
 
 METHODS = ("fmpq", "rtn")
 
@@ -123,6 +126,11 @@ class _Run:
         table = self.source.matrix("token_embd")
         head = table if config.tied_embeddings else self.source.matrix("output")
         rotate = recipe.rotate and recipe.method == "fmpq" and not config.post_norms
+        if self.source.is_four_bit and (rotate or recipe.group_size != 32):
+            logger.warning(
+                "%s has 4-bit weights in groups of 32 already; they are rounded again here, and kept as they are without rotation "
+                "and in groups of 32 (--no-rotate --group-size 32 --int4-share 0)", self.name
+            )  # fmt: skip
         transform = self._transform(table, rotate)
         head, norm = transform.head(head, self.source.vector("output_norm.weight"))
         table = transform.table(table)

@@ -17,6 +17,7 @@ LINEARS = tuple(name for names in INPUTS.values() for name in names)
 STEMS = {"q": "attn_q", "k": "attn_k", "v": "attn_v", "o": "attn_output", "gate": "ffn_gate", "up": "ffn_up", "down": "ffn_down"}
 NORMS = {"attn": "attn_norm", "mlp": "ffn_norm", "q": "attn_q_norm", "k": "attn_k_norm", "post_attn": "post_attention_norm",
          "post_mlp": "post_ffw_norm"}
+_FOUR_BIT = (gguf.GGMLQuantizationType.Q4_0, gguf.GGMLQuantizationType.Q4_1)
 
 
 @dataclass(slots=True)
@@ -47,6 +48,11 @@ class Source:
     def __init__(self, checkpoint: Checkpoint, config: ModelConfig) -> None:
         self._checkpoint, self._interleaved = checkpoint, config.rope.interleaved
         self.config = replace(config, rope=_halves(config.rope), rope_local=_halves(config.rope_local))
+
+    @property
+    def is_four_bit(self) -> bool:
+        """Whether its linears are 4-bit codes in groups of 32, which a directory can keep as they are."""
+        return self._checkpoint.tensor(f"blk.0.{STEMS['gate']}.weight").type in _FOUR_BIT
 
     def matrix(self, name: str) -> torch.Tensor:
         raw = self._checkpoint.tensor(name + ".weight")
