@@ -15,7 +15,7 @@ run: $(VENV)/.built $(VENV)/.model
 	$(BIN)/tilestream generate --chat --max-tokens 128 "$(PROMPT)"
 
 test: $(VENV)/.built $(VENV)/.model $(VENV)/.test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 bench: $(VENV)/.built $(VENV)/.model $(VENV)/.bench
 	$(BENCH) bench

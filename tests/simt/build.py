@@ -6,6 +6,7 @@ What did not change is not compiled again: with nothing to do this takes a tenth
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import functools
 import shutil
 import subprocess
@@ -28,10 +29,13 @@ def build(target: str, *, asan: bool = False) -> Path:
     cmake, ninja = (shutil.which(tool, path=str(tools)) or shutil.which(tool) for tool in ("cmake", "ninja"))
     if cmake is None or ninja is None:
         raise RuntimeError("the emulator needs cmake and ninja: pip install cmake ninja")
-    if not (folder / "build.ninja").exists():
-        _run([cmake, "-S", str(HERE), "-B", str(folder), "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}",
-              f"-DTILESTREAM_SIMT_ASAN={'ON' if asan else 'OFF'}"])  # fmt: skip
-    _run([ninja, "-C", str(folder), target])
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:  # one builds, the test runner's other processes wait
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "build.ninja").exists():
+            _run([cmake, "-S", str(HERE), "-B", str(folder), "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}",
+                  f"-DTILESTREAM_SIMT_ASAN={'ON' if asan else 'OFF'}"])  # fmt: skip
+        _run([ninja, "-C", str(folder), target])
     return folder / f"{target}.so"
 
 
