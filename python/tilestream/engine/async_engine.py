@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from tilestream.engine.engine import Engine
 from tilestream.engine.errors import EngineDeadError, QueueFullError
 from tilestream.engine.metrics import EngineMetrics
-from tilestream.engine.request import RequestDelta
+from tilestream.engine.request import RequestDelta, RequestOptions
 from tilestream.sampling_params import SamplingParams
 
 logger = logging.getLogger("tilestream.engine")
@@ -100,7 +100,13 @@ class AsyncEngine:
         self._thread = threading.Thread(target=self._run, name="tilestream-engine", daemon=True)
         self._thread.start()
 
-    def stream(self, request_id: str, prompt_token_ids: Sequence[int], params: SamplingParams) -> RequestStream:
+    def stream(
+        self,
+        request_id: str,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        options: RequestOptions = RequestOptions(),
+    ) -> RequestStream:
         """Start a request; call it in a running event loop.
 
         Raises:
@@ -118,7 +124,7 @@ class AsyncEngine:
                 raise QueueFullError(num_waiting, self._engine.config.max_queued_requests)
             self._channels[request_id] = channel
             self._num_unqueued += 1
-            self._commands.append(lambda: self._add_now(request_id, token_ids, params))
+            self._commands.append(lambda: self._add_now(request_id, token_ids, params, options))
             self._condition.notify()
         return RequestStream(channel, self._abort_channel)
 
@@ -185,11 +191,13 @@ class AsyncEngine:
         while self._commands:
             self._commands.popleft()()
 
-    def _add_now(self, request_id: str, token_ids: list[int], params: SamplingParams) -> None:
+    def _add_now(
+        self, request_id: str, token_ids: list[int], params: SamplingParams, options: RequestOptions
+    ) -> None:
         try:
             with self._condition:
                 self._num_unqueued -= 1
-                self._engine.add_request(request_id, token_ids, params)
+                self._engine.add_request(request_id, token_ids, params, options)
         except Exception as error:
             self._deliver([(request_id, error)])
 

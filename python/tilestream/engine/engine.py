@@ -16,7 +16,7 @@ from tilestream.engine.errors import PromptTooLongError, QueueFullError
 from tilestream.engine.metrics import EngineMetrics
 from tilestream.engine.output import delta_of, read_token, row_logprobs
 from tilestream.engine.protocols import EngineTokenizer, Runner
-from tilestream.engine.request import FinishReason, Request, RequestDelta, RequestState, TokenLogprobs
+from tilestream.engine.request import FinishReason, Request, RequestDelta, RequestOptions, RequestState, TokenLogprobs
 from tilestream.engine.scheduler import SampledTokens, Scheduler, StepPlan
 from tilestream.sampling_params import SamplingParams
 
@@ -54,13 +54,20 @@ class Engine:
         self._totals = EngineMetrics()
         self._runner_time_s = 0.0
 
-    def add_request(self, request_id: str, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:
+    def add_request(
+        self,
+        request_id: str,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        options: RequestOptions = RequestOptions(),
+    ) -> None:
         """Queue a request; its first delta comes from a later step().
 
         Args:
             request_id: any string that no unfinished request has.
             prompt_token_ids: at least one token.
             params: sampling and stopping.
+            options: for the scheduler.
         Raises:
             ValueError, TypeError, PromptTooLongError: as validate(); ValueError: request_id is in use.
             QueueFullError: max_queued_requests wait already.
@@ -79,6 +86,7 @@ class Engine:
             detokenizer=Detokenizer(self.tokenizer, params.stop, include_stop=params.include_stop_str_in_output),
             arrival_s=time.monotonic(),
             max_num_tokens=self._max_num_tokens(len(token_ids), params),
+            options=options,
         )
         self._requests[request_id] = request
         self.scheduler.add(request)

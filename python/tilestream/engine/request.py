@@ -13,6 +13,23 @@ from tilestream.sampling_params import SamplingParams
 FinishReason = Literal["stop", "length", "abort", "error"]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestOptions:
+    """What a request asks of the scheduler, and not of the model.
+
+    Args:
+        priority: lower runs sooner, where the policy looks at it (vLLM's meaning).
+        tenant: whose request it is; tenants share the engine fairly.
+        cache_salt: the prefix cache shares pages only among requests of one salt.
+        deadline_s: seconds of time.monotonic() after which nobody wants the answer; None: never.
+    """
+
+    priority: int = 0
+    tenant: str = ""
+    cache_salt: str = ""
+    deadline_s: float | None = None
+
+
 class RequestState(Enum):
     WAITING = "waiting"  # queued, holds no page
     RUNNING = "running"  # holds pages
@@ -37,6 +54,7 @@ class Request:
     detokenizer: Detokenizer
     arrival_s: float
     max_num_tokens: int  # it ends when it has so many
+    options: RequestOptions = RequestOptions()
 
     state: RequestState = RequestState.WAITING
     num_computed_tokens: int = 0
