@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from tilestream.engine.engine import Engine
 from tilestream.engine.errors import EngineDeadError, QueueFullError
-from tilestream.engine.metrics import EngineMetrics
+from tilestream.engine.metrics import EngineMetrics, StepLog
 from tilestream.engine.request import RequestDelta, RequestOptions
 from tilestream.sampling_params import SamplingParams
 
@@ -138,6 +138,11 @@ class AsyncEngine:
     @property
     def metrics(self) -> EngineMetrics:
         return self._engine.metrics
+
+    @property
+    def steps(self) -> StepLog:
+        """The last steps; may be read by any thread."""
+        return self._engine.watch.steps
 
     @property
     def is_running(self) -> bool:

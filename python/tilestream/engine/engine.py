@@ -13,7 +13,7 @@ from typing import Any
 from tilestream.engine.config import EngineConfig
 from tilestream.engine.detokenizer import Detokenizer
 from tilestream.engine.errors import PromptTooLongError, QueueFullError
-from tilestream.engine.metrics import EngineMetrics
+from tilestream.engine.metrics import EngineMetrics, EngineWatch
 from tilestream.engine.output import delta_of, read_token, row_logprobs
 from tilestream.engine.protocols import EngineTokenizer, Runner
 from tilestream.engine.request import FinishReason, Request, RequestDelta, RequestOptions, RequestState, TokenLogprobs
@@ -41,6 +41,8 @@ class Engine:
         runner: computes a step.
         tokenizer: end-of-sequence tokens and token bytes.
         config: limits.
+    Attributes:
+        watch: its counters, its last steps, and its trace.
     """
 
     def __init__(self, runner: Runner, tokenizer: EngineTokenizer, config: EngineConfig) -> None:
@@ -51,8 +53,7 @@ class Engine:
         self._requests: dict[str, Request] = {}
         self._in_flight: _Launched | None = None
         self._seeds = random.Random(config.seed)
-        self._totals = EngineMetrics()
-        self._runner_time_s = 0.0
+        self.watch = EngineWatch()
 
     def add_request(
         self,
@@ -109,13 +110,14 @@ class Engine:
         Returns:
             One delta for every request that got a token or ended; empty when there was nothing to do.
         """
-        begin_s, runner_begin_s = time.monotonic(), self._runner_time_s
+        self.watch.begin_step()
         deltas = []
         before = self._in_flight
         if before is not None and self._needs_tokens():
             deltas += self._collect(before)
             before = None
-        plan = self.scheduler.schedule()
+        with self.watch.span("schedule"):
+            plan = self.scheduler.schedule()
         self._in_flight = None
         if plan is not None:
             deltas += self._launch(plan)
@@ -125,7 +127,7 @@ class Engine:
             deltas += self._collect(self._in_flight)
             self._in_flight = None
         if plan is not None:
-            self._count_step(plan, self._runner_time_s - runner_begin_s, time.monotonic() - begin_s)
+            self.watch.end_step(plan, self.config.token_budget, self.scheduler)
         return deltas
 
     def has_work(self) -> bool:
@@ -138,17 +140,7 @@ class Engine:
     @property
     def metrics(self) -> EngineMetrics:
         """A snapshot; may be taken from another thread."""
-        scheduler = self.scheduler
-        return replace(
-            self._totals,
-            finished_requests=dict(self._totals.finished_requests),
-            num_requests_running=len(scheduler.running),
-            num_requests_waiting=len(scheduler.waiting),
-            kv_cache_usage=scheduler.pool.num_owned_pages / scheduler.pool.num_pages,
-            num_preemptions=scheduler.num_preemptions,
-            prefix_cache_queries=scheduler.prefix_cache_queries,
-            prefix_cache_hits=scheduler.prefix_cache_hits,
-        )
+        return self.watch.snapshot(self.scheduler)
 
     def validate(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> list[int]:
         """Check what can be checked without the queue; reads only what never changes, so any thread may call it.
@@ -194,11 +186,10 @@ class Engine:
         """Start a step; it is in flight then. If it does not start, its requests' last deltas."""
         begin_s = time.monotonic()
         try:
-            launched = self.runner.launch(plan)
+            with self.watch.span("launch"):
+                launched = self.runner.launch(plan)
         except Exception as error:
             return self._fail_step(plan, error)
-        finally:
-            self._runner_time_s += time.monotonic() - begin_s
         for item in plan.scheduled:
             if item.request.first_scheduled_s is None:
                 item.request.first_scheduled_s = begin_s
@@ -208,14 +199,12 @@ class Engine:
 
     def _collect(self, step: _Launched) -> list[RequestDelta]:
         """Wait for a launched step, and hand out what it gave to those who are still there."""
-        begin_s = time.monotonic()
         try:
-            sampled = self.runner.collect(step.handle)
+            with self.watch.span("collect"):
+                sampled = self.runner.collect(step.handle)
             _check_row_count(sampled, step.plan)
         except Exception as error:
             return self._fail_step(step.plan, error)
-        finally:
-            self._runner_time_s += time.monotonic() - begin_s
         self.scheduler.complete(step.plan)
         sampling = [item.request for item in step.plan.scheduled if item.samples]
         return [
@@ -236,8 +225,8 @@ class Engine:
             return self._finish(request, "error", error=message, forget_pages=True)
         if request.first_token_s is None:
             request.first_token_s = time.monotonic()
-            self._totals.prompt_tokens += request.num_prompt_tokens
-        self._totals.generation_tokens += 1
+            self.watch.totals.prompt_tokens += request.num_prompt_tokens
+        self.watch.totals.generation_tokens += 1
         request.token_ids[position] = token_id
         request.num_pending_tokens -= 1
         try:
@@ -277,21 +266,12 @@ class Engine:
         del request.token_ids[request.num_known_tokens :]
         request.num_pending_tokens = 0
         del self._requests[request.request_id]
-        self._totals.finished_requests[reason] += 1
+        self.watch.end_request(request, reason)
         text += request.detokenizer.flush()
         delta = delta_of(request, text, list(token_ids), logprobs)
         return replace(
             delta, finish_reason=reason, stop_reason=stop_reason, error=error, finish_s=time.monotonic()
         )
-
-    def _count_step(self, plan: StepPlan, runner_time_s: float, step_time_s: float) -> None:
-        totals = self._totals
-        totals.num_steps += 1
-        totals.step_tokens += plan.num_tokens
-        totals.step_time_s += step_time_s
-        totals.runner_time_s += runner_time_s
-        totals.last_step_tokens = plan.num_tokens
-        totals.last_step_time_s = step_time_s
 
 
 def _check_row_count(sampled: SampledTokens, plan: StepPlan) -> None:
