@@ -6,8 +6,8 @@ import asyncio
 from collections.abc import AsyncIterator
 
 from tilestream.engine.errors import PromptTooLongError, QueueFullError
-from tilestream.engine.metrics import EngineMetrics
-from tilestream.engine.request import RequestDelta, TokenLogprobs
+from tilestream.engine.metrics import EngineMetrics, StepLog
+from tilestream.engine.request import RequestDelta, RequestOptions, TokenLogprobs
 from tilestream.sampling_params import SamplingParams
 
 ANSWER = "Grüße: the quick brown fox jumps over the lazy dog. "
@@ -45,13 +45,17 @@ class FakeAsyncEngine:
         self.max_requests = max_requests
         self.active: dict[str, tuple[list[int], SamplingParams]] = {}
         self.seen: list[tuple[list[int], SamplingParams]] = []
+        self.seen_options: list[RequestOptions] = []
         self.metrics = EngineMetrics()
+        self.steps = StepLog()
         self.is_running = True
 
     def shutdown(self) -> None:
         self.is_running = False
 
-    async def stream(self, request_id: str, prompt: list[int], params: SamplingParams) -> AsyncIterator[RequestDelta]:
+    async def stream(
+        self, request_id: str, prompt: list[int], params: SamplingParams, options: RequestOptions = RequestOptions()
+    ) -> AsyncIterator[RequestDelta]:
         if not prompt:
             raise ValueError("prompt_token_ids is empty; at least one token is needed")
         if not all(0 <= i < ByteTokenizer.vocab_size for i in prompt):
@@ -62,6 +66,7 @@ class FakeAsyncEngine:
             raise QueueFullError(len(self.active), self.max_requests)
         self.active[request_id] = (prompt, params)
         self.seen.append((prompt, params))
+        self.seen_options.append(options)
         reason = "abort"
         try:
             async for delta in self._deltas(request_id, prompt, params):

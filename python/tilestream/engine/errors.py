@@ -26,12 +26,14 @@ class QueueFullError(RuntimeError):
     Args:
         num_waiting: requests waiting now.
         max_queued_requests: the most that may wait.
+        retry_after_s: when trying again may work.
     """
 
-    def __init__(self, num_waiting: int, max_queued_requests: int) -> None:
+    def __init__(self, num_waiting: int, max_queued_requests: int, *, retry_after_s: int = 1) -> None:
         super().__init__(f"the queue is full: {num_waiting} requests wait, at most {max_queued_requests} may")
         self.num_waiting = num_waiting
         self.max_queued_requests = max_queued_requests
+        self.retry_after_s = retry_after_s
 
 
 class EngineDeadError(RuntimeError):

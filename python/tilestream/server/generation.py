@@ -19,14 +19,11 @@ from tilestream.server.metrics import RequestTimer, ServerMetrics
 
 if TYPE_CHECKING:
     from tilestream.engine.async_engine import AsyncEngine
-    from tilestream.engine.request import RequestDelta
+    from tilestream.engine.request import RequestDelta, RequestOptions
     from tilestream.sampling_params import SamplingParams
 
 logger = logging.getLogger("tilestream.server")
 T = TypeVar("T")
-
-# A place in the queue frees when any request ends, so the shortest wait that the header can say.
-_RETRY_AFTER_S = 1
 
 
 class ClientLeftError(Exception):
@@ -65,6 +62,7 @@ async def generate(
     params: list[SamplingParams],
     *,
     prompt_field: str,
+    options: RequestOptions,
 ) -> AsyncGenerator[tuple[int, RequestDelta], None]:
     """Runs every prompt with every params; yields (choice index, delta) as they come.
 
@@ -72,6 +70,7 @@ async def generate(
 
     Args:
         prompt_field: the request's field that an error of a prompt is about.
+        options: for the scheduler.
     Raises:
         ApiError: the engine refused or failed one of them; the others are aborted.
     """
@@ -81,7 +80,7 @@ async def generate(
         prompt, sampling = prompts[choice // len(params)], params[choice % len(params)]
         timer = RequestTimer(metrics)
         try:
-            async for delta in engine.stream(f"{request_id}-{choice}", prompt, sampling):
+            async for delta in engine.stream(f"{request_id}-{choice}", prompt, sampling, options):
                 timer.on_delta(delta)
                 arrived.put_nowait((choice, delta))
             arrived.put_nowait((choice, None))
@@ -112,7 +111,7 @@ async def generate(
 
 def _explain(error: Exception, request_id: str, prompt_field: str) -> ApiError:
     if isinstance(error, QueueFullError):
-        return ApiError(503, str(error), code="queue_full", retry_after_s=_RETRY_AFTER_S)
+        return ApiError(503, str(error), code="queue_full", retry_after_s=error.retry_after_s)
     if isinstance(error, PromptTooLongError):
         return ApiError(400, str(error), param=prompt_field, code="context_length_exceeded")
     if isinstance(error, ValueError):

@@ -15,19 +15,25 @@ from typing import TYPE_CHECKING, Any
 import tilestream
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.middleware.cors import CORSMiddleware
 
-from tilestream.server.errors import ApiError, BodyLimitMiddleware, install_error_handlers, internal_error, read_json
+from tilestream.server.access import Guard, RequestLog, Traffic, request_options
+from tilestream.server.context import current
+from tilestream.server.errors import CLIENT_LEFT_STATUS, ApiError, install_error_handlers, internal_error, read_json
 from tilestream.server.generation import ClientLeftError, generate, unless_client_leaves
+from tilestream.server.information import add_information_routes
 from tilestream.server.metrics import ServerMetrics
+from tilestream.server.openapi import complete, json_body
 from tilestream.server.protocol import ChatCompletionRequest, CompletionRequest, GenerationRequest, parse_request
 from tilestream.server.responses import SSE_DONE, Answer, ChatAnswer, CompletionAnswer, sse_event
+from tilestream.server.settings import ServerSettings
+from tilestream.server.telemetry import open_telemetry
 
 if TYPE_CHECKING:
-    from starlette.types import Receive, Scope, Send
+    from starlette.types import ASGIApp, Receive, Scope, Send
 
     from tilestream.engine.async_engine import AsyncEngine
-    from tilestream.engine.request import RequestDelta
+    from tilestream.engine.request import RequestDelta, RequestOptions
     from tilestream.models.tokenizer import Tokenizer
     from tilestream.sampling_params import SamplingParams
 
@@ -35,12 +41,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("tilestream.server")
 
-# 128k prompt tokens are about 1 MB of JSON, as ids or as text.
-DEFAULT_MAX_BODY_BYTES = 4 * 2**20
 # A text of that size takes seconds to tokenise, off the event loop; shorter ones must not wait behind it.
 _TOKENIZING_THREADS = 4
-# nginx's code for a client that closed its connection; nobody reads it but an access log.
-_CLIENT_LEFT_STATUS = 499
 
 
 class Server:
@@ -51,12 +53,25 @@ class Server:
         tokenizer: text to ids, chat template, bytes of a token.
         model_name: the name that clients ask for.
         max_model_len: tokens of prompt and answer together; told in /v1/models.
+        settings: limits and rights.
     """
 
-    def __init__(self, engine: AsyncEngine, tokenizer: Tokenizer, *, model_name: str, max_model_len: int) -> None:
+    def __init__(
+        self,
+        engine: AsyncEngine,
+        tokenizer: Tokenizer,
+        *,
+        model_name: str,
+        max_model_len: int,
+        settings: ServerSettings,
+    ) -> None:
         self.engine = engine
         self.tokenizer = tokenizer
         self.model_name = model_name
+        self.max_model_len = max_model_len
+        self.settings = settings
+        self.traffic = Traffic()
+        self.telemetry = open_telemetry(model_name)
         self.metrics = ServerMetrics(engine, model_name)
         self.model_card = {
             "id": model_name,
@@ -90,7 +105,9 @@ class Server:
         params: list[SamplingParams],
     ) -> Answer:
         """An empty answer to `body`, with an id of its own."""
-        return kind(
+        context = current()
+        context.body = body
+        context.answer = kind(
             f"{id_prefix}-{uuid.uuid4().hex}",
             self.model_name,
             self.tokenizer,
@@ -98,6 +115,11 @@ class Server:
             choices_per_prompt=len(params),
             include_usage=body.include_usage(),
         )
+        return context.answer
+
+    def options(self, body: GenerationRequest) -> RequestOptions:
+        """What the scheduler is told of the request at hand."""
+        return request_options(current().tenant, self.settings.request_timeout_s, body)
 
     async def run(
         self,
@@ -109,7 +131,13 @@ class Server:
     ) -> Response:
         """Generates and answers. An error before the first token still gets its own HTTP status."""
         deltas = generate(
-            self.engine, self.metrics, answer.answer_id, prompts, params, prompt_field=body.prompt_field
+            self.engine,
+            self.metrics,
+            answer.answer_id,
+            prompts,
+            params,
+            prompt_field=body.prompt_field,
+            options=self.options(body),
         )
         try:
             if body.stream:
@@ -118,7 +146,7 @@ class Server:
             await unless_client_leaves(http, _collect(deltas, answer))
             return JSONResponse(answer.whole())
         except ClientLeftError:
-            return Response(status_code=_CLIENT_LEFT_STATUS)
+            return Response(status_code=CLIENT_LEFT_STATUS)
 
 
 async def _collect(deltas: Deltas, answer: Answer) -> None:
@@ -162,44 +190,64 @@ class EventStream(StreamingResponse):
         yield SSE_DONE
 
 
+class _App(FastAPI):
+    """FastAPI with the request log around everything, its own answer to a failure included."""
+
+    def __init__(self, server: Server, **options: Any) -> None:
+        super().__init__(**options)
+        self.server = server
+
+    def build_middleware_stack(self) -> ASGIApp:
+        inner = super().build_middleware_stack()
+        return RequestLog(inner, self.server.settings, self.server.traffic, self.server.telemetry)
+
+    def openapi(self) -> dict[str, Any]:
+        if self.openapi_schema is None:
+            self.openapi_schema = complete(super().openapi())
+        return self.openapi_schema
+
+
 def create_app(
     engine: AsyncEngine,
     tokenizer: Tokenizer,
     *,
     model_name: str,
     max_model_len: int,
-    max_body_bytes: int = DEFAULT_MAX_BODY_BYTES,
+    settings: ServerSettings = ServerSettings(),
 ) -> FastAPI:
     """The ASGI application.
 
     Args:
-        engine, tokenizer, model_name, max_model_len: as for Server.
-        max_body_bytes: a longer request body is refused with 413.
+        engine, tokenizer, model_name, max_model_len, settings: as for Server.
     """
-    server = Server(engine, tokenizer, model_name=model_name, max_model_len=max_model_len)
+    server = Server(engine, tokenizer, model_name=model_name, max_model_len=max_model_len, settings=settings)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
         await asyncio.to_thread(engine.shutdown)
         server.tokenizing.shutdown()
+        if server.telemetry is not None:
+            await asyncio.to_thread(server.telemetry.close)
 
-    app = FastAPI(title="Tilestream", version=tilestream.__version__, lifespan=lifespan)
-    app.add_middleware(BodyLimitMiddleware, max_body_bytes=max_body_bytes)
+    app = _App(server, title="Tilestream", version=tilestream.__version__, lifespan=lifespan)
+    app.add_middleware(Guard, settings=settings, traffic=server.traffic)
+    if settings.cors_origins:  # outside the guard, so that a page may read why it was refused
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["X-Request-Id", "Retry-After"],
+        )
     install_error_handlers(app)
     _add_generation_routes(app, server)
-    _add_information_routes(app, server)
+    add_information_routes(app, server)
     return app
 
 
-def _body_schema(kind: type[GenerationRequest]) -> dict[str, Any]:
-    """Shows the fields in /docs; the body is parsed by hand so that errors keep OpenAI's form."""
-    schema = kind.model_json_schema()
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
-
-
 def _add_generation_routes(app: FastAPI, server: Server) -> None:
-    @app.post("/v1/completions", openapi_extra=_body_schema(CompletionRequest))
+    @app.post("/v1/completions", openapi_extra=json_body(CompletionRequest))
     async def completions(http: Request) -> Response:
         body = parse_request(CompletionRequest, await read_json(http))
         server.check_model(body.model)
@@ -208,7 +256,7 @@ def _add_generation_routes(app: FastAPI, server: Server) -> None:
         answer = server.answer(CompletionAnswer, "cmpl", body, prompts, params)
         return await server.run(http, body, answer, prompts, params)
 
-    @app.post("/v1/chat/completions", openapi_extra=_body_schema(ChatCompletionRequest))
+    @app.post("/v1/chat/completions", openapi_extra=json_body(ChatCompletionRequest))
     async def chat_completions(http: Request) -> Response:
         body = parse_request(ChatCompletionRequest, await read_json(http))
         server.check_model(body.model)
@@ -220,24 +268,3 @@ def _add_generation_routes(app: FastAPI, server: Server) -> None:
         prompts = await server.prompt_ids([text], add_special_tokens=False)  # the template has written them
         answer = server.answer(ChatAnswer, "chatcmpl", body, prompts, params)
         return await server.run(http, body, answer, prompts, params)
-
-
-def _add_information_routes(app: FastAPI, server: Server) -> None:
-    @app.get("/v1/models")
-    async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [server.model_card]}
-
-    @app.get("/v1/models/{name:path}")
-    async def model(name: str) -> dict[str, Any]:
-        server.check_model(name)
-        return server.model_card
-
-    @app.get("/health")
-    async def health() -> Response:
-        if not server.engine.is_running:
-            raise ApiError(503, "The engine has stopped; the log says why.", code="engine_stopped")
-        return JSONResponse({"status": "ok"})
-
-    @app.get("/metrics")
-    async def metrics() -> Response:
-        return Response(server.metrics.render(), headers={"Content-Type": CONTENT_TYPE_LATEST})

@@ -13,6 +13,8 @@ from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric, SummaryMetricFamily
 from prometheus_client.registry import Collector
 
+from tilestream.server.context import current
+
 if TYPE_CHECKING:
     from tilestream.engine.async_engine import AsyncEngine
     from tilestream.engine.metrics import EngineMetrics
@@ -109,6 +111,8 @@ class RequestTimer:
             else:
                 self._metrics.inter_token.observe((now_s - self._last_token_s) / len(delta.token_ids))
             self._last_token_s = now_s
+        if delta.finish_reason is not None:
+            current().last_deltas.append(delta)
         if delta.finish_reason in ("stop", "length"):
             self._on_finish(delta, now_s)
 

@@ -214,7 +214,7 @@ class ChatCompletionRequest(GenerationRequest):
 
 # Variables of a template that are the server's to set.
 _TEMPLATE_ARGUMENTS = frozenset({"messages", "tools", "documents", "add_generation_prompt"})
-RequestT = TypeVar("RequestT", bound=GenerationRequest)
+RequestT = TypeVar("RequestT", bound=BaseModel)
 
 
 def parse_request(kind: type[RequestT], body: dict[str, object]) -> RequestT:
@@ -233,7 +233,7 @@ def parse_request(kind: type[RequestT], body: dict[str, object]) -> RequestT:
             continue
         allowed = " or ".join([repr(v) for v in neutral] + ["leave it out"])
         raise ApiError(400, f"{name}={_short(value)} is not supported; {allowed}.", param=name, code="unsupported")
-    if request.stream_options is not None and not request.stream:
+    if isinstance(request, GenerationRequest) and request.stream_options is not None and not request.stream:
         raise ApiError(400, "stream_options is only allowed with stream=true.", param="stream_options")
     return request
 
