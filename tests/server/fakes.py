@@ -19,6 +19,7 @@ class ByteTokenizer:
     """One token per byte."""
 
     vocab_size = 257
+    eos_token_ids = frozenset({EOS})
     has_chat_template = True
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:

@@ -28,7 +28,7 @@ class StepRecord:
 
     prefill_tokens: of prompts, and those computed again after a preemption; decode_tokens: one per running answer.
     budget_tokens: the most the step might have had.
-    num_running, num_waiting, kv_cache_usage: when it had been planned.
+    num_running: requests in it; num_waiting, kv_cache_usage: at its end.
     spans: parts of the step: "schedule", "launch" and "collect"; the rest of its time is spent on its tokens.
         With a runner that overlaps, "collect" waits for the step before.
     """
@@ -153,7 +153,7 @@ class EngineWatch:
             prefill_tokens=plan.num_tokens - num_decodes,
             decode_tokens=num_decodes,
             budget_tokens=budget_tokens,
-            num_running=len(scheduler.running),
+            num_running=len(plan.scheduled),
             num_waiting=len(scheduler.waiting),
             kv_cache_usage=scheduler.pool.num_owned_pages / scheduler.pool.num_pages,
             spans=self._spans,

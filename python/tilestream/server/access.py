@@ -79,7 +79,7 @@ class RequestLog:
                 if self._traffic.is_draining:  # a balancer's kept connections must not come back
                     message["headers"].append((b"connection", b"close"))
             await send(message)
-            is_whole = not message.get("more_body", True)
+            is_whole = message["type"] == "http.response.body" and not message.get("more_body", False)
 
         self._traffic.num_requests += 1
         try:

@@ -124,7 +124,7 @@ def serve(
         log_config=_LOGGING,
     )
     _allow_many_connections()
-    # Signals before and after uvicorn's own time: the first drain has nothing to wait for, the work is done.
+    # A signal that comes when uvicorn has let go of them finds the work done: the exit code stays 0.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)
     _Uvicorn(config, engine, app.server.traffic, settings.drain_timeout_s).run(sockets=[listener])
