@@ -57,12 +57,23 @@ class Tab:
         if message.get("method") == "Log.entryAdded" and message["params"]["entry"]["level"] == "error":
             self.faults.append(message["params"]["entry"]["text"])
 
-    def open(self, url: str, *, width: int = 1280, height: int = 800, dark: bool = False) -> None:
+    @contextmanager
+    def page(
+        self, url: str, *, width: int = 1280, height: int = 800, dark: bool = False, allowed: str = "nothing"
+    ) -> Iterator[None]:
+        """Shows a page, and leaves it while its server is still there. Only faults with `allowed` in them may occur."""
         scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
         self.send("Emulation.setEmulatedMedia", features=scheme)
         self.send("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
+        self._go(url)
+        yield
+        self._go("about:blank")
+        faults, self.faults = self.faults, []
+        assert [fault for fault in faults if allowed not in fault] == []
+
+    def _go(self, url: str) -> None:
         self.send("Page.navigate", url=url)
-        self.wait("document.readyState === 'complete' && location.href !== 'about:blank'")
+        self.wait(f"document.readyState === 'complete' && location.href.startsWith({json.dumps(url)})")
 
     def run(self, script: str) -> Any:
         """The value of an expression, in the page."""
