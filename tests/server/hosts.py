@@ -7,15 +7,14 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 
 import uvicorn
 from tilestream.engine.async_engine import AsyncEngine
 from tilestream.engine.config import EngineConfig
 from tilestream.engine.engine import Engine
 from tilestream.engine.scheduler import SampledTokens, StepPlan
-from tilestream.server.connection import Connection
 from tilestream.server.http import create_app
+from tilestream.server.run import configure
 from tilestream.server.settings import ServerSettings
 
 from .fakes import ByteTokenizer
@@ -57,10 +56,7 @@ def served(engine: Engine, **settings: object) -> Iterator[str]:
         settings=settings,
     )  # fmt: skip
     listener = socket.create_server(("127.0.0.1", 0), backlog=2048)
-    config = uvicorn.Config(
-        app, http=partial(Connection, settings), log_config=None, access_log=False, timeout_graceful_shutdown=5
-    )
-    server = uvicorn.Server(config)
+    server = uvicorn.Server(configure(app, settings, log_config=None))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     try:

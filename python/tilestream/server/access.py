@@ -29,7 +29,7 @@ _OPEN_PATHS = frozenset({"/", "/favicon.ico", "/health", "/health/ready", "/read
 _GOOD_ID = re.compile(rb"[A-Za-z0-9._:/+=-]{1,128}")
 # A refused client that still sends is read from for so long: closing on it at once would reset the connection, and it
 # would never see why.
-_LINGER_S = 5.0
+_LINGER_S = 3.0
 
 
 class Traffic:
@@ -75,9 +75,10 @@ class RequestLog:
             nonlocal status, is_whole
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message.get("headers", ()), (b"x-request-id", context.request_id.encode())]
+                headers = dict(message["headers"]) | {b"x-request-id": context.request_id.encode()}
                 if self._traffic.is_draining:  # a balancer's kept connections must not come back
-                    message["headers"].append((b"connection", b"close"))
+                    headers[b"connection"] = b"close"
+                message["headers"] = list(headers.items())
             await send(message)
             is_whole = message["type"] == "http.response.body" and not message.get("more_body", False)
 
@@ -185,10 +186,11 @@ async def _refuse(error: ApiError, scope: Scope, receive: Receive, send: Send) -
     """Answers with an error and closes the connection; what the client still sends is read and forgotten for a while."""
     response = error.response()
     response.headers["connection"] = "close"
-    waits_for_us = b"expect" in dict(scope["headers"])  # for "100 Continue": then it sends no body after this answer
+    # Who waits for "100 Continue" sends no body after this answer; who was too slow has had its time.
+    sends_no_more = error.status == 408 or b"expect" in dict(scope["headers"])
 
     async def send_and_linger(message: Message) -> None:
-        if message["type"] == "http.response.body" and not waits_for_us:
+        if message["type"] == "http.response.body" and not sends_no_more:
             await send(message | {"more_body": True})
             with suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(_forget_body(receive), _LINGER_S)

@@ -55,6 +55,13 @@ class Connection(H11Protocol):
             self._write_timer.cancel()
             self._write_timer = None
 
+    def send_400_response(self, msg: str) -> None:
+        """What came is no HTTP. If it was a request's body, the request's task has nobody to answer any more."""
+        super().send_400_response(msg)
+        if self.cycle is not None and not self.cycle.response_complete:
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+
     def _await_head(self) -> None:
         """The time for a head runs from its first byte, or the connection's begin, and is not renewed by more bytes."""
         is_answering = self.cycle is not None and not self.cycle.response_complete

@@ -109,7 +109,7 @@ async def read_json(request: Request) -> dict[str, object]:
         raise ApiError(415, f"Content-Type is {content_type!r}; it must be 'application/json'.")
     body = await request.body()
     try:
-        value = json.loads(body, parse_constant=_refuse_constant)
+        value = json.loads(body.decode(), parse_constant=_refuse_constant)  # of bytes, json takes surrogates and UTF-16
         if b"\\ud" in body.lower():  # half of a \\ud83d\\ude00 pair is no character: no tokenizer takes it
             json.dumps(value, ensure_ascii=False).encode()
     except RecursionError:

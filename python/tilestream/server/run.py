@@ -10,7 +10,7 @@ import sys
 import time
 from functools import partial
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
@@ -20,6 +20,8 @@ from tilestream.server.http import create_app
 from tilestream.server.settings import ServerSettings
 
 if TYPE_CHECKING:
+    from fastapi import FastAPI
+
     from tilestream.engine.async_engine import AsyncEngine
     from tilestream.models.tokenizer import Tokenizer
 
@@ -111,7 +113,17 @@ def serve(
 ) -> None:
     """Serves until SIGINT or SIGTERM; then no new requests, and running answers may end. A second signal: at once."""
     app = create_app(engine, tokenizer, model_name=model_name, max_model_len=max_model_len, settings=settings)
-    config = uvicorn.Config(
+    _allow_many_connections()
+    # A signal that comes when uvicorn has let go of them finds the work done: the exit code stays 0.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: None)
+    server = _Uvicorn(configure(app, settings, _LOGGING), engine, app.server.traffic, settings.drain_timeout_s)
+    server.run(sockets=[listener])
+
+
+def configure(app: FastAPI, settings: ServerSettings, log_config: dict[str, Any] | None) -> uvicorn.Config:
+    """Uvicorn's own settings."""
+    return uvicorn.Config(
         app,
         http=partial(Connection, settings),
         ws="none",
@@ -121,13 +133,8 @@ def serve(
         h11_max_incomplete_event_size=_MAX_HEAD_BYTES,
         access_log=False,
         server_header=False,
-        log_config=_LOGGING,
+        log_config=log_config,
     )
-    _allow_many_connections()
-    # A signal that comes when uvicorn has let go of them finds the work done: the exit code stays 0.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: None)
-    _Uvicorn(config, engine, app.server.traffic, settings.drain_timeout_s).run(sockets=[listener])
 
 
 def _allow_many_connections() -> None:
