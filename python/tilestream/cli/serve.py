@@ -142,6 +142,7 @@ def command(
     from tilestream.engine.trace import Trace
     from tilestream.server.run import bind, serve
     from tilestream.server.settings import ServerSettings, read_api_keys
+    from tilestream.server.telemetry import exporter_class
 
     settings = ServerSettings(
         api_keys=read_api_keys(api_key or (), api_key_file),
@@ -152,6 +153,7 @@ def command(
     )
 
     # What cannot be is told now, not after the model is loaded.
+    exporter_class()
     listener = bind(host, port)
     trace_file = None if trace is None else Trace(trace)
     from tilestream import LLM

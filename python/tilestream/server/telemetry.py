@@ -25,7 +25,13 @@ class TelemetryMissingError(ImportError):
 
 
 def open_telemetry(model_name: str) -> Telemetry | None:
-    """Spans go where the environment says; None where it says nothing.
+    """Spans go where the environment says; None where it says nothing."""
+    exporter = exporter_class()
+    return None if exporter is None else Telemetry(model_name, exporter())
+
+
+def exporter_class() -> type[SpanExporter] | None:
+    """What sends spans, if they are asked for.
 
     Raises:
         TelemetryMissingError: it names an endpoint, and the extra is missing.
@@ -39,7 +45,7 @@ def open_telemetry(model_name: str) -> Telemetry | None:
         raise TelemetryMissingError(
             f"{endpoint} is set, but OpenTelemetry is not installed: pip install 'tilestream[otel]', or unset it"
         ) from None
-    return Telemetry(model_name, OTLPSpanExporter())
+    return OTLPSpanExporter
 
 
 class Telemetry:
