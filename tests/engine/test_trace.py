@@ -11,9 +11,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from tilestream import kernel_trace
 from tilestream.engine.metrics import STEP_TOKENS_BOUNDS
 from tilestream.engine.request import RequestOptions
 from tilestream.engine.trace import Trace
+from tilestream.kernel_trace import KernelProfiler
 from tilestream.sampling_params import SamplingParams
 
 from .fakes import make_engine, run_all
@@ -167,3 +170,36 @@ def test_recomputed_tokens_are_prefill() -> None:
     run_all(engine)
     now = engine.metrics
     assert now.num_preemptions > 0 and now.decode_tokens < 2 * 49 and now.prefill_tokens > 40
+
+
+def test_kernels(tmp_path: Path) -> None:
+    """Two steps of torch ops, as its profiler sees them, lie inside these steps."""
+    engine = make_engine()
+    launch = engine.runner.launch
+
+    def launch_with_an_op(plan: object) -> object:
+        torch.ones(300, 300) @ torch.ones(300, 300)
+        return launch(plan)
+
+    engine.runner.launch = launch_with_an_op
+    engine.watch.trace = Trace(tmp_path / "t.json")
+    engine.watch.trace.kernels = KernelProfiler(2)
+    engine.add_request("a", [1] * 100, SamplingParams(max_tokens=6, ignore_eos=True))
+    run_all(engine)
+    engine.watch.trace.close()
+    events = json.loads((tmp_path / "t.json").read_text())
+    steps = [event for event in events if event["name"] == "step"]
+    found = [event for event in events if event["name"] == "aten::mm"]
+    assert len(found) == 2 and len(steps) > 3
+    for op, step in zip(found, steps[1:3], strict=True):
+        assert step["ts"] - 100 <= op["ts"] and op["ts"] + op["dur"] <= step["ts"] + step["dur"] + 100  # two clocks
+
+
+def test_a_profiler_that_fails_hurts_nobody(tmp_path: Path, monkeypatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(kernel_trace, "profile", lambda **_: 1 / 0)
+    engine = make_engine()
+    engine.watch.trace = Trace(tmp_path / "t.json")
+    engine.watch.trace.kernels = KernelProfiler(2)
+    engine.add_request("a", [1, 2], LONG)
+    assert len(run_all(engine)["a"]) == 5
+    assert caplog.text.count("ZeroDivisionError") == 1

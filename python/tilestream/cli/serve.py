@@ -134,6 +134,15 @@ def command(
             rich_help_panel="Server",
         ),
     ] = None,
+    trace_kernels: Annotated[
+        int,
+        typer.Option(
+            metavar="STEPS",
+            min=0,
+            help="With --trace: once a minute, so many steps with each op and kernel in them, by torch's profiler.",
+            rich_help_panel="Server",
+        ),
+    ] = 0,
 ) -> None:
     """Serve a model over HTTP with OpenAI's API, streaming, and Prometheus metrics.
 
@@ -155,9 +164,12 @@ def command(
     # What cannot be is told now, not after the model is loaded.
     exporter_class()
     listener = bind(host, port)
+    if trace_kernels and trace is None:
+        raise typer.BadParameter(f"--trace-kernels {trace_kernels} needs --trace FILE")
     trace_file = None if trace is None else Trace(trace)
     from tilestream import LLM
     from tilestream.engine.async_engine import AsyncEngine
+    from tilestream.kernel_trace import KernelProfiler
 
     with loading_bar(model) as progress:
         llm = LLM(
@@ -179,6 +191,8 @@ def command(
     name = served_model_name or llm.name
     limits = llm.engine.config
     note(f"{name}: up to {limits.max_model_len} tokens a request, {limits.capacity_tokens} in the KV cache")
+    if trace_kernels:
+        trace_file.kernels = KernelProfiler(trace_kernels)
     llm.engine.watch.trace = trace_file
     engine = AsyncEngine(llm.engine)
     serve(engine, llm.tokenizer, listener, model_name=name, max_model_len=limits.max_model_len, settings=settings)

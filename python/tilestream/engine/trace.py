@@ -12,7 +12,7 @@ import os
 import time
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from tilestream.engine.metrics import StepRecord
 from tilestream.engine.request import FinishReason, Request
@@ -20,7 +20,13 @@ from tilestream.engine.request import FinishReason, Request
 logger = logging.getLogger("tilestream.engine")
 
 Event = dict[str, Any]
-ENGINE_ROW, KERNEL_ROW = 1, 2  # "threads" of the picture
+_STEP_ROW, _OP_ROW, _KERNEL_ROW = 1, 2, 3  # "threads" of the picture
+
+
+class KernelSource(Protocol):
+    """What tells of kernels: tilestream.kernel_trace.KernelProfiler."""
+
+    def after_step(self) -> list[tuple[str, float, float, bool]]: ...
 
 
 class Trace:
@@ -28,18 +34,23 @@ class Trace:
 
     Args:
         path: of the file; an old one is replaced.
+    Attributes:
+        kernels: asked after each step, if there is one.
     Raises:
         OSError: the file cannot be written.
     """
 
     def __init__(self, path: str | os.PathLike) -> None:
+        self.kernels: KernelSource | None = None
         self._file = Path(path).open("wb", buffering=0)
         self._begin_s = time.monotonic()
         self._file.write(b"[\n")
         started = datetime.now(timezone.utc).isoformat()
         self._write(
             _meta("process_name", 0, f"tilestream, from {started}"),
-            _meta("thread_name", ENGINE_ROW, "engine steps"),
+            _meta("thread_name", _STEP_ROW, "engine steps"),
+            _meta("thread_name", _OP_ROW, "ops on the host"),
+            _meta("thread_name", _KERNEL_ROW, "kernels on the device"),
         )
 
     def step(self, step: StepRecord) -> None:
@@ -47,12 +58,15 @@ class Trace:
         counts = {"prefill_tokens": step.prefill_tokens, "decode_tokens": step.decode_tokens}
         facts = counts | {"budget_tokens": step.budget_tokens, "step": step.index}
         self._write(
-            self.span("step", step.begin_s, step.end_s, facts),
-            *(self.span(*part) for part in step.spans),
+            self._span("step", step.begin_s, step.end_s, facts),
+            *(self._span(*part) for part in step.spans),
             self._counter("tokens", step.begin_s, counts),
             self._counter("requests", step.begin_s, {"running": step.num_running, "waiting": step.num_waiting}),
             self._counter("kv_cache", step.begin_s, {"usage": round(step.kv_cache_usage, 4)}),
         )
+        if self.kernels is not None and (found := self.kernels.after_step()):
+            rows = (_OP_ROW, _KERNEL_ROW)
+            self._write(*(self._span(name, begin_s, end_s, row=rows[device]) for name, begin_s, end_s, device in found))
 
     def request(self, request: Request, reason: FinishReason) -> None:
         """A request that has ended: how long it waited, read its prompt, and wrote."""
@@ -77,8 +91,7 @@ class Trace:
             events.append(event | {"ph": "e", "ts": self._us(phase_end_s)})
         self._write(*events)
 
-    def span(self, name: str, begin_s: float, end_s: float, arguments: Event | None = None, row: int = ENGINE_ROW) -> Event:
-        """The event of something that took from begin_s to end_s, of time.monotonic()."""
+    def _span(self, name: str, begin_s: float, end_s: float, arguments: Event | None = None, row: int = _STEP_ROW) -> Event:
         event = {"ph": "X", "name": name, "pid": 0, "tid": row, "ts": self._us(begin_s)}
         return event | {"dur": round(1e6 * (end_s - begin_s), 3), "args": arguments or {}}
 
