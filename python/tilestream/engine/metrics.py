@@ -31,3 +31,12 @@ class EngineMetrics:
     # The last step.
     last_step_tokens: int = 0
     last_step_time_s: float = 0.0
+
+    def count_step(self, num_tokens: int, runner_time_s: float, step_time_s: float) -> None:
+        """A step has run."""
+        self.num_steps += 1
+        self.step_tokens += num_tokens
+        self.step_time_s += step_time_s
+        self.runner_time_s += runner_time_s
+        self.last_step_tokens = num_tokens
+        self.last_step_time_s = step_time_s
