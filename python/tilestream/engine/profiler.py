@@ -22,9 +22,8 @@ from tilestream.engine.request import Request
 from tilestream.engine.scheduler import StepPlan
 from tilestream.sampling_params import SamplingParams
 
-_ROUNDS = 5  # timed ones; the median of them counts
-_SECONDS = 2.2  # after which no further step begins
-_FEWEST = 10  # steps that run in any case
+_ROUNDS = 5  # timed ones of a step; the median of them counts
+_SECONDS = 2.0  # for all steps together, as far as one run of each takes no longer
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,18 +77,20 @@ def measure_cost_model(runner: Runner, tokenizer: EngineTokenizer, config: Engin
         )
     num_pages = max(1 + max(item.request.pages[-1] for item in step.scheduled) for step in steps)
     runner.clear_pages(num_pages)
-    times_s: list[list[float]] = [[] for _ in steps]
-    until_s = time.perf_counter() + _SECONDS
-    for index in itertools.islice(itertools.cycle(range(len(steps))), len(steps) * (_ROUNDS + 1)):
-        start_s = time.perf_counter()
-        if start_s > until_s and all(times_s[:_FEWEST]):
-            break
-        runner.collect(runner.launch(steps[index]))
-        times_s[index].append(time.perf_counter() - start_s)
+    times_s = [_median_s(runner, step, _SECONDS / len(steps)) for step in steps]
     runner.clear_pages(num_pages)
-    timed = [(step, seconds) for step, seconds in zip(steps, times_s, strict=True) if seconds]
-    medians_s = [statistics.median(seconds[1:] or seconds) for _, seconds in timed]  # the first warms up, if there are more
-    return fit_cost_model([step for step, _ in timed], medians_s, source="measured at start-up")
+    return fit_cost_model(steps, times_s, source="measured at start-up")
+
+
+def _median_s(runner: Runner, step: StepPlan, most_s: float) -> float:
+    """How long a step takes: the median of as many runs as begin within most_s; the first, if there are more, warms up."""
+    times_s: list[float] = []
+    begin_s = time.perf_counter()
+    while not times_s or (len(times_s) <= _ROUNDS and time.perf_counter() - begin_s < most_s):
+        start_s = time.perf_counter()
+        runner.collect(runner.launch(step))
+        times_s.append(time.perf_counter() - start_s)
+    return statistics.median(times_s[1:] or times_s)
 
 
 def fit_cost_model(steps: Sequence[StepPlan], times_s: Sequence[float], *, source: str) -> CostModel:

@@ -60,7 +60,7 @@ class Request:
     state: RequestState = RequestState.WAITING
     num_computed_tokens: int = 0
     num_pending_tokens: int = 0  # at the end of token_ids, drawn by steps that still run
-    num_served_tokens: int = 0  # computed at least once, or found in the cache
+    num_served_tokens: int = 0  # computed before its last preemption
     num_cached_tokens: int | None = None  # prompt tokens found in the prefix cache; None: not admitted yet
     pages: list[int] = field(default_factory=list)
     cache_node: CacheNode | None = None  # end of the chain of pages known to the prefix cache

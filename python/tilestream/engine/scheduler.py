@@ -16,54 +16,17 @@ later (from the prefix cache, where its pages survived).
 from __future__ import annotations
 
 from bisect import insort
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from tilestream.engine.config import EngineConfig
-from tilestream.engine.cost_model import CostModel, prefill_pairs
+from tilestream.engine.cost_model import CostModel
 from tilestream.engine.page_pool import PagePool
 from tilestream.engine.prefix_cache import CacheNode, PrefixCache
-from tilestream.engine.prefix_groups import PrefixGroup, find_prefix_groups
+from tilestream.engine.prefix_groups import find_prefix_groups
 from tilestream.engine.request import Request, RequestState
 from tilestream.engine.step_budget import StepBudget
+from tilestream.engine.step_plan import ScheduledRequest, StepPlan
 from tilestream.engine.waiting_queue import WaitingQueue
-
-
-@dataclass(slots=True)
-class ScheduledRequest:
-    """Tokens [start, start + num_new_tokens) of `request` run in this step; its pages cover them."""
-
-    request: Request
-    start: int  # tokens computed before this step
-    num_new_tokens: int
-    samples: bool  # the last of them is the request's newest token: its logits are sampled
-
-
-@dataclass(slots=True)
-class StepPlan:
-    """One step, as data: decodes first, then prefill chunks, each in the order of `Scheduler.running`.
-
-    prefix_groups: (prefix_tokens, indices into scheduled) of requests that hold the same leading pages.
-    """
-
-    scheduled: list[ScheduledRequest] = field(default_factory=list)
-    prefix_groups: list[PrefixGroup] = field(default_factory=list)
-    num_tokens: int = 0
-    num_samples: int = 0
-    num_prefill_tokens: int = 0  # in chunks of more than one token
-    num_prefill_pairs: int = 0  # (query, key) pairs of those
-    num_decode_keys: int = 0  # keys that the others read
-
-    def add(self, request: Request, num_new_tokens: int) -> None:
-        start = request.num_computed_tokens
-        samples = start + num_new_tokens == len(request.token_ids)
-        self.scheduled.append(ScheduledRequest(request, start, num_new_tokens, samples))
-        self.num_tokens += num_new_tokens
-        self.num_samples += samples
-        if num_new_tokens == 1:
-            self.num_decode_keys += start + 1
-        else:
-            self.num_prefill_tokens += num_new_tokens
-            self.num_prefill_pairs += prefill_pairs(start, num_new_tokens)
 
 
 @dataclass(slots=True)
@@ -117,12 +80,13 @@ class Scheduler:
         """Plan the next step; None when there is nothing to do. Takes pages, but counts nothing as computed:
         that is launched()'s part."""
         plan = StepPlan()
-        self._schedule_decodes(plan)
-        num_reserved_pages = self._schedule_prefills(plan)
+        prefills = self._schedule_decodes(plan)
+        num_reserved_pages = self._schedule_prefills(plan, prefills)
         self._admit(plan, num_reserved_pages)
         if not plan.scheduled:
             return None
-        if not self.config.batch_invariant:  # a shared-prefix job cuts where the batch says
+        # A shared-prefix job cuts where the batch says, and without the cache no page is shared.
+        if self.config.enable_prefix_caching and not self.config.batch_invariant:
             plan.prefix_groups = find_prefix_groups(
                 [item.request.pages for item in plan.scheduled],
                 [item.start // self.config.page_size for item in plan.scheduled],
@@ -185,27 +149,39 @@ class Scheduler:
             if request.pages or request.num_computed_tokens or request.cache_node is not None:
                 raise RuntimeError(f"{request.request_id} waits, but holds pages {request.pages}")
 
-    def _schedule_decodes(self, plan: StepPlan) -> None:
-        index = 0
+    def _schedule_decodes(self, plan: StepPlan) -> list[Request]:
+        """Returns the prefills in progress. Written out, with few calls: this runs for every request in every step."""
+        page_size, served_tokens = self.config.page_size, self.waiting.service.served_tokens
+        prefills: list[Request] = []
+        index = num_keys = 0
         while index < len(self.running):  # preemption shortens it, always from the end
             request = self.running[index]
             index += 1
-            if request.num_uncomputed_tokens > 1 or request.num_tokens >= request.max_num_tokens:
-                continue  # a prefill; or the step that still runs draws its last token
-            while request.state is RequestState.RUNNING and self._room_tokens(request) < 1:
-                self._preempt_latest()
-            if request.state is RequestState.RUNNING:
-                self._take(plan, request, 1)
+            start, num_tokens = request.num_computed_tokens, len(request.token_ids)
+            if num_tokens - start > 1:
+                prefills.append(request)
+                continue
+            if num_tokens >= request.max_num_tokens:
+                continue  # the step that still runs draws its last token
+            if start == len(request.pages) * page_size:
+                while request.state is RequestState.RUNNING and self.pool.num_free_pages < 1:
+                    self._preempt_latest()
+                if request.state is not RequestState.RUNNING:
+                    break  # it was the last
+                request.pages += self.pool.allocate(1)
+            served_tokens[request.options.tenant] += 1
+            num_keys += start + 1
+            plan.scheduled.append(ScheduledRequest(request, start, 1, True))
+        plan.num_tokens = plan.num_samples = len(plan.scheduled)
+        plan.num_decode_keys = num_keys
+        return prefills
 
-    def _schedule_prefills(self, plan: StepPlan) -> int:
+    def _schedule_prefills(self, plan: StepPlan, prefills: list[Request]) -> int:
         """Returns the pages that prompts in progress still need after this step."""
         num_reserved_pages = 0
-        index = 0
-        while index < len(self.running):
-            request = self.running[index]
-            index += 1
-            if request.num_uncomputed_tokens <= 1:
-                continue
+        for request in prefills:
+            if request.state is not RequestState.RUNNING:
+                break  # preempted, as are all after it
             # A prefill takes pages from later prefills; a decode, which is scheduled already, keeps its own.
             while self._room_tokens(request) < 1 and self._latest_is_prefill_after(request):
                 self._preempt_latest()
@@ -246,7 +222,6 @@ class Scheduler:
             request.pages, request.cache_node = self.cache.acquire(nodes)
             request.num_registered_pages = len(nodes)
             request.num_computed_tokens = num_cached_tokens
-            request.num_served_tokens = max(request.num_served_tokens, num_cached_tokens)
             if request.num_cached_tokens is None:  # not when it comes back from a preemption
                 request.num_cached_tokens = num_cached_tokens
                 self.prefix_cache_queries += request.num_tokens if self.config.enable_prefix_caching else 0
@@ -267,13 +242,12 @@ class Scheduler:
         return num_pages * self.config.page_size - request.num_computed_tokens
 
     def _take(self, plan: StepPlan, request: Request, num_new_tokens: int) -> None:
-        end = request.num_computed_tokens + num_new_tokens
+        """Compute these tokens of a prefill in this step."""
+        start, end = request.num_computed_tokens, request.num_computed_tokens + num_new_tokens
         num_missing = self._num_pages_for(end) - len(request.pages)
         if num_missing > 0:
             request.pages += self.pool.allocate(num_missing)
-        if end > request.num_served_tokens:
-            self.waiting.service.charge(request.options.tenant, end - request.num_served_tokens)
-            request.num_served_tokens = end
+        self.waiting.service.charge(request.options.tenant, max(0, end - max(start, request.num_served_tokens)))
         plan.add(request, num_new_tokens)
 
     def _latest_is_prefill_after(self, request: Request) -> bool:
@@ -282,6 +256,7 @@ class Scheduler:
 
     def _preempt_latest(self) -> None:
         request = self.running.pop()
+        request.num_served_tokens = max(request.num_served_tokens, request.num_computed_tokens)
         self._release(request)
         request.state = RequestState.WAITING
         self.waiting.add(request)
