@@ -94,6 +94,8 @@ def test_help(run: Callable[..., Done], arguments: list[str], words: list[str]) 
         (["serve", "--port", "0", "--trace", "no/such/t.json"], 1, ["no/such/t.json"]),
         (["serve", "--port", "0", "--trace-kernels", "4"], 2, ["--trace FILE"]),
         (["serve", "--request-timeout", "0"], 2, ["--request-timeout"]),
+        (["serve", "--policy", "lifo"], 2, ["lifo", "fcfs", "lpm"]),
+        (["serve", "--tbt-ms", "0"], 2, ["--tbt-ms"]),
         (["bench", "--batch-sizes", "1,zero"], 2, ["1,zero", "1,8,32"]),
         (["bench", "--load-tokens", "256x64"], 2, ["256x64", "256/64"]),
         (["plan", "--requests", "3y4", "--png", "x.png"], 2, ["3y4", "COUNTxQ_LEN@KV_LEN"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -30,6 +31,14 @@ TILESTREAM_API_KEY=secret tilestream serve --trace trace.json
 /tokenize /detokenize /health /ready /metrics /docs"""
 
 
+class Policy(str, Enum):
+    """Orders of the queue."""
+
+    fcfs = "fcfs"
+    priority = "priority"
+    lpm = "lpm"
+
+
 def command(
     model: options.Model = options.DEFAULT_MODEL,
     served_model_name: Annotated[
@@ -50,7 +59,33 @@ def command(
             metavar="N", min=1, help="Most requests that wait; one more gets a 503.", rich_help_panel="Engine"
         ),
     ] = 1024,
+    max_queued_tokens: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Most prompt tokens that wait; a request that would make them more gets a 503.",
+            rich_help_panel="Engine",
+        ),
+    ] = None,
     token_budget: options.TokenBudget = 512,
+    tbt_ms: Annotated[
+        float | None,
+        typer.Option(
+            metavar="MS",
+            min=0.001,
+            help="Target for the time between two tokens of an answer: prompts are cut so that steps take no longer. "
+            "Measures the machine at start.",
+            rich_help_panel="Engine",
+        ),
+    ] = None,
+    policy: Annotated[
+        Policy,
+        typer.Option(
+            help="Who comes next out of the queue: first come first served, by priority, or by longest cached prefix.",
+            rich_help_panel="Engine",
+        ),
+    ] = Policy.fcfs,
     max_model_len: Annotated[
         int | None,
         typer.Option(
@@ -179,6 +214,9 @@ def command(
             kv_cache_tokens=kv_cache_tokens,
             max_num_seqs=max_num_seqs,
             max_queued_requests=max_queued_requests,
+            max_queued_tokens=max_queued_tokens,
+            tbt_ms=tbt_ms,
+            policy=policy.value,
             token_budget=token_budget,
             max_model_len=max_model_len,
             enable_prefix_caching=prefix_caching,

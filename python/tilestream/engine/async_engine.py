@@ -9,7 +9,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Sequence
 
 from tilestream.engine.engine import Engine
-from tilestream.engine.errors import EngineDeadError, QueueFullError
+from tilestream.engine.errors import EngineDeadError
 from tilestream.engine.metrics import EngineMetrics, StepLog
 from tilestream.engine.request import RequestDelta, RequestOptions
 from tilestream.sampling_params import SamplingParams
@@ -95,6 +95,7 @@ class AsyncEngine:
         self._commands: deque[Callable[[], None]] = deque()
         self._channels: dict[str, _Channel] = {}  # requests whose last item is not delivered yet
         self._num_unqueued = 0  # requests accepted here that the engine has not seen yet
+        self._num_unqueued_tokens = 0  # of their prompts
         self._stopping = False
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="tilestream-engine", daemon=True)
@@ -119,11 +120,10 @@ class AsyncEngine:
             self._check_running()
             if request_id in self._channels:
                 raise ValueError(f"request_id {request_id!r} is in use by an unfinished request")
-            num_waiting = self._engine.num_waiting + self._num_unqueued
-            if num_waiting >= self._engine.config.max_queued_requests:
-                raise QueueFullError(num_waiting, self._engine.config.max_queued_requests)
+            self._engine.check_queue(len(token_ids), num_requests=self._num_unqueued, num_tokens=self._num_unqueued_tokens)
             self._channels[request_id] = channel
             self._num_unqueued += 1
+            self._num_unqueued_tokens += len(token_ids)
             self._commands.append(lambda: self._add_now(request_id, token_ids, params, options))
             self._condition.notify()
         return RequestStream(channel, self._abort_channel)
@@ -202,6 +202,7 @@ class AsyncEngine:
         try:
             with self._condition:
                 self._num_unqueued -= 1
+                self._num_unqueued_tokens -= len(token_ids)
                 self._engine.add_request(request_id, token_ids, params, options)
         except Exception as error:
             self._deliver([(request_id, error)])

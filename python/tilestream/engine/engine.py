@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import logging
-import operator
 import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from tilestream.engine.admission import QueueLimits, checked_prompt, max_num_tokens
 from tilestream.engine.config import EngineConfig
+from tilestream.engine.cost_model import CostModel
+from tilestream.engine.deadlines import Deadlines, deadline_text
 from tilestream.engine.detokenizer import Detokenizer
-from tilestream.engine.errors import PromptTooLongError, QueueFullError
 from tilestream.engine.metrics import EngineMetrics, EngineWatch
 from tilestream.engine.output import delta_of, read_token, row_logprobs
+from tilestream.engine.profiler import measure_cost_model
 from tilestream.engine.protocols import EngineTokenizer, Runner
 from tilestream.engine.request import FinishReason, Request, RequestDelta, RequestOptions, RequestState, TokenLogprobs
 from tilestream.engine.scheduler import SampledTokens, Scheduler, StepPlan
@@ -41,15 +43,24 @@ class Engine:
         runner: computes a step.
         tokenizer: end-of-sequence tokens and token bytes.
         config: limits.
+        cost_model: what a step of this runner costs; None: measured now if config.tbt_ms asks for it.
     Attributes:
+        cost_model: None without config.tbt_ms.
         watch: its counters, its last steps, and its trace.
     """
 
-    def __init__(self, runner: Runner, tokenizer: EngineTokenizer, config: EngineConfig) -> None:
+    def __init__(
+        self, runner: Runner, tokenizer: EngineTokenizer, config: EngineConfig, cost_model: CostModel | None = None
+    ) -> None:
+        if cost_model is None and config.tbt_ms is not None:
+            cost_model = measure_cost_model(runner, tokenizer, config)
         self.runner = runner
         self.tokenizer = tokenizer
         self.config = config
-        self.scheduler = Scheduler(config)
+        self.cost_model = cost_model
+        self.scheduler = Scheduler(config, cost_model)
+        self._queue_limits = QueueLimits(config)
+        self._deadlines = Deadlines()
         self._requests: dict[str, Request] = {}
         self._in_flight: _Launched | None = None
         self._seeds = random.Random(config.seed)
@@ -71,13 +82,12 @@ class Engine:
             options: for the scheduler.
         Raises:
             ValueError, TypeError, PromptTooLongError: as validate(); ValueError: request_id is in use.
-            QueueFullError: max_queued_requests wait already.
+            QueueFullError: max_queued_requests or max_queued_tokens wait already.
         """
         token_ids = self.validate(prompt_token_ids, params)
         if request_id in self._requests:
             raise ValueError(f"request_id {request_id!r} is in use by an unfinished request")
-        if self.num_waiting >= self.config.max_queued_requests:
-            raise QueueFullError(self.num_waiting, self.config.max_queued_requests)
+        self.check_queue(len(token_ids))
         request = Request(
             request_id=request_id,
             token_ids=token_ids,
@@ -86,11 +96,12 @@ class Engine:
             seed=self._seeds.getrandbits(63) if params.seed is None else params.seed,
             detokenizer=Detokenizer(self.tokenizer, params.stop, include_stop=params.include_stop_str_in_output),
             arrival_s=time.monotonic(),
-            max_num_tokens=self._max_num_tokens(len(token_ids), params),
+            max_num_tokens=max_num_tokens(len(token_ids), params, self.config),
             options=options,
         )
         self._requests[request_id] = request
         self.scheduler.add(request)
+        self._deadlines.add(request)
 
     def abort(self, request_id: str) -> RequestDelta | None:
         """End a request between steps and free its pages at once.
@@ -110,8 +121,9 @@ class Engine:
         Returns:
             One delta for every request that got a token or ended; empty when there was nothing to do.
         """
-        self.watch.begin_step()
-        deltas = []
+        begin_s = self.watch.begin_step()
+        expired = self._deadlines.take_passed(begin_s, self._requests)
+        deltas = [self._finish(request, "abort", error=deadline_text(request)) for request in expired]
         before = self._in_flight
         if before is not None and self._needs_tokens():
             deltas += self._collect(before)
@@ -127,7 +139,8 @@ class Engine:
             deltas += self._collect(self._in_flight)
             self._in_flight = None
         if plan is not None:
-            self.watch.end_step(plan, self.config.token_budget, self.scheduler)
+            step = self.watch.end_step(plan, self.config.token_budget, self.scheduler)
+            self._queue_limits.count_step(step.num_tokens, step.end_s - step.begin_s)
         return deltas
 
     def has_work(self) -> bool:
@@ -152,31 +165,19 @@ class Engine:
             ValueError: empty prompt, or a token id outside the vocabulary.
             PromptTooLongError: the prompt leaves no room for output, or does not fit the whole KV cache.
         """
-        if not isinstance(params, SamplingParams):
-            raise TypeError(f"params must be SamplingParams, got {type(params).__name__}")
-        try:
-            token_ids = [operator.index(token_id) for token_id in prompt_token_ids]
-        except TypeError as error:
-            raise TypeError(f"prompt_token_ids must be integers: {error}") from None
-        if not token_ids:
-            raise ValueError("the prompt is empty: at least one token is needed")
-        if len(token_ids) >= self.config.max_model_len:
-            limit_name = f"max_model_len is {self.config.max_model_len}, and one token is for the output"
-            raise PromptTooLongError(len(token_ids), self.config.max_model_len - 1, limit_name)
-        if len(token_ids) > self.config.capacity_tokens:
-            raise PromptTooLongError(len(token_ids), self.config.capacity_tokens, "the size of the whole KV cache")
-        vocab_size = self.runner.vocab_size
-        if min(token_ids) < 0 or max(token_ids) >= vocab_size:
-            index = next(i for i, token_id in enumerate(token_ids) if not 0 <= token_id < vocab_size)
-            raise ValueError(f"prompt_token_ids[{index}] is {token_ids[index]}; token ids are 0..{vocab_size - 1}")
-        return token_ids
+        return checked_prompt(prompt_token_ids, params, self.config, self.runner.vocab_size)
 
-    def _max_num_tokens(self, num_prompt_tokens: int, params: SamplingParams) -> int:
-        """How many tokens a request can have. One more than the cache holds: the last one's KV is never needed."""
-        limits = [self.config.max_model_len, self.config.capacity_tokens + 1]
-        if params.max_tokens is not None:
-            limits.append(num_prompt_tokens + params.max_tokens)
-        return min(limits)
+    def check_queue(self, num_prompt_tokens: int, *, num_requests: int = 0, num_tokens: int = 0) -> None:
+        """Check that one more request may wait; any thread may call it.
+
+        Args:
+            num_prompt_tokens: of the new one.
+            num_requests, num_tokens: that are about to join the queue before it.
+        Raises:
+            QueueFullError: it may not.
+        """
+        waiting = self.scheduler.waiting
+        self._queue_limits.check(num_prompt_tokens, len(waiting) + num_requests, waiting.num_tokens + num_tokens)
 
     def _needs_tokens(self) -> bool:
         """Whether a draw of the next step depends on tokens that the one in flight draws: penalties look at them."""

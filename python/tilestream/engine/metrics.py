@@ -132,8 +132,10 @@ class EngineWatch:
         self._begin_s = 0.0
         self._spans: list[Span] = []
 
-    def begin_step(self) -> None:
+    def begin_step(self) -> float:
+        """The time, of time.monotonic()."""
         self._begin_s, self._spans = time.monotonic(), []
+        return self._begin_s
 
     @contextmanager
     def span(self, name: str) -> Iterator[None]:
@@ -144,7 +146,7 @@ class EngineWatch:
         finally:
             self._spans.append((name, begin_s, time.monotonic()))
 
-    def end_step(self, plan: StepPlan, budget_tokens: int, scheduler: Scheduler) -> None:
+    def end_step(self, plan: StepPlan, budget_tokens: int, scheduler: Scheduler) -> StepRecord:
         num_decodes = _count_decodes(plan)
         step = StepRecord(
             index=self.totals.num_steps,
@@ -162,6 +164,7 @@ class EngineWatch:
         self.steps.add(step)
         if self.trace is not None:
             self.trace.step(step)
+        return step
 
     def end_request(self, request: Request, reason: FinishReason) -> None:
         self.totals.finished_requests[reason] += 1

@@ -55,10 +55,12 @@ class Request:
     arrival_s: float
     max_num_tokens: int  # it ends when it has so many
     options: RequestOptions = RequestOptions()
+    arrival_index: int = 0  # its place in the order in which the scheduler got to know them
 
     state: RequestState = RequestState.WAITING
     num_computed_tokens: int = 0
     num_pending_tokens: int = 0  # at the end of token_ids, drawn by steps that still run
+    num_served_tokens: int = 0  # computed before its last preemption
     num_cached_tokens: int | None = None  # prompt tokens found in the prefix cache; None: not admitted yet
     pages: list[int] = field(default_factory=list)
     cache_node: CacheNode | None = None  # end of the chain of pages known to the prefix cache

@@ -107,6 +107,13 @@ class ModelRunner:
             launched.copied.synchronize()
         return SampledTokens(*(t.tolist() for t in launched.tensors)) if launched.tensors else SampledTokens([])
 
+    def clear_pages(self, num_pages: int) -> None:
+        """Set the first so many KV pages to zero, in memory of their own: what was never written has none."""
+        for cache in self.kv_caches:
+            for tensor in (cache.k_cache, cache.v_cache, cache.kv_scales):
+                if tensor is not None:
+                    tensor[:num_pages].zero_()
+
     def _fill_drawn(self, token_ids: torch.Tensor) -> None:
         """Replace each -1 - i by the token that row i of the step before drew, in place, without waiting for it.
 
