@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 
+from tilestream.engine.config import EngineConfig
 from tilestream.engine.errors import PromptTooLongError, QueueFullError
 from tilestream.engine.metrics import EngineMetrics, StepLog
 from tilestream.engine.request import RequestDelta, RequestOptions, TokenLogprobs
@@ -47,6 +48,7 @@ class FakeAsyncEngine:
         self.active: dict[str, tuple[list[int], SamplingParams]] = {}
         self.seen: list[tuple[list[int], SamplingParams]] = []
         self.seen_options: list[RequestOptions] = []
+        self.config = EngineConfig(kv_cache_tokens=MAX_MODEL_LEN, max_model_len=MAX_MODEL_LEN)
         self.metrics = EngineMetrics()
         self.steps = StepLog()
         self.is_running = True

@@ -8,6 +8,7 @@ import threading
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Sequence
 
+from tilestream.engine.config import EngineConfig
 from tilestream.engine.engine import Engine
 from tilestream.engine.errors import EngineDeadError
 from tilestream.engine.metrics import EngineMetrics, StepLog
@@ -138,6 +139,10 @@ class AsyncEngine:
     @property
     def metrics(self) -> EngineMetrics:
         return self._engine.metrics
+
+    @property
+    def config(self) -> EngineConfig:
+        return self._engine.config
 
     @property
     def steps(self) -> StepLog:

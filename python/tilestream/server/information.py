@@ -95,6 +95,7 @@ def _state(server: Server) -> dict[str, Any]:
     return {
         "model": server.model_name,
         "max_model_len": server.max_model_len,
+        "tbt_ms": server.engine.config.tbt_ms,
         "is_draining": server.traffic.is_draining,
         "num_running": now.num_requests_running,
         "num_waiting": now.num_requests_waiting,
