@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Iterator
 import httpx
 import pytest
 import uvicorn
-from tilestream.server.http import create_app
+from tilestream.server.app import create_app
 from tilestream.server.settings import ServerSettings
 
 from .fakes import MAX_MODEL_LEN, ByteTokenizer, FakeAsyncEngine

@@ -13,7 +13,7 @@ from tilestream.engine.async_engine import AsyncEngine
 from tilestream.engine.config import EngineConfig
 from tilestream.engine.engine import Engine
 from tilestream.engine.scheduler import SampledTokens, StepPlan
-from tilestream.server.http import create_app
+from tilestream.server.app import create_app
 from tilestream.server.run import configure
 from tilestream.server.settings import ServerSettings
 

@@ -12,7 +12,7 @@ import httpx
 import pytest
 from tilestream.engine.errors import QueueFullError
 from tilestream.engine.metrics import StepRecord
-from tilestream.server.http import create_app
+from tilestream.server.app import create_app
 from tilestream.server.settings import ApiKeys, ServerSettings, read_api_keys
 
 from .conftest import make_app

@@ -17,7 +17,7 @@ from schemathesis.specs.openapi.checks import (
 )
 from starlette.types import Message, Receive, Scope, Send
 from tilestream.engine.async_engine import AsyncEngine
-from tilestream.server.http import create_app
+from tilestream.server.app import create_app
 from tilestream.server.settings import ServerSettings
 
 from .fakes import ByteTokenizer

@@ -1,7 +1,8 @@
 """The OpenAI-compatible HTTP server: HTTP in, token stream out.
 
     protocol.py    what a request may say, and its limits
-    http.py        the app and the generation routes: parse, hand to the engine, answer
+    app.py         the ASGI application: the routes, and what every request passes on its way to them
+    http.py        the generation routes: parse, hand to the engine, answer
     generation.py  one HTTP request -> one or more engine requests, aborted when the client leaves
     responses.py   deltas -> OpenAI JSON (whole answers and stream chunks)
     tokens.py      /tokenize and /detokenize

@@ -8,6 +8,7 @@ import re
 import time
 import uuid
 from contextlib import suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -18,7 +19,6 @@ from tilestream.server.errors import CLIENT_LEFT_STATUS, ApiError
 from tilestream.server.settings import ServerSettings
 
 if TYPE_CHECKING:
-    from tilestream.server.protocol import GenerationRequest
     from tilestream.server.telemetry import Telemetry
 
 logger = logging.getLogger("tilestream.access")
@@ -40,16 +40,11 @@ class Traffic:
         self.is_draining = False
 
 
-def request_options(tenant: str, server_limit_s: float | None, body: GenerationRequest) -> RequestOptions:
-    """What the scheduler is told of a request: its owner, and the body's wishes within the server's limit."""
-    limits_s = [getattr(body, "timeout", None), server_limit_s]
-    limit_s = min((limit_s for limit_s in limits_s if limit_s is not None), default=None)
-    return RequestOptions(
-        priority=getattr(body, "priority", None) or 0,
-        tenant=tenant,
-        cache_salt=getattr(body, "cache_salt", None) or "",
-        deadline_s=None if limit_s is None else time.monotonic() + limit_s,
-    )
+def within_limits(wishes: RequestOptions, server_limit_s: float | None) -> RequestOptions:
+    """What the scheduler is told of the request at hand: its wishes, whose it is, and the sooner of two deadlines."""
+    deadlines_s = [wishes.deadline_s, None if server_limit_s is None else time.monotonic() + server_limit_s]
+    deadline_s = min((at_s for at_s in deadlines_s if at_s is not None), default=None)
+    return replace(wishes, tenant=current().tenant, deadline_s=deadline_s)
 
 
 class RequestLog:

@@ -10,27 +10,24 @@ import uuid
 from collections.abc import AsyncGenerator, AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import tilestream
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from starlette.middleware.cors import CORSMiddleware
 
-from tilestream.server.access import Guard, RequestLog, Traffic, request_options
+from tilestream.server.access import Traffic, within_limits
 from tilestream.server.context import current
-from tilestream.server.errors import CLIENT_LEFT_STATUS, ApiError, install_error_handlers, internal_error, read_json
+from tilestream.server.errors import CLIENT_LEFT_STATUS, ApiError, internal_error, read_json
 from tilestream.server.generation import ClientLeftError, generate, unless_client_leaves
-from tilestream.server.information import add_information_routes
 from tilestream.server.metrics import ServerMetrics
-from tilestream.server.openapi import complete, json_body
+from tilestream.server.openapi import json_body
 from tilestream.server.protocol import ChatCompletionRequest, CompletionRequest, GenerationRequest, parse_request
 from tilestream.server.responses import SSE_DONE, Answer, ChatAnswer, CompletionAnswer, sse_event
 from tilestream.server.settings import ServerSettings
 from tilestream.server.telemetry import open_telemetry
 
 if TYPE_CHECKING:
-    from starlette.types import ASGIApp, Receive, Scope, Send
+    from starlette.types import Receive, Scope, Send
 
     from tilestream.engine.async_engine import AsyncEngine
     from tilestream.engine.request import RequestDelta, RequestOptions
@@ -41,7 +38,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("tilestream.server")
 
-# A text of that size takes seconds to tokenise, off the event loop; shorter ones must not wait behind it.
+# A text as long as a body may be takes seconds to tokenise, off the event loop; shorter ones must not wait behind it.
 _TOKENIZING_THREADS = 4
 
 
@@ -119,7 +116,7 @@ class Server:
 
     def options(self, body: GenerationRequest) -> RequestOptions:
         """What the scheduler is told of the request at hand."""
-        return request_options(current().tenant, self.settings.request_timeout_s, body)
+        return within_limits(body.options(), self.settings.request_timeout_s)
 
     async def run(
         self,
@@ -190,63 +187,7 @@ class EventStream(StreamingResponse):
         yield SSE_DONE
 
 
-class _App(FastAPI):
-    """FastAPI with the request log around everything, its own answer to a failure included."""
-
-    def __init__(self, server: Server, **options: Any) -> None:
-        super().__init__(**options)
-        self.server = server
-
-    def build_middleware_stack(self) -> ASGIApp:
-        inner = super().build_middleware_stack()
-        return RequestLog(inner, self.server.settings, self.server.traffic, self.server.telemetry)
-
-    def openapi(self) -> dict[str, Any]:
-        if self.openapi_schema is None:
-            self.openapi_schema = complete(super().openapi())
-        return self.openapi_schema
-
-
-def create_app(
-    engine: AsyncEngine,
-    tokenizer: Tokenizer,
-    *,
-    model_name: str,
-    max_model_len: int,
-    settings: ServerSettings = ServerSettings(),
-) -> FastAPI:
-    """The ASGI application.
-
-    Args:
-        engine, tokenizer, model_name, max_model_len, settings: as for Server.
-    """
-    server = Server(engine, tokenizer, model_name=model_name, max_model_len=max_model_len, settings=settings)
-
-    @contextlib.asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        yield
-        await asyncio.to_thread(engine.shutdown)
-        server.tokenizing.shutdown()
-        if server.telemetry is not None:
-            await asyncio.to_thread(server.telemetry.close)
-
-    app = _App(server, title="Tilestream", version=tilestream.__version__, lifespan=lifespan)
-    app.add_middleware(Guard, settings=settings, traffic=server.traffic)
-    if settings.cors_origins:  # outside the guard, so that a page may read why it was refused
-        app.add_middleware(
-            CORSMiddleware,
-            allow_origins=settings.cors_origins,
-            allow_methods=["GET", "POST"],
-            allow_headers=["*"],
-            expose_headers=["X-Request-Id", "Retry-After"],
-        )
-    install_error_handlers(app)
-    _add_generation_routes(app, server)
-    add_information_routes(app, server)
-    return app
-
-
-def _add_generation_routes(app: FastAPI, server: Server) -> None:
+def add_generation_routes(app: FastAPI, server: Server) -> None:
     @app.post("/v1/completions", openapi_extra=json_body(CompletionRequest))
     async def completions(http: Request) -> Response:
         body = parse_request(CompletionRequest, await read_json(http))

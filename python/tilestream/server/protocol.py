@@ -10,6 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, ValidationError
 
+from tilestream.engine.request import RequestOptions
 from tilestream.sampling_params import MAX_LOGPROBS, SamplingParams
 from tilestream.server.errors import ApiError
 
@@ -106,6 +107,10 @@ class GenerationRequest(BaseModel):
 
     def include_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
+
+    def options(self) -> RequestOptions:
+        """What the request asks of the scheduler."""
+        return RequestOptions()
 
     def _sampling(self, *, max_tokens: int | None, logprobs: int | None) -> list[SamplingParams]:
         """One SamplingParams per choice; with a seed, choice i samples with seed + i."""

@@ -16,7 +16,7 @@ import uvicorn
 
 from tilestream.server.access import Traffic
 from tilestream.server.connection import Connection
-from tilestream.server.http import create_app
+from tilestream.server.app import create_app
 from tilestream.server.settings import ServerSettings
 
 if TYPE_CHECKING:
