@@ -31,6 +31,7 @@ class _Launched:
 
     plan: StepPlan
     handle: Any
+    begin_s: float
 
 
 class Engine:
@@ -65,6 +66,7 @@ class Engine:
         self._seeds = random.Random(config.seed)
         self._totals = EngineMetrics()
         self._runner_time_s = 0.0
+        self._collected_s = 0.0  # when a step was last waited for
 
     def add_request(
         self,
@@ -206,7 +208,7 @@ class Engine:
             if item.request.first_scheduled_s is None:
                 item.request.first_scheduled_s = begin_s
         self.scheduler.launched(plan)
-        self._in_flight = _Launched(plan, launched)
+        self._in_flight = _Launched(plan, launched, begin_s)
         return []
 
     def _collect(self, step: _Launched) -> list[RequestDelta]:
@@ -219,6 +221,9 @@ class Engine:
             return self._fail_step(step.plan, error)
         finally:
             self._runner_time_s += time.monotonic() - begin_s
+        now_s = time.monotonic()
+        self.scheduler.budget.observe(step.plan, now_s - max(self._collected_s, step.begin_s))
+        self._collected_s = now_s
         self.scheduler.complete(step.plan)
         sampling = [item.request for item in step.plan.scheduled if item.samples]
         return [
