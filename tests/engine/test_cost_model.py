@@ -16,7 +16,7 @@ from tilestream.engine.scheduler import Scheduler
 from tilestream.engine.step_budget import TILE_TOKENS, StepBudget
 from tilestream.engine.step_plan import StepPlan
 
-from .fakes import COSTS, make_config
+from .fakes import COSTS, make_config, make_engine
 from .test_scheduler import make_request, make_scheduler, step
 
 
@@ -100,6 +100,34 @@ def test_chunks_shrink_as_their_context_grows_and_end_in_time() -> None:
             if item.samples:
                 item.request.token_ids[-1], item.request.num_pending_tokens = 0, 0
     assert chunks[:-1] == sorted(chunks[:-1], reverse=True) and chunks[0] > 5 * min(chunks[:-1])
+
+
+def test_a_machine_that_got_slower_gets_smaller_chunks_until_it_is_fast_again() -> None:
+    budget = StepBudget(make_config(tbt_ms=40.0, token_budget=512), COSTS)
+    step_of = plan_of([50] * 4, [(0, 64)])
+    first = budget.chunk_tokens(plan_of([50] * 4), 0, 5000, 10_000)
+    budget.observe(step_of, 100 * COSTS.step_s(step_of))  # a hiccup
+    assert budget.slowdown == pytest.approx(1.3)
+    for _ in range(60):
+        budget.observe(step_of, 2 * COSTS.step_s(step_of))
+    assert budget.slowdown == pytest.approx(2.0, abs=0.01)
+    slow = budget.chunk_tokens(plan_of([50] * 4), 0, 5000, 10_000)
+    assert 2 * COSTS.step_s(plan_of([50] * 4, [(0, slow)])) <= 40e-3 and slow < first
+    for _ in range(60):
+        budget.observe(step_of, 0.5 * COSTS.step_s(step_of))
+    assert budget.slowdown == 1.0 and budget.chunk_tokens(plan_of([50] * 4), 0, 5000, 10_000) == first
+    budget.observe(plan_of([50] * 4), 1.0)  # no prefill: says nothing of chunks
+    assert budget.slowdown == 1.0
+
+
+def test_the_engine_observes_its_steps() -> None:
+    engine = make_engine(tbt_ms=5.0)
+    launch = engine.runner.launch
+    engine.runner.launch = lambda plan: (time.sleep(0.03), launch(plan))[1]
+    engine.add_request("r", [1] * 200, SamplingParams(max_tokens=1))
+    while engine.has_work():
+        engine.step()
+    assert engine.scheduler.budget.slowdown > 1.3
 
 
 def test_prefills_do_not_starve_under_a_target_that_cannot_be_kept() -> None:

@@ -133,32 +133,33 @@ def test_a_client_that_does_not_read_its_answer() -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_half_of_the_clients_leave_in_the_middle(stream: bool) -> None:
-    engine = make_engine(step_s=0.002)
+def test_half_of_the_clients_leave_in_the_middle(stream: bool, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "tilestream.access")
+    engine = make_engine(step_s=0.005, token_budget=2048)
     num_clients = 100
     with served(engine) as url:
 
-        async def one(client: httpx.AsyncClient, i: int) -> int | None:
-            body = {"prompt": f"client {i}", "max_tokens": 60, "ignore_eos": True, "stream": stream}
-            request = client.post("/v1/completions", json=body)
-            if i % 2:
-                task = asyncio.ensure_future(request)
-                await asyncio.sleep(random.Random(i).uniform(0.05, 0.3))
-                task.cancel()
-                return None
-            answer = await request
+        async def one(client: httpx.AsyncClient, i: int) -> int:
+            max_tokens = 1500 if i % 2 else 80
+            body = {"prompt": f"client {i}", "max_tokens": max_tokens, "ignore_eos": True, "stream": stream}
+            answer = await client.post("/v1/completions", json=body)
             return answer.text.count('"text"') if stream else answer.json()["usage"]["completion_tokens"]
 
-        async def all_of_them() -> list[int | None]:
+        async def all_of_them() -> list[int]:
             limits = httpx.Limits(max_connections=None)
             async with httpx.AsyncClient(base_url=url, timeout=60, limits=limits) as client:
-                return await asyncio.gather(*(one(client, i) for i in range(num_clients)))
+                tasks = [asyncio.ensure_future(one(client, i)) for i in range(num_clients)]
+                while sum(engine.metrics.finished_requests.values()) + len(engine.scheduler.running) < num_clients:
+                    await asyncio.sleep(0.01)
+                for task in tasks[1::2]:
+                    task.cancel()
+                    await asyncio.sleep(random.uniform(0, 0.01))
+                return await asyncio.gather(*tasks[::2])
 
-        counts = asyncio.run(all_of_them())
+        assert asyncio.run(all_of_them()) == [80] * (num_clients // 2)
         check_idle(engine)
-        assert counts[::2] == [60] * (num_clients // 2)
-        assert sum(engine.metrics.finished_requests.values()) <= num_clients
-        assert engine.metrics.finished_requests["length"] >= num_clients // 2
+        assert engine.metrics.finished_requests == {"stop": 0, "length": 50, "abort": 50, "error": 0}
+        assert caplog.text.count("/v1/completions 200 cut" if stream else "/v1/completions 499") == 50
 
 
 def test_a_client_that_leaves_inside_its_body(caplog: pytest.LogCaptureFixture) -> None:

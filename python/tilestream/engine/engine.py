@@ -31,6 +31,7 @@ class _Launched:
 
     plan: StepPlan
     handle: Any
+    begin_s: float
 
 
 class Engine:
@@ -64,6 +65,7 @@ class Engine:
         self._requests: dict[str, Request] = {}
         self._in_flight: _Launched | None = None
         self._seeds = random.Random(config.seed)
+        self._collected_s = 0.0  # when a step was last waited for
         self.watch = EngineWatch()
 
     def add_request(
@@ -195,7 +197,7 @@ class Engine:
             if item.request.first_scheduled_s is None:
                 item.request.first_scheduled_s = begin_s
         self.scheduler.launched(plan)
-        self._in_flight = _Launched(plan, launched)
+        self._in_flight = _Launched(plan, launched, begin_s)
         return []
 
     def _collect(self, step: _Launched) -> list[RequestDelta]:
@@ -206,6 +208,9 @@ class Engine:
             _check_row_count(sampled, step.plan)
         except Exception as error:
             return self._fail_step(step.plan, error)
+        now_s = time.monotonic()
+        self.scheduler.budget.observe(step.plan, now_s - max(self._collected_s, step.begin_s))
+        self._collected_s = now_s
         self.scheduler.complete(step.plan)
         sampling = [item.request for item in step.plan.scheduled if item.samples]
         return [

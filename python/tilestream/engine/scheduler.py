@@ -64,7 +64,7 @@ class Scheduler:
         self.num_preemptions = 0
         self.prefix_cache_queries = 0  # tokens
         self.prefix_cache_hits = 0  # tokens
-        self._budget = StepBudget(config, cost_model)
+        self.budget = StepBudget(config, cost_model)
         self._num_arrivals = 0
 
     def has_work(self) -> bool:
@@ -185,7 +185,7 @@ class Scheduler:
             # A prefill takes pages from later prefills; a decode, which is scheduled already, keeps its own.
             while self._room_tokens(request) < 1 and self._latest_is_prefill_after(request):
                 self._preempt_latest()
-            chunk = self._budget.chunk_tokens(
+            chunk = self.budget.chunk_tokens(
                 plan, request.num_computed_tokens, request.num_uncomputed_tokens, self._room_tokens(request)
             )
             if chunk > 0:
@@ -211,12 +211,12 @@ class Scheduler:
             nodes = self._match(request)
             num_cached_tokens = len(nodes) * self.config.page_size
             num_uncomputed = request.num_tokens - num_cached_tokens
-            chunk = self._budget.chunk_tokens(plan, num_cached_tokens, num_uncomputed, num_uncomputed)
+            chunk = self.budget.chunk_tokens(plan, num_cached_tokens, num_uncomputed, num_uncomputed)
             num_new_pages = self._num_pages_for(request.num_tokens) - len(nodes)
             num_wanted = num_new_pages + self.cache.num_unowned(nodes) + num_reserved_pages + len(self.running)
             if chunk == 0 or num_wanted > self.pool.num_free_pages:
                 return
-            self.waiting.remove(request)
+            self.waiting.admit(request)
             insort(self.running, request, key=self.waiting.rank)
             request.state = RequestState.RUNNING
             request.pages, request.cache_node = self.cache.acquire(nodes)

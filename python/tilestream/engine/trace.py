@@ -98,7 +98,8 @@ class Trace:
     def close(self) -> None:
         """Write the closing bracket."""
         if not self._file.closed:
-            self._write(_meta("process_sort_index", 0, "0"), last=True)
+            now_us = self._us(time.monotonic())
+            self._write({"ph": "i", "name": "end of the trace", "s": "g", "pid": 0, "tid": 0, "ts": now_us}, last=True)
             self._file.close()
 
     def _counter(self, name: str, at_s: float, values: Event) -> Event:

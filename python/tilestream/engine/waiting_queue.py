@@ -32,7 +32,7 @@ class WaitingQueue:
         self._num_cached_tokens = num_cached_tokens
         self._num_requests = 0
         self._queues: dict[str, list[Request]] = {}  # no empty ones
-        self._num_passed: dict[str, int] = {}  # admissions in a row, under "lpm", that went past the front of a queue
+        self._num_passed: dict[str, int] = {}  # admissions, under "lpm", that went past who is at the front
 
     def __len__(self) -> int:
         return self._num_requests
@@ -51,13 +51,20 @@ class WaitingQueue:
         self._num_requests += 1
         self.num_tokens += request.num_tokens
 
+    def admit(self, request: Request) -> None:
+        """Take out the one that first() gave."""
+        tenant = request.options.tenant
+        if request is not self._queues[tenant][0]:
+            self._num_passed[tenant] = self._num_passed.get(tenant, 0) + 1
+        self.remove(request)
+
     def remove(self, request: Request) -> None:
         """Take a queued request out."""
         tenant = request.options.tenant
         queue = self._queues[tenant]
         index = bisect_left(queue, self.rank(request), key=self.rank)
-        if self.policy == "lpm":
-            self._num_passed[tenant] = self._num_passed.get(tenant, 0) + 1 if index > 0 else 0
+        if index == 0:
+            self._num_passed.pop(tenant, None)
         del queue[index]
         if not queue:
             del self._queues[tenant]
