@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import logging
 import operator
-import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from tilestream.engine.admission import Admission
 from tilestream.engine.config import EngineConfig
-from tilestream.engine.detokenizer import Detokenizer
+from tilestream.engine.constraints import ConstraintError
 from tilestream.engine.errors import PromptTooLongError, QueueFullError
 from tilestream.engine.metrics import EngineMetrics
-from tilestream.engine.output import delta_of, read_token, row_logprobs
+from tilestream.engine.output import check_row_count, delta_of, read_token, row_logprobs, take_prompt_scores
 from tilestream.engine.protocols import EngineTokenizer, Runner
 from tilestream.engine.request import FinishReason, Request, RequestDelta, RequestOptions, RequestState, TokenLogprobs
 from tilestream.engine.scheduler import SampledTokens, Scheduler, StepPlan
@@ -48,9 +48,9 @@ class Engine:
         self.tokenizer = tokenizer
         self.config = config
         self.scheduler = Scheduler(config)
+        self._admission = Admission(tokenizer, config, runner.vocab_size)
         self._requests: dict[str, Request] = {}
         self._in_flight: _Launched | None = None
-        self._seeds = random.Random(config.seed)
         self._totals = EngineMetrics()
         self._runner_time_s = 0.0
 
@@ -77,17 +77,7 @@ class Engine:
             raise ValueError(f"request_id {request_id!r} is in use by an unfinished request")
         if self.num_waiting >= self.config.max_queued_requests:
             raise QueueFullError(self.num_waiting, self.config.max_queued_requests)
-        request = Request(
-            request_id=request_id,
-            token_ids=token_ids,
-            num_prompt_tokens=len(token_ids),
-            params=params,
-            seed=self._seeds.getrandbits(63) if params.seed is None else params.seed,
-            detokenizer=Detokenizer(self.tokenizer, params.stop, include_stop=params.include_stop_str_in_output),
-            arrival_s=time.monotonic(),
-            max_num_tokens=self._max_num_tokens(len(token_ids), params),
-            options=options,
-        )
+        request = self._admission.make_request(request_id, token_ids, params, options)
         self._requests[request_id] = request
         self.scheduler.add(request)
 
@@ -157,7 +147,7 @@ class Engine:
             The prompt as a list of its own.
         Raises:
             TypeError: params is no SamplingParams, or a token id no integer.
-            ValueError: empty prompt, or a token id outside the vocabulary.
+            ValueError: empty prompt, a token id outside the vocabulary, or a constraint that cannot be compiled.
             PromptTooLongError: the prompt leaves no room for output, or does not fit the whole KV cache.
         """
         if not isinstance(params, SamplingParams):
@@ -177,18 +167,16 @@ class Engine:
         if min(token_ids) < 0 or max(token_ids) >= vocab_size:
             index = next(i for i, token_id in enumerate(token_ids) if not 0 <= token_id < vocab_size)
             raise ValueError(f"prompt_token_ids[{index}] is {token_ids[index]}; token ids are 0..{vocab_size - 1}")
+        self.prepare(params)
         return token_ids
 
-    def _max_num_tokens(self, num_prompt_tokens: int, params: SamplingParams) -> int:
-        """How many tokens a request can have. One more than the cache holds: the last one's KV is never needed."""
-        limits = [self.config.max_model_len, self.config.capacity_tokens + 1]
-        if params.max_tokens is not None:
-            limits.append(num_prompt_tokens + params.max_tokens)
-        return min(limits)
+    def prepare(self, params: SamplingParams) -> None:
+        """The part of validate() that may take long and needs no prompt: see Admission.prepare."""
+        self._admission.prepare(params)
 
     def _needs_tokens(self) -> bool:
-        """Whether a draw of the next step depends on tokens that the one in flight draws: penalties look at them."""
-        return any(r.num_pending_tokens > 0 and r.params.has_penalties for r in self.scheduler.running)
+        """Whether a draw of the next step depends on tokens that the one in flight draws."""
+        return any(r.num_pending_tokens > 0 and r.params.needs_history for r in self.scheduler.running)
 
     def _launch(self, plan: StepPlan) -> list[RequestDelta]:
         """Start a step; it is in flight then. If it does not start, its requests' last deltas."""
@@ -211,12 +199,14 @@ class Engine:
         begin_s = time.monotonic()
         try:
             sampled = self.runner.collect(step.handle)
-            _check_row_count(sampled, step.plan)
+            check_row_count(sampled, step.plan)
         except Exception as error:
             return self._fail_step(step.plan, error)
         finally:
             self._runner_time_s += time.monotonic() - begin_s
         self.scheduler.complete(step.plan)
+        for scores in sampled.prompt_scores:
+            take_prompt_scores(scores)
         sampling = [item.request for item in step.plan.scheduled if item.samples]
         return [
             self._accept(request, sampled, row)
@@ -237,12 +227,16 @@ class Engine:
         if request.first_token_s is None:
             request.first_token_s = time.monotonic()
             self._totals.prompt_tokens += request.num_prompt_tokens
+        if request.params.max_tokens == 0:
+            return self._finish(request, "length")
         self._totals.generation_tokens += 1
         request.token_ids[position] = token_id
         request.num_pending_tokens -= 1
         try:
             logprobs = row_logprobs(request, sampled, row)
             text, reason, stop_reason, note = read_token(request, token_id, self.tokenizer.eos_token_ids, self.config)
+        except ConstraintError as error:
+            return self._finish(request, "error", [token_id], error=f"the constraint cannot be followed: {error}")
         except Exception as error:
             logger.exception("reading token %d of request %s failed", token_id, request.request_id)
             message = f"token {token_id} could not be read: {error!r}"
@@ -292,8 +286,3 @@ class Engine:
         totals.runner_time_s += runner_time_s
         totals.last_step_tokens = plan.num_tokens
         totals.last_step_time_s = step_time_s
-
-
-def _check_row_count(sampled: SampledTokens, plan: StepPlan) -> None:
-    if len(sampled.token_ids) != plan.num_samples:
-        raise RuntimeError(f"the runner gave {len(sampled.token_ids)} tokens for {plan.num_samples} sampling rows")

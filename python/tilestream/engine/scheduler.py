@@ -67,12 +67,25 @@ class SampledTokens:
     logprobs: of the drawn tokens, natural log of the model's own probabilities.
     top_ids, top_logprobs: per row, most likely first, at least as many as its request's params.logprobs.
     None when no request of the step asked for logprobs.
+    prompt_scores: of requests that asked for logprobs of their prompt.
     """
 
     token_ids: list[int]
     logprobs: list[float] | None = None
     top_ids: list[list[int]] | None = None
     top_logprobs: list[list[float]] | None = None
+    prompt_scores: list[PromptScores] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class PromptScores:
+    """Logprobs of a request's prompt tokens from position `start` on, and of the most likely ones in their places."""
+
+    request: Request
+    start: int
+    logprobs: list[float]
+    top_ids: list[list[int]]
+    top_logprobs: list[list[float]]
 
 
 class Scheduler:
@@ -219,7 +232,8 @@ class Scheduler:
             request = self.waiting[0]
             if request.num_pending_tokens > 0:
                 return  # preempted while a step still draws its newest token
-            nodes = self.cache.match(request.token_ids) if self.config.enable_prefix_caching else []
+            may_share = self.config.enable_prefix_caching and not request.lacks_prompt_logprobs
+            nodes = self.cache.match(request.token_ids) if may_share else []
             num_new_pages = self._num_pages_for(request.num_tokens) - len(nodes)
             num_wanted = num_new_pages + self.cache.num_unowned(nodes) + num_reserved_pages + len(self.running)
             num_cached_tokens = len(nodes) * self.config.page_size
