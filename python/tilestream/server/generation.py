@@ -19,7 +19,7 @@ from tilestream.server.metrics import RequestTimer, ServerMetrics
 
 if TYPE_CHECKING:
     from tilestream.engine.async_engine import AsyncEngine
-    from tilestream.engine.request import RequestDelta
+    from tilestream.engine.request import RequestDelta, RequestOptions
     from tilestream.sampling_params import SamplingParams
 
 logger = logging.getLogger("tilestream.server")
@@ -63,6 +63,7 @@ async def generate(
     request_id: str,
     prompts: list[list[int]],
     params: list[SamplingParams],
+    options: RequestOptions,
     *,
     prompt_field: str,
 ) -> AsyncGenerator[tuple[int, RequestDelta], None]:
@@ -71,6 +72,7 @@ async def generate(
     Choice `p * len(params) + i` is prompt p with params[i], as OpenAI numbers them.
 
     Args:
+        options: of all of them.
         prompt_field: the request's field that an error of a prompt is about.
     Raises:
         ApiError: the engine refused or failed one of them; the others are aborted.
@@ -81,7 +83,7 @@ async def generate(
         prompt, sampling = prompts[choice // len(params)], params[choice % len(params)]
         timer = RequestTimer(metrics)
         try:
-            async for delta in engine.stream(f"{request_id}-{choice}", prompt, sampling):
+            async for delta in engine.stream(f"{request_id}-{choice}", prompt, sampling, options):
                 timer.on_delta(delta)
                 arrived.put_nowait((choice, delta))
             arrived.put_nowait((choice, None))
@@ -100,6 +102,8 @@ async def generate(
             elif item.finish_reason == "error":
                 logger.error("%s: %s", request_id, item.error)
                 raise ApiError(500, item.error or "The engine failed on this request.", code="internal_error")
+            elif item.finish_reason == "abort" and item.error is not None:
+                raise ApiError(504, item.error, code="deadline_exceeded")
             elif item.finish_reason == "abort":
                 raise ApiError(503, "The request was aborted: the server is stopping.", code="aborted")
             else:
