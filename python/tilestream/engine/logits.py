@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 
 from tilestream.engine.request import Request
@@ -26,14 +26,18 @@ def edit_logits(logits: torch.Tensor, edited: Sequence[EditedRow]) -> None:
             token_ids, biases = zip(*params.logit_bias, strict=True)
             values.index_add_(0, _on(logits, token_ids), _on(logits, biases, torch.float32))
         if request.matcher is not None:
-            values.masked_fill_(_forbidden(request, logits.size(1)).to(logits.device, non_blocking=True), -torch.inf)
+            allowed = torch.zeros(-(-logits.size(1) // 32) * 4, dtype=torch.uint8)  # a bit per token
+            request.matcher.fill_allowed(allowed.data_ptr(), allowed.numel())
+            allowed = allowed.to(logits.device, non_blocking=True).int()
+            values.add_(_addends(logits.device).index_select(0, allowed).view(-1)[: logits.size(1)])
 
 
-def _forbidden(request: Request, vocab_size: int) -> torch.Tensor:
-    """[vocab_size], bool: tokens that the request's constraint does not allow next."""
-    bits = np.zeros(-(-vocab_size // 32) * 4, dtype=np.uint8)
-    request.matcher.fill_allowed(bits.ctypes.data, bits.nbytes)
-    return torch.from_numpy(np.unpackbits(~bits, bitorder="little", count=vocab_size).view(np.bool_))
+@functools.cache
+def _addends(device: torch.device) -> torch.Tensor:
+    """[256, 8], float32: for each byte what its bits, lowest first, add to logits: 0 where set, -inf where not. A look-up and
+    an addition take half as long as a masked_fill_."""
+    bits = torch.arange(256).unsqueeze(1) >> torch.arange(8) & 1
+    return torch.where(bits > 0, 0.0, -torch.inf).to(device)
 
 
 def _on(logits: torch.Tensor, values: Sequence, dtype: torch.dtype = torch.int64) -> torch.Tensor:

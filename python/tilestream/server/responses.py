@@ -16,11 +16,12 @@ if TYPE_CHECKING:
 
 Json = dict[str, Any]
 SSE_DONE = "data: [DONE]\n\n"
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
 def sse_event(payload: Json) -> str:
     """One server-sent event."""
-    return f"data: {json.dumps(payload, ensure_ascii=False, separators=(',', ':'))}\n\n"
+    return f"data: {_encode(payload)}\n\n"
 
 
 @dataclass
