@@ -23,8 +23,17 @@ class Constraint:
 
     @classmethod
     def json_schema(cls, schema: Mapping | bool | str) -> Constraint:
-        """JSON that a schema, given as such or as text, allows; properties come in the schema's order."""
-        return cls("json_schema", schema if isinstance(schema, str) else json.dumps(schema))
+        """JSON that a schema, given as such or as text, allows; properties come in the schema's order.
+
+        Raises:
+            TypeError, ValueError: it is no JSON.
+        """
+        try:
+            return cls("json_schema", json.dumps(json.loads(schema) if isinstance(schema, str) else schema))
+        except RecursionError:
+            raise ValueError("the JSON schema is nested too deeply") from None
+        except ValueError as error:
+            raise ValueError(f"the JSON schema is no valid JSON: {error}") from None
 
     @classmethod
     def json_object(cls) -> Constraint:

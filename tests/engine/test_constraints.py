@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import jsonschema
 import pytest
@@ -168,7 +169,11 @@ def test_logprobs_are_the_models_own() -> None:
     [
         (Constraint.regex("(a"), "the regex cannot be compiled: .*unclosed group"),
         (Constraint.json_schema({"type": "frob"}), "the json_schema cannot be compiled: Invalid type: frob"),
-        (Constraint.json_schema("{"), "the json_schema cannot be compiled: EOF"),
+        (Constraint.json_schema("[]"), "the json_schema cannot be compiled: "),
+        (Constraint.json_schema({"const": "x" * 200_000}), "has 200013 characters; at most 131072 are allowed"),
+        (Constraint.regex("x" * 20_000), "the regex has 20000 characters; at most 16384"),
+        (Constraint.json_schema({"$defs": {f"a{i}": {"$ref": f"#/$defs/a{i + 1}"} for i in range(3500)}}), "has 3500 references; at most 1000"),
+        (Constraint.grammar("start: a0\n" + "".join(f"a{i}:a{i + 1}\n" for i in range(1400))), "has 1401 rules; at most 1000"),
         (Constraint.json_schema({"uniqueItems": True, "type": "array"}), "uniqueItems"),
         (Constraint.json_schema({"type": "integer", "minimum": 3, "maximum": 1}), "Unsatisfiable"),
         (Constraint.grammar("start: nothing"), "the grammar cannot be compiled: .*nothing"),
@@ -186,6 +191,7 @@ def test_a_grammar_that_grows_too_large_ends_its_request_only() -> None:
     huge = SamplingParams(constraint=Constraint.regex("(a{1000}){1000}"), max_tokens=50)
     failed, fine = run(make_engine(), [huge, SamplingParams(constraint=Constraint.regex("abc"))])
     assert failed[-1].finish_reason == "error" and "the constraint cannot be followed: " in failed[-1].error
+    assert failed[-1].stop_reason == "constraint"
     assert text_of(fine) == "abc"
 
 
@@ -197,6 +203,23 @@ def test_grammars_are_kept_as_far_as_there_is_room(monkeypatch: pytest.MonkeyPat
     for text in "abacab":
         compiler.matcher(Constraint.regex(text)).accept(ord(text))  # each matcher begins anew
     assert compiled == ["a", "b", "c", "b"]
+
+
+@pytest.mark.parametrize(("schema", "words"), [("{", "is no valid JSON: "), ('{"a":' * 100_000, "nested too deeply"), ("", "is no valid JSON")])
+def test_schemas_are_json(schema: str, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        Constraint.json_schema(schema)
+
+
+def test_long_chains_of_references_do_not_overflow_the_stack() -> None:
+    compiler = GrammarCompiler(JsonTokenizer(), VOCAB_SIZE)
+    chain = {f"a{i}": {"$ref": f"#/$defs/a{i + 1}"} for i in range(998)} | {"a998": {"type": "integer"}}
+    constraints = [
+        Constraint.json_schema({"$defs": chain, "$ref": "#/$defs/a0"}),
+        Constraint.grammar("start:a0\n" + "".join(f"a{i}:a{i + 1}\n" for i in range(998)) + 'a998:"x"'),
+    ]
+    with ThreadPoolExecutor(1) as pool:  # threads may have smaller stacks
+        assert all(pool.map(compiler.matcher, constraints))
 
 
 @pytest.mark.parametrize("choices", ["yes", [1], [], ["a", ""]])

@@ -6,7 +6,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator
 
-from tilestream.engine.admission import Admission
+from tilestream.engine.request_builder import RequestBuilder
 from tilestream.engine.config import EngineConfig
 from tilestream.engine.errors import PromptTooLongError, QueueFullError
 from tilestream.engine.metrics import EngineMetrics
@@ -63,13 +63,13 @@ class FakeAsyncEngine:
         self.max_requests = max_requests
         self.active: dict[str, tuple[list[int], SamplingParams]] = {}
         self.seen: list[tuple[list[int], SamplingParams]] = []
-        self.options: list[RequestOptions] = []
+        self.seen_options: list[RequestOptions] = []
         self.metrics = EngineMetrics()
         self.is_running = True
-        self._admission = Admission(ByteTokenizer(), EngineConfig(kv_cache_tokens=32, max_model_len=32), ByteTokenizer.vocab_size)
+        self._builder = RequestBuilder(ByteTokenizer(), EngineConfig(kv_cache_tokens=32, max_model_len=32), ByteTokenizer.vocab_size)
 
     def prepare(self, params: SamplingParams) -> None:
-        self._admission.prepare(params)
+        self._builder.prepare(params)
 
     def shutdown(self) -> None:
         self.is_running = False
@@ -87,7 +87,7 @@ class FakeAsyncEngine:
             raise QueueFullError(len(self.active), self.max_requests)
         self.active[request_id] = (prompt, params)
         self.seen.append((prompt, params))
-        self.options.append(options)
+        self.seen_options.append(options)
         reason = "abort"
         try:
             async for delta in self._deltas(request_id, prompt, params):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 
 import httpx
 import pytest
@@ -15,6 +16,7 @@ CHAT = {"messages": [{"role": "user", "content": "x"}]}
 CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 TOOL = {"type": "function", "function": {"name": "f"}}
 BAD_TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {"a": {"type": "frob"}}}}}
+DEEP_TOOL = {"type": "function", "function": {"name": "f", "parameters": functools.reduce(lambda s, _: {"items": s}, range(700), {})}}
 CHOOSE_OTHER = {"type": "function", "function": {"name": "other"}}
 
 
@@ -76,7 +78,7 @@ def check_error(answer: httpx.Response, status: int, param: str | None, *words: 
         ({"timeout": 0}, "timeout", ["greater than 0"]),
         ({"guided_json": 5}, "guided_json", ["5"]),
         ({"guided_json": {"type": "frob"}}, "guided_json", ["frob"]),
-        ({"guided_json": "{"}, "guided_json", ["cannot be compiled"]),
+        ({"guided_json": "{"}, "guided_json", ["no valid JSON"]),
         ({"guided_regex": "(a"}, "guided_regex", ["(a", "unclosed group"]),
         ({"guided_choice": []}, "guided_choice", ["at least one"]),
         ({"guided_grammar": "start: nothing"}, "guided_grammar", ["nothing"]),
@@ -122,6 +124,7 @@ async def test_completion_field(client: httpx.AsyncClient, engine: FakeAsyncEngi
         ({"tools": [TOOL], "tool_choice": CHOOSE_OTHER}, "tool_choice", ["'other'", "'f'"]),
         ({"tools": [BAD_TOOL], "tool_choice": "required"}, "tools", ["frob"]),
         ({"tools": [TOOL], "response_format": {"type": "json_object"}}, "response_format", ["combined with tools"]),
+        ({"tools": [DEEP_TOOL], "tool_choice": "required"}, "tools", ["nested too deeply"]),
         ({"functions": [{}]}, "functions", ["use tools"]),
         ({"best_of": 2}, "best_of", ["/v1/completions"]),
         ({"response_format": {"type": "xml"}}, "response_format.type", ["xml", "'text'"]),

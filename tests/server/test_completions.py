@@ -226,11 +226,11 @@ async def test_scheduling_fields(client: httpx.AsyncClient, engine: FakeAsyncEng
     begin_s = time.monotonic()
     body = {"prompt": "x", "max_tokens": 1, "priority": -3, "cache_salt": "mine", "timeout": 5}
     assert (await client.post("/v1/completions", json=body)).status_code == 200
-    options = engine.options[0]
+    options = engine.seen_options[0]
     assert (options.priority, options.cache_salt) == (-3, "mine")
     assert begin_s + 5 <= options.deadline_s <= time.monotonic() + 5
     await client.post("/v1/completions", json={"prompt": "x", "max_tokens": 1})
-    assert engine.options[1] == RequestOptions()
+    assert engine.seen_options[1] == RequestOptions()
     late = await client.post("/v1/completions", json={"prompt": "TOO LATE", "timeout": 0.5})
     assert late.status_code == 504 and late.json()["error"]["code"] == "deadline_exceeded"
     assert late.json()["error"]["message"] == "the deadline has passed"

@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from tilestream.engine.protocols import EngineTokenizer
 
 _MAX_CACHED_GRAMMARS = 256
+# The time to compile grows faster than the text: at most some seconds with these. References are followed by recursion, and
+# some thousands in a chain (3,500, not 2,000) overflow the stack, which no one catches.
+_MAX_CHARACTERS = {"json_schema": 131_072, "regex": 16_384, "choice": 131_072, "grammar": 16_384}
+_MAX_REFERENCES = 1000
 # JSON allows any amount of white space between tokens, and a small model may well write nothing else.
 _JSON_WHITESPACE = r"[ \t\n]{0,20}"
 
@@ -86,6 +90,7 @@ class GrammarCompiler:
         import llguidance
 
         kind, text = constraint.kind, constraint.text
+        _check_size(kind, text)
         try:
             if kind == "json_schema":
                 options = {"whitespace_pattern": _JSON_WHITESPACE}
@@ -136,6 +141,14 @@ class _Vocabulary:
         token_ids = self.tokenizer.encode(text.decode(), add_special_tokens=False)
         exact = b"".join(self.tokens[token_id] for token_id in token_ids) == text
         return token_ids if exact else self.greedy(text.decode())
+
+
+def _check_size(kind: str, text: str) -> None:
+    if len(text) > (most := _MAX_CHARACTERS[kind]):
+        raise ConstraintError(f"the {kind} has {len(text)} characters; at most {most} are allowed")
+    mark, what = ('"$ref"', "references") if kind == "json_schema" else (":", "rules")  # each rule has a colon
+    if kind in ("json_schema", "grammar") and (num := text.count(mark)) > _MAX_REFERENCES:
+        raise ConstraintError(f"the {kind} has {num} {what}; at most {_MAX_REFERENCES} are allowed")
 
 
 def _first_line(message: str) -> str:

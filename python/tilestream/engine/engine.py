@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tilestream.engine.admission import Admission
+from tilestream.engine.request_builder import RequestBuilder
 from tilestream.engine.config import EngineConfig
 from tilestream.engine.constraints import ConstraintError
 from tilestream.engine.errors import PromptTooLongError, QueueFullError
@@ -48,7 +48,7 @@ class Engine:
         self.tokenizer = tokenizer
         self.config = config
         self.scheduler = Scheduler(config)
-        self._admission = Admission(tokenizer, config, runner.vocab_size)
+        self._builder = RequestBuilder(tokenizer, config, runner.vocab_size)
         self._requests: dict[str, Request] = {}
         self._in_flight: _Launched | None = None
         self._totals = EngineMetrics()
@@ -77,7 +77,7 @@ class Engine:
             raise ValueError(f"request_id {request_id!r} is in use by an unfinished request")
         if self.num_waiting >= self.config.max_queued_requests:
             raise QueueFullError(self.num_waiting, self.config.max_queued_requests)
-        request = self._admission.make_request(request_id, token_ids, params, options)
+        request = self._builder.make_request(request_id, token_ids, params, options)
         self._requests[request_id] = request
         self.scheduler.add(request)
 
@@ -171,8 +171,8 @@ class Engine:
         return token_ids
 
     def prepare(self, params: SamplingParams) -> None:
-        """The part of validate() that may take long and needs no prompt: see Admission.prepare."""
-        self._admission.prepare(params)
+        """The part of validate() that may take long and needs no prompt: see RequestBuilder.prepare."""
+        self._builder.prepare(params)
 
     def _needs_tokens(self) -> bool:
         """Whether a draw of the next step depends on tokens that the one in flight draws."""
@@ -236,7 +236,8 @@ class Engine:
             logprobs = row_logprobs(request, sampled, row)
             text, reason, stop_reason, note = read_token(request, token_id, self.tokenizer.eos_token_ids, self.config)
         except ConstraintError as error:
-            return self._finish(request, "error", [token_id], error=f"the constraint cannot be followed: {error}")
+            message = f"the constraint cannot be followed: {error}"
+            return self._finish(request, "error", [token_id], stop_reason="constraint", error=message)
         except Exception as error:
             logger.exception("reading token %d of request %s failed", token_id, request.request_id)
             message = f"token {token_id} could not be read: {error!r}"

@@ -115,7 +115,8 @@ class RequestDelta:
     prompt_logprobs: of the prompt's tokens from the second on, with the first token, where asked for.
     text: new text, whole characters only; it may lag behind token_ids (a character or a possible stop
         string still incomplete) and never leads.
-    stop_reason: the stop string or stop token id that ended it; None for end-of-sequence.
+    stop_reason: the stop string or stop token id that ended it; None for end-of-sequence. With finish_reason "error"
+        "constraint" if it was too much for its own constraint.
     error: a sentence for people, with finish_reason "error"; with "length", too, where the size of the KV
         cache and not the request set the limit.
     Times are seconds of time.monotonic(), None where it has not happened.

@@ -66,17 +66,17 @@ async def generate(
     request_id: str,
     prompts: list[list[int]],
     params: list[SamplingParams],
-    options: RequestOptions,
     *,
     prompt_field: str,
+    options: RequestOptions,
 ) -> Deltas:
     """Runs every prompt with every params; yields (choice index, delta) as they come.
 
     Choice `p * len(params) + i` is prompt p with params[i], as OpenAI numbers them.
 
     Args:
-        options: of all of them.
         prompt_field: the request's field that an error of a prompt is about.
+        options: for the scheduler.
     Raises:
         ApiError: the engine refused or failed one of them; the others are aborted.
     """
@@ -136,6 +136,8 @@ async def _merged(sources: list[Deltas]) -> Deltas:
 
 def _failure(delta: RequestDelta, request_id: str) -> ApiError:
     """For the last delta of a request that did not come to its end."""
+    if delta.finish_reason == "error" and delta.stop_reason == "constraint":
+        return ApiError(400, delta.error, code="constraint_failed")
     if delta.finish_reason == "error":
         logger.error("%s: %s", request_id, delta.error)
         return ApiError(500, delta.error or "The engine failed on this request.", code="internal_error")

@@ -115,8 +115,8 @@ class Server:
             self.tokenizer,
             num_prompt_tokens=[len(prompt) for prompt in prompts],
             choices_per_prompt=len(params),
-            include_usage=body.include_usage,
-            continuous_usage=body.continuous_usage,
+            include_usage=body.include_usage(),
+            continuous_usage=body.continuous_usage(),
             **more,
         )
 
@@ -129,8 +129,15 @@ class Server:
         params: list[SamplingParams],
     ) -> Response:
         """Generates and answers. An error before the first token still gets its own HTTP status."""
-        field, options = body.prompt_field, body.options()
-        deltas = generate(self.engine, self.metrics, answer.answer_id, prompts, params, options, prompt_field=field)
+        deltas = generate(
+            self.engine,
+            self.metrics,
+            answer.answer_id,
+            prompts,
+            params,
+            prompt_field=body.prompt_field,
+            options=body.options(),
+        )
         try:
             if body.stream:
                 first = await unless_client_leaves(http, anext(deltas))

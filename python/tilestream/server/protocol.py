@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from typing import Annotated, Any, ClassVar, TypeVar
 
-from pydantic import AfterValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from tilestream.engine.request import RequestOptions
 from tilestream.sampling_params import MAX_LOGPROBS, SamplingParams
@@ -68,13 +68,11 @@ class GenerationRequest(StructuredFields):
     cache_salt: str | None = None
     timeout: Annotated[float, Field(gt=0)] | None = None
 
-    @property
     def include_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
 
-    @property
     def continuous_usage(self) -> bool:
-        return self.include_usage and self.stream_options.continuous_usage_stats
+        return self.include_usage() and self.stream_options.continuous_usage_stats
 
     def options(self) -> RequestOptions:
         """What the request asks of the scheduler."""
@@ -215,7 +213,7 @@ class ChatCompletionRequest(GenerationRequest):
 
 # Variables of a template that are the server's to set.
 _TEMPLATE_ARGUMENTS = frozenset({"messages", "tools", "documents", "add_generation_prompt"})
-RequestT = TypeVar("RequestT", bound=GenerationRequest)
+RequestT = TypeVar("RequestT", bound=BaseModel)
 
 
 def parse_request(kind: type[RequestT], body: dict[str, object]) -> RequestT:
@@ -236,7 +234,7 @@ def parse_request(kind: type[RequestT], body: dict[str, object]) -> RequestT:
         because = f" ({why})" if why else ""
         message = f"{name}={short(value)} is not supported{because}; {allowed}."
         raise ApiError(400, message, param=name, code="unsupported")
-    if request.stream_options is not None and not request.stream:
+    if isinstance(request, GenerationRequest) and request.stream_options is not None and not request.stream:
         raise ApiError(400, "stream_options is only allowed with stream=true.", param="stream_options")
     return request
 

@@ -114,11 +114,12 @@ def tool_use(body: ChatCompletionRequest, known: ToolFormat | None) -> ToolUse |
         message = f"{found[0]} cannot be combined with tools; set tool_choice to 'none' or leave one of them out."
         raise ApiError(400, message, param=body.constraint_field)
     max_calls = 1 if body.parallel_tool_calls is False else None
-    if named is not None:
-        schema = _arguments_schema(tools[names.index(named)])
-        return ToolUse(tools, known, Constraint.json_schema(schema), named=named)
-    if choice == "required":
-        return ToolUse(tools, known, Constraint.json_schema(_calls_schema(tools, max_calls)), max_calls=max_calls)
+    if named is not None or choice == "required":
+        try:
+            schema = _calls_schema(tools, max_calls) if named is None else _arguments_schema(tools[names.index(named)])
+            return ToolUse(tools, known, Constraint.json_schema(schema), named=named, max_calls=max_calls)
+        except (ValueError, RecursionError):
+            raise ApiError(400, "tools have parameters that are nested too deeply.", param="tools") from None
     if known is None:
         message = (
             "this model's chat template teaches no tool calls that this server reads (it reads "

@@ -13,7 +13,7 @@ from tilestream.engine.request import Request, RequestOptions
 from tilestream.sampling_params import SamplingParams
 
 
-class Admission:
+class RequestBuilder:
     """Makes Requests.
 
     Args:
