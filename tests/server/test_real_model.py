@@ -7,6 +7,7 @@ import re
 import socket
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import jsonschema
 import openai
@@ -193,3 +194,11 @@ def test_min_tokens(chat) -> None:
     least = short.usage.completion_tokens + 5
     longer = chat(messages=[{"role": "user", "content": "Say only: yes"}], temperature=0, extra_body={"min_tokens": least})
     assert short.choices[0].finish_reason == "stop" and longer.usage.completion_tokens >= least
+
+
+def test_the_documented_call(client: openai.OpenAI, capsys: pytest.CaptureFixture[str]) -> None:
+    """docs/api.md's call of the server, as it stands there but for the port."""
+    page = (Path(__file__).parents[2] / "docs" / "api.md").read_text()
+    (code,) = re.findall(r"```py\n(.*?)```", page, flags=re.DOTALL)
+    exec(compile(code.replace("http://127.0.0.1:8000/v1", str(client.base_url)), "docs/api.md", "exec"), {})
+    assert json.loads(capsys.readouterr().out).keys() == {"city", "country"}
