@@ -40,7 +40,7 @@ class RequestOutput:
         prompt: as given, None for token ids.
         prompt_token_ids, token_ids: the prompt's and the answer's tokens.
         text: the answer.
-        logprobs: one entry per answer token, when asked for.
+        logprobs: one entry per answer token, when asked for; prompt_logprobs: per prompt token but the first.
         finish_reason: "stop", "length", "abort" or "error"; stop_reason: the stop string or token, if any.
         error: a sentence, with finish_reason "error".
         num_cached_tokens: prompt tokens whose KV was found in the prefix cache.
@@ -52,6 +52,7 @@ class RequestOutput:
     text: str
     token_ids: list[int]
     logprobs: list[TokenLogprobs] | None
+    prompt_logprobs: list[TokenLogprobs] | None
     finish_reason: FinishReason
     stop_reason: str | int | None
     error: str | None
@@ -266,6 +267,7 @@ def _output(prompt: Prompt, token_ids: list[int], deltas: list[RequestDelta]) ->
         text="".join(delta.text for delta in deltas),
         token_ids=[token for delta in deltas for token in delta.token_ids],
         logprobs=logprobs if any(delta.logprobs is not None for delta in deltas) else None,
+        prompt_logprobs=next((d.prompt_logprobs for d in deltas if d.prompt_logprobs is not None), None),
         finish_reason=last.finish_reason,
         stop_reason=last.stop_reason,
         error=last.error,

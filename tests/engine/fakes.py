@@ -27,8 +27,14 @@ class ByteTokenizer:
     vocab_size = 257
     eos_token_ids = frozenset({EOS})
 
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        return list(text.encode())
+
     def token_bytes(self, token_id: int) -> bytes:
         return b"" if token_id == EOS else bytes([token_id])
+
+    def special_token_bytes(self, token_id: int) -> bytes:
+        return b"<eos>" if token_id == EOS else bytes([token_id])
 
 
 def mix(state: int, token_id: int) -> int:

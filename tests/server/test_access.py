@@ -16,7 +16,7 @@ from tilestream.server.app import create_app
 from tilestream.server.settings import ApiKeys, ServerSettings, read_api_keys
 
 from .conftest import make_app
-from .fakes import MAX_MODEL_LEN, FakeAsyncEngine
+from .fakes import MAX_MODEL_LEN, ByteTokenizer, FakeAsyncEngine
 from .test_bad_input import check_error
 
 ASK = {"prompt": "top secret words", "max_tokens": 3}
@@ -274,6 +274,6 @@ async def test_steps(client: httpx.AsyncClient, engine: FakeAsyncEngine) -> None
 
 
 def test_settings_have_the_documented_defaults() -> None:
-    app = create_app(FakeAsyncEngine(), None, model_name="m", max_model_len=8)
+    app = create_app(FakeAsyncEngine(), ByteTokenizer(), model_name="m", max_model_len=8)
     assert app.server.settings == ServerSettings(api_keys=app.server.settings.api_keys)
     assert not app.server.settings.api_keys and app.server.settings.cors_origins == ()

@@ -36,14 +36,6 @@ def checked_prompt(
     return token_ids
 
 
-def max_num_tokens(num_prompt_tokens: int, params: SamplingParams, config: EngineConfig) -> int:
-    """How many tokens a request can have. One more than the cache holds: the last one's KV is never needed."""
-    limits = [config.max_model_len, config.capacity_tokens + 1]
-    if params.max_tokens is not None:
-        limits.append(num_prompt_tokens + params.max_tokens)
-    return min(limits)
-
-
 class QueueLimits:
     """Who may still join the queue, and when those who may not should ask again.
 

@@ -129,6 +129,14 @@ class AsyncEngine:
             self._condition.notify()
         return RequestStream(channel, self._abort_channel)
 
+    def prepare(self, params: SamplingParams) -> None:
+        """Compile what a stream() with these parameters will need. It may take long: call it on a thread of its own first.
+
+        Raises:
+            ValueError: as stream() would.
+        """
+        self._engine.prepare(params)
+
     def abort(self, request_id: str) -> None:
         """End a request; its reader gets a last delta with finish_reason "abort". Unknown ids are ignored."""
         with self._condition:

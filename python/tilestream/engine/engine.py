@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import logging
-import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tilestream.engine.admission import QueueLimits, checked_prompt, max_num_tokens
+from tilestream.engine.admission import QueueLimits, checked_prompt
 from tilestream.engine.config import EngineConfig
+from tilestream.engine.constraints import ConstraintError
 from tilestream.engine.cost_model import CostModel
 from tilestream.engine.deadlines import Deadlines, deadline_text
-from tilestream.engine.detokenizer import Detokenizer
 from tilestream.engine.metrics import EngineMetrics, EngineWatch
-from tilestream.engine.output import delta_of, read_token, row_logprobs
+from tilestream.engine.output import check_row_count, delta_of, read_token, row_logprobs, take_prompt_scores
 from tilestream.engine.profiler import measure_cost_model
 from tilestream.engine.protocols import EngineTokenizer, Runner
 from tilestream.engine.request import FinishReason, Request, RequestDelta, RequestOptions, RequestState, TokenLogprobs
+from tilestream.engine.request_builder import RequestBuilder
 from tilestream.engine.scheduler import SampledTokens, Scheduler, StepPlan
 from tilestream.sampling_params import SamplingParams
 
@@ -60,11 +60,11 @@ class Engine:
         self.config = config
         self.cost_model = cost_model
         self.scheduler = Scheduler(config, cost_model)
+        self._builder = RequestBuilder(tokenizer, config, runner.vocab_size)
         self._queue_limits = QueueLimits(config)
         self._deadlines = Deadlines()
         self._requests: dict[str, Request] = {}
         self._in_flight: _Launched | None = None
-        self._seeds = random.Random(config.seed)
         self._collected_s = 0.0  # when a step was last waited for
         self.watch = EngineWatch()
 
@@ -90,17 +90,7 @@ class Engine:
         if request_id in self._requests:
             raise ValueError(f"request_id {request_id!r} is in use by an unfinished request")
         self.check_queue(len(token_ids))
-        request = Request(
-            request_id=request_id,
-            token_ids=token_ids,
-            num_prompt_tokens=len(token_ids),
-            params=params,
-            seed=self._seeds.getrandbits(63) if params.seed is None else params.seed,
-            detokenizer=Detokenizer(self.tokenizer, params.stop, include_stop=params.include_stop_str_in_output),
-            arrival_s=time.monotonic(),
-            max_num_tokens=max_num_tokens(len(token_ids), params, self.config),
-            options=options,
-        )
+        request = self._builder.make_request(request_id, token_ids, params, options)
         self._requests[request_id] = request
         self.scheduler.add(request)
         self._deadlines.add(request)
@@ -164,10 +154,16 @@ class Engine:
             The prompt as a list of its own.
         Raises:
             TypeError: params is no SamplingParams, or a token id no integer.
-            ValueError: empty prompt, or a token id outside the vocabulary.
+            ValueError: empty prompt, a token id outside the vocabulary, or a constraint that cannot be compiled.
             PromptTooLongError: the prompt leaves no room for output, or does not fit the whole KV cache.
         """
-        return checked_prompt(prompt_token_ids, params, self.config, self.runner.vocab_size)
+        token_ids = checked_prompt(prompt_token_ids, params, self.config, self.runner.vocab_size)
+        self.prepare(params)
+        return token_ids
+
+    def prepare(self, params: SamplingParams) -> None:
+        """The part of validate() that may take long and needs no prompt: see RequestBuilder.prepare."""
+        self._builder.prepare(params)
 
     def check_queue(self, num_prompt_tokens: int, *, num_requests: int = 0, num_tokens: int = 0) -> None:
         """Check that one more request may wait; any thread may call it.
@@ -182,8 +178,8 @@ class Engine:
         self._queue_limits.check(num_prompt_tokens, len(waiting) + num_requests, waiting.num_tokens + num_tokens)
 
     def _needs_tokens(self) -> bool:
-        """Whether a draw of the next step depends on tokens that the one in flight draws: penalties look at them."""
-        return any(r.num_pending_tokens > 0 and r.params.has_penalties for r in self.scheduler.running)
+        """Whether a draw of the next step depends on tokens that the one in flight draws."""
+        return any(r.num_pending_tokens > 0 and r.params.needs_history for r in self.scheduler.running)
 
     def _launch(self, plan: StepPlan) -> list[RequestDelta]:
         """Start a step; it is in flight then. If it does not start, its requests' last deltas."""
@@ -205,13 +201,15 @@ class Engine:
         try:
             with self.watch.span("collect"):
                 sampled = self.runner.collect(step.handle)
-            _check_row_count(sampled, step.plan)
+            check_row_count(sampled, step.plan)
         except Exception as error:
             return self._fail_step(step.plan, error)
         now_s = time.monotonic()
         self.scheduler.budget.observe(step.plan, now_s - max(self._collected_s, step.begin_s))
         self._collected_s = now_s
         self.scheduler.complete(step.plan)
+        for scores in sampled.prompt_scores:
+            take_prompt_scores(scores)
         sampling = [item.request for item in step.plan.scheduled if item.samples]
         return [
             self._accept(request, sampled, row)
@@ -232,12 +230,17 @@ class Engine:
         if request.first_token_s is None:
             request.first_token_s = time.monotonic()
             self.watch.totals.prompt_tokens += request.num_prompt_tokens
+        if request.params.max_tokens == 0:
+            return self._finish(request, "length")
         self.watch.totals.generation_tokens += 1
         request.token_ids[position] = token_id
         request.num_pending_tokens -= 1
         try:
             logprobs = row_logprobs(request, sampled, row)
             text, reason, stop_reason, note = read_token(request, token_id, self.tokenizer.eos_token_ids, self.config)
+        except ConstraintError as error:
+            message = f"the constraint cannot be followed: {error}"
+            return self._finish(request, "error", [token_id], stop_reason="constraint", error=message)
         except Exception as error:
             logger.exception("reading token %d of request %s failed", token_id, request.request_id)
             message = f"token {token_id} could not be read: {error!r}"
@@ -278,8 +281,3 @@ class Engine:
         return replace(
             delta, finish_reason=reason, stop_reason=stop_reason, error=error, finish_s=time.monotonic()
         )
-
-
-def _check_row_count(sampled: SampledTokens, plan: StepPlan) -> None:
-    if len(sampled.token_ids) != plan.num_samples:
-        raise RuntimeError(f"the runner gave {len(sampled.token_ids)} tokens for {plan.num_samples} sampling rows")

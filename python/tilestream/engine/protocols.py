@@ -31,3 +31,5 @@ class EngineTokenizer(TokenBytes, Protocol):
     """What the engine asks of a tokenizer."""
 
     eos_token_ids: frozenset[int]
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]: ...

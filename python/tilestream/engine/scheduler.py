@@ -16,7 +16,7 @@ later (from the prefix cache, where its pages survived).
 from __future__ import annotations
 
 from bisect import insort
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from tilestream.engine.config import EngineConfig
 from tilestream.engine.cost_model import CostModel
@@ -37,12 +37,25 @@ class SampledTokens:
     logprobs: of the drawn tokens, natural log of the model's own probabilities.
     top_ids, top_logprobs: per row, most likely first, at least as many as its request's params.logprobs.
     None when no request of the step asked for logprobs.
+    prompt_scores: of requests that asked for logprobs of their prompt.
     """
 
     token_ids: list[int]
     logprobs: list[float] | None = None
     top_ids: list[list[int]] | None = None
     top_logprobs: list[list[float]] | None = None
+    prompt_scores: list[PromptScores] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class PromptScores:
+    """Logprobs of a request's prompt tokens from position `start` on, and of the most likely ones in their places."""
+
+    request: Request
+    start: int
+    logprobs: list[float]
+    top_ids: list[list[int]]
+    top_logprobs: list[list[float]]
 
 
 class Scheduler:
@@ -231,7 +244,8 @@ class Scheduler:
 
     def _match(self, request: Request) -> list[CacheNode]:
         """What the prefix cache holds of a request."""
-        return self.cache.match(request.token_ids) if self.config.enable_prefix_caching else []
+        may_share = self.config.enable_prefix_caching and not request.lacks_prompt_logprobs
+        return self.cache.match(request.token_ids) if may_share else []
 
     def _num_pages_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.config.page_size)

@@ -10,7 +10,7 @@ import uuid
 from collections.abc import AsyncGenerator, AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -25,6 +25,7 @@ from tilestream.server.protocol import ChatCompletionRequest, CompletionRequest,
 from tilestream.server.responses import SSE_DONE, Answer, ChatAnswer, CompletionAnswer, sse_event
 from tilestream.server.settings import ServerSettings
 from tilestream.server.telemetry import open_telemetry
+from tilestream.server.tools import format_of, messages_for, tool_use
 
 if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send
@@ -77,6 +78,7 @@ class Server:
             "owned_by": "tilestream",
             "max_model_len": max_model_len,
         }
+        self.tool_format = format_of(tokenizer.chat_template)
         self.tokenizing = ThreadPoolExecutor(_TOKENIZING_THREADS, thread_name_prefix="tokenize")
 
     def check_model(self, name: str | None) -> None:
@@ -93,6 +95,22 @@ class Server:
             for prompt in prompts
         ]
 
+    async def prepare(self, params: SamplingParams, field: str | None) -> None:
+        """Let the engine compile a constraint and look at token ids, before it gets the request itself.
+
+        Args:
+            field: the request's field that has the constraint.
+        Raises:
+            ApiError: 400, what is wrong with it.
+        """
+        if params.constraint is None and not params.logit_bias:
+            return
+        try:
+            await asyncio.get_running_loop().run_in_executor(self.tokenizing, self.engine.prepare, params)
+        except ValueError as error:
+            name = "logit_bias" if str(error).startswith("logit_bias") else field
+            raise ApiError(400, f"{error}.", param=name) from None
+
     def answer(
         self,
         kind: type[Answer],
@@ -100,8 +118,9 @@ class Server:
         body: GenerationRequest,
         prompts: list[list[int]],
         params: list[SamplingParams],
+        **more: Any,
     ) -> Answer:
-        """An empty answer to `body`, with an id of its own."""
+        """An empty answer to `body`, with an id of its own; `more` is for its kind."""
         context = current()
         context.body = body
         context.answer = kind(
@@ -111,6 +130,8 @@ class Server:
             num_prompt_tokens=[len(prompt) for prompt in prompts],
             choices_per_prompt=len(params),
             include_usage=body.include_usage(),
+            continuous_usage=body.continuous_usage(),
+            **more,
         )
         return context.answer
 
@@ -193,19 +214,35 @@ def add_generation_routes(app: FastAPI, server: Server) -> None:
         body = parse_request(CompletionRequest, await read_json(http))
         server.check_model(body.model)
         params = body.sampling_params()
-        prompts = await server.prompt_ids(body.prompts(), add_special_tokens=True)
-        answer = server.answer(CompletionAnswer, "cmpl", body, prompts, params)
+        given = body.prompts()
+        await server.prepare(params[0], body.constraint_field)
+        prompts = await server.prompt_ids(given, add_special_tokens=True)
+        texts = [p if isinstance(p, str) else server.tokenizer.decode(p) for p in given] if body.echo else []
+        answer = server.answer(
+            CompletionAnswer,
+            "cmpl",
+            body,
+            prompts,
+            params,
+            echo=list(zip(texts, prompts, strict=True)) if body.echo else None,
+            given_per_prompt=body.n or 1,
+            with_logprobs=body.logprobs is not None,
+        )
         return await server.run(http, body, answer, prompts, params)
 
     @app.post("/v1/chat/completions", openapi_extra=json_body(ChatCompletionRequest))
     async def chat_completions(http: Request) -> Response:
         body = parse_request(ChatCompletionRequest, await read_json(http))
         server.check_model(body.model)
-        params = body.sampling_params()
+        tools = tool_use(body, server.tool_format)
+        params = body.sampling_params(**({} if tools is None else tools.sampling_fields()))
+        messages = messages_for(body.template_messages(), tools, server.tool_format)
+        shown_tools = tools.template_tools() if tools is not None and tools.format is not None else None
+        await server.prepare(params[0], body.constraint_field or "tools")
         try:
-            text = server.tokenizer.apply_chat_template(body.template_messages(), **body.template_options())
+            text = server.tokenizer.apply_chat_template(messages, tools=shown_tools, **body.template_options())
         except ValueError as error:
             raise ApiError(400, f"{server.model_name}: {error}", param="messages") from None
         prompts = await server.prompt_ids([text], add_special_tokens=False)  # the template has written them
-        answer = server.answer(ChatAnswer, "chatcmpl", body, prompts, params)
+        answer = server.answer(ChatAnswer, "chatcmpl", body, prompts, params, tools=tools)
         return await server.run(http, body, answer, prompts, params)
