@@ -8,7 +8,6 @@ from collections.abc import Iterator
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, settings
-from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import (
     content_type_conformance,
     response_headers_conformance,
@@ -47,8 +46,20 @@ async def lasting_app(scope: Scope, receive: Receive, send: Send) -> None:
 
 
 SCHEMA = schemathesis.openapi.from_asgi("/openapi.json", lasting_app)
+def no_failure_of_ours(ctx: object, response: schemathesis.Response, case: schemathesis.Case) -> None:
+    """A request that asks for a deadline may miss it."""
+    is_late = response.status_code == 504 and isinstance(case.body, dict) and "timeout" in case.body
+    assert response.status_code < 500 or is_late, response.text
+
+
+GOOD = {
+    "/v1/completions": {"prompt": "x", "max_tokens": 3},
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": "x"}], "max_tokens": 3},
+    "/tokenize": {"prompt": "x"},
+    "/detokenize": {"tokens": [97]},
+}
 CHECKS = [
-    not_a_server_error, status_code_conformance, content_type_conformance, response_headers_conformance,
+    no_failure_of_ours, status_code_conformance, content_type_conformance, response_headers_conformance,
     response_schema_conformance,
 ]  # fmt: skip
 PATHS = {
@@ -60,16 +71,22 @@ PATHS = {
 @pytest.fixture(scope="module", autouse=True)
 def idle_at_the_end() -> Iterator[None]:
     yield
-    for path in ("/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"):
+    for path in GOOD:
         assert {200, 400} <= STATUSES[path], f"{path} was answered with {STATUSES[path]} alone: the fuzzer missed it"
     check_idle(ENGINE)
     APP.server.engine.shutdown()
 
 
 @SCHEMA.parametrize()
-@settings(max_examples=60, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=30, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
 def test_fuzz(case: schemathesis.Case) -> None:
+    """As made; and with one field alone of those made, beside good ones: many odd fields at once are refused for one."""
     case.call_and_validate(checks=CHECKS)
+    if case.path in GOOD and isinstance(case.body, dict) and case.body:
+        names = sorted(case.body)
+        name = names[len(repr(case.body)) % len(names)]
+        case.body = GOOD[case.path] | {name: case.body[name]}
+        case.call_and_validate(checks=CHECKS)
 
 
 def test_the_document_has_every_path() -> None:

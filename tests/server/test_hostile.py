@@ -290,6 +290,28 @@ def test_ten_thousand_requests_in_the_queue() -> None:
         assert engine.metrics.finished_requests["length"] == sum(sizes) == 10_000
 
 
+@pytest.mark.parametrize("asks", [False, True], ids=["the server's limit", "its own"])
+def test_a_request_that_takes_too_long(asks: bool) -> None:
+    """504 for a whole answer, an event in a stream that has begun; in the queue as well as when it runs."""
+    engine = make_engine(step_s=0.01, max_num_seqs=2)
+    with served(engine, request_timeout_s=60 if asks else 0.5) as url:
+        body = {"prompt": "x", "max_tokens": 2000, "ignore_eos": True} | ({"timeout": 0.5} if asks else {})
+
+        async def all_of_them() -> list[httpx.Response]:
+            async with httpx.AsyncClient(base_url=url, timeout=20) as client:
+                bodies = [body, body | {"stream": True}, body | {"n": 2}]
+                return await asyncio.gather(*(client.post("/v1/completions", json=b) for b in bodies))
+
+        begin_s = time.monotonic()
+        whole, stream, late = asyncio.run(all_of_them())
+        assert time.monotonic() - begin_s < 5
+        for answer in (whole, late):
+            check_error(answer, 504, None, "deadline")
+            assert answer.json()["error"]["code"] == "deadline_exceeded"
+        assert stream.status_code == 200 and "deadline_exceeded" in stream.text and stream.text.count('"text"') > 3
+        check_idle(engine)
+
+
 # ---- Memory.
 
 

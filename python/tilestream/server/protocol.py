@@ -176,7 +176,7 @@ def _check_messages(value: list[object]) -> list[object]:
 class ChatCompletionRequest(GenerationRequest):
     prompt_field: ClassVar[str] = "messages"
 
-    messages: Annotated[list[Message], AfterValidator(_check_messages)]
+    messages: Annotated[list[Message], AfterValidator(_check_messages), Field(json_schema_extra={"minItems": 1})]
     max_tokens: int | None = None  # null: to the end of the context
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
