@@ -102,7 +102,7 @@ def test_stalls(report, request: pytest.FixtureRequest) -> None:
 
 
 def draw(runs: list[Run], target: float, path: Path) -> None:
-    """Each run's times between tokens, as they came."""
+    """Each run's times between tokens: from one token to the next, as high as it is long."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -112,7 +112,8 @@ def draw(runs: list[Run], target: float, path: Path) -> None:
         for index, (came_s, end_s) in enumerate(result.prompts):
             axes.axvspan(came_s, end_s, color="#d9822b", alpha=0.18, linewidth=0, label="" if index else "a prompt is read")
         times_s, gaps_s = zip(*result.tokens, strict=True)
-        axes.plot(times_s, [gap_s * 1e3 for gap_s in gaps_s], color="#3b6ea8", linewidth=1, marker=".", markersize=3)
+        begins_s = [time_s - gap_s for time_s, gap_s in result.tokens]
+        axes.hlines([gap_s * 1e3 for gap_s in gaps_s], begins_s, times_s, color="#3b6ea8", linewidth=2)
         axes.axhline(target, color="#b23b3b", linestyle="--", linewidth=1, label=f"target, {target:.0f} ms")
         axes.set_yscale("log")
         title = f"{result.name}: p99 {result.p99_s() * 1e3:.0f} ms, longest {max(gaps_s) * 1e3:.0f} ms"

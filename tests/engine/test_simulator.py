@@ -117,6 +117,17 @@ def test_affinity_finds_more_in_the_caches() -> None:
         simulate(trace, config, FLAT, route="random")
 
 
+def test_lpm_finds_more_in_the_cache_than_fcfs_does() -> None:
+    """Requests of ten prefixes queue up in front of a cache that holds about three."""
+    trace = [TraceRequest(i * 0.05, 600, 2, prefix_id=str(i * 7 % 10), prefix_tokens=512) for i in range(200)]
+    reports = {}
+    for policy in ("fcfs", "lpm"):
+        config = make_config(enable_prefix_caching=True, kv_cache_tokens=2048, policy=policy)
+        reports[policy] = summarise(simulate(trace, config, FLAT), **LIMITS)
+    assert reports["lpm"].cache_hit_share > 0.5 > 2 * reports["fcfs"].cache_hit_share, reports
+    assert reports["lpm"].requests_s > 1.5 * reports["fcfs"].requests_s
+
+
 def test_quantiles() -> None:
     assert quantiles((float(i), 1) for i in range(1, 101)) == (50.0, 90.0, 99.0)
     assert quantiles([(5.0, 98), (7.0, 2)]) == (5.0, 5.0, 7.0)
