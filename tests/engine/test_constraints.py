@@ -205,6 +205,13 @@ def test_grammars_are_kept_as_far_as_there_is_room(monkeypatch: pytest.MonkeyPat
     assert compiled == ["a", "b", "c", "b"]
 
 
+def test_a_model_without_an_end() -> None:
+    tokenizer = JsonTokenizer()
+    tokenizer.eos_token_ids = frozenset()
+    with pytest.raises(ConstraintError, match="this model has none"):
+        GrammarCompiler(tokenizer, VOCAB_SIZE).matcher(Constraint.regex("a"))
+
+
 @pytest.mark.parametrize(("schema", "words"), [("{", "is no valid JSON: "), ('{"a":' * 100_000, "nested too deeply"), ("", "is no valid JSON")])
 def test_schemas_are_json(schema: str, words: str) -> None:
     with pytest.raises(ValueError, match=words):

@@ -112,6 +112,8 @@ class GrammarCompiler:
         with self._lock:
             if self._vocabulary is None:
                 end = sorted(self._tokenizer.eos_token_ids)
+                if not end:
+                    raise ConstraintError("constraints need an end-of-sequence token, and this model has none")
                 tokens = [self._tokenizer.token_bytes(token_id) for token_id in range(self._vocab_size)]
                 vocabulary = _Vocabulary(self._tokenizer, tokens, end[0])
                 wrapper = llguidance.TokenizerWrapper(vocabulary)
@@ -152,7 +154,7 @@ def _check_size(kind: str, text: str) -> None:
 
 
 def _first_line(message: str) -> str:
-    """llguidance's messages go on with the grammar's own text, and regex errors say what is wrong in a last `error:` line."""
+    """llguidance's messages go on with the grammar's own text; those of regexes say what is wrong in an `error:` line."""
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     reason = next((line for line in lines if line.startswith("error:")), "")
     return " ".join([*lines[:1], reason]).strip()

@@ -34,8 +34,8 @@ def edit_logits(logits: torch.Tensor, edited: Sequence[EditedRow]) -> None:
 
 @functools.cache
 def _addends(device: torch.device) -> torch.Tensor:
-    """[256, 8], float32: for each byte what its bits, lowest first, add to logits: 0 where set, -inf where not. A look-up and
-    an addition take half as long as a masked_fill_."""
+    """[256, 8], float32: what the bits of each byte, lowest first, add to logits: 0 where set, -inf where not. A look-up
+    and an addition take half as long as a masked_fill_."""
     bits = torch.arange(256).unsqueeze(1) >> torch.arange(8) & 1
     return torch.where(bits > 0, 0.0, -torch.inf).to(device)
 
