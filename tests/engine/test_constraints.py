@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tilestream.constraint import Constraint
 from tilestream.engine import constraints
-from tilestream.engine.constraints import ConstraintError, GrammarCompiler
+from tilestream.engine.constraints import ConstraintError, GrammarCompiler, Matcher
 from tilestream.engine.engine import Engine
 from tilestream.engine.request import RequestDelta
 from tilestream.sampling_params import SamplingParams
@@ -45,6 +45,7 @@ def one(constraint: Constraint, engine: Engine | None = None, **fields: object) 
 
 
 _NAMES = st.text("abcxyz_ü", min_size=1, max_size=4)
+_INTEGERS = st.integers(-(2**53), 2**53)
 _LEAVES = st.one_of(
     st.just({"type": "boolean"}),
     st.just({"type": "null"}),
@@ -52,8 +53,8 @@ _LEAVES = st.one_of(
     st.builds(lambda high: {"type": "number", "exclusiveMaximum": high}, st.integers(-5, 5)),
     st.builds(lambda low, size: {"type": "string", "minLength": low, "maxLength": low + size}, st.integers(0, 3), st.integers(0, 8)),
     st.just({"type": "string", "pattern": "^[a-c]{2,5}$"}),
-    st.builds(lambda values: {"enum": values}, st.lists(st.one_of(st.integers(), _NAMES, st.none()), min_size=1, max_size=4)),
-    st.builds(lambda value: {"const": value}, st.one_of(_NAMES, st.integers(), st.booleans())),
+    st.builds(lambda values: {"enum": values}, st.lists(st.one_of(_INTEGERS, _NAMES, st.none()), min_size=1, max_size=4)),
+    st.builds(lambda value: {"const": value}, st.one_of(_NAMES, _INTEGERS, st.booleans())),
 )
 
 
@@ -76,7 +77,7 @@ SCHEMAS = st.recursive(
 )  # fmt: skip
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(schema=SCHEMAS, seed=st.integers(0, 2**32))
 def test_answers_are_valid_under_any_schema(schema: dict, seed: int) -> None:
     constraint = Constraint.json_schema(schema)
@@ -171,6 +172,8 @@ def test_logprobs_are_the_models_own() -> None:
         (Constraint.json_schema({"type": "frob"}), "the json_schema cannot be compiled: Invalid type: frob"),
         (Constraint.json_schema("[]"), "the json_schema cannot be compiled: "),
         (Constraint.json_schema({"const": "x" * 200_000}), "has 200013 characters; at most 131072 are allowed"),
+        (Constraint.json_schema({"const": 2**53 + 1}), "exact up to 9007199254740992, and it has 9007199254740993"),
+        (Constraint.json_schema({"minimum": -(10**60 - 1)}), "and it has -9999"),
         (Constraint.regex("x" * 20_000), "the regex has 20000 characters; at most 16384"),
         (Constraint.json_schema({"$defs": {f"a{i}": {"$ref": f"#/$defs/a{i + 1}"} for i in range(3500)}}), "has 3500 references; at most 1000"),
         (Constraint.grammar("start: a0\n" + "".join(f"a{i}:a{i + 1}\n" for i in range(1400))), "has 1401 rules; at most 1000"),
@@ -195,6 +198,17 @@ def test_a_grammar_that_grows_too_large_ends_its_request_only() -> None:
     assert text_of(fine) == "abc"
 
 
+def test_a_matcher_that_breaks_ends_its_request_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make_engine()
+    engine.add_request("broken", PROMPT, SamplingParams(constraint=OBJECT))
+    engine.add_request("fine", PROMPT, SamplingParams(constraint=Constraint.regex("abc")))
+    broken = engine._requests["broken"].matcher
+    fill = Matcher.fill_allowed
+    monkeypatch.setattr(Matcher, "fill_allowed", lambda m, *where: 1 / 0 if m is broken else fill(m, *where))
+    deltas = run_all(engine)
+    assert deltas["broken"][-1].finish_reason == "error" and text_of(deltas["fine"]) == "abc"
+
+
 def test_grammars_are_kept_as_far_as_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constraints, "_MAX_CACHED_GRAMMARS", 2)
     compiler, compiled = GrammarCompiler(JsonTokenizer(), VOCAB_SIZE), []
@@ -203,6 +217,13 @@ def test_grammars_are_kept_as_far_as_there_is_room(monkeypatch: pytest.MonkeyPat
     for text in "abacab":
         compiler.matcher(Constraint.regex(text)).accept(ord(text))  # each matcher begins anew
     assert compiled == ["a", "b", "c", "b"]
+
+
+def test_a_model_without_an_end() -> None:
+    tokenizer = JsonTokenizer()
+    tokenizer.eos_token_ids = frozenset()
+    with pytest.raises(ConstraintError, match="this model has none"):
+        GrammarCompiler(tokenizer, VOCAB_SIZE).matcher(Constraint.regex("a"))
 
 
 @pytest.mark.parametrize(("schema", "words"), [("{", "is no valid JSON: "), ('{"a":' * 100_000, "nested too deeply"), ("", "is no valid JSON")])

@@ -73,6 +73,23 @@ def test_preempted_prompts_are_scored_once() -> None:
         assert deltas[0].prompt_logprobs == expected(prompt, 1)
 
 
+def test_a_prompt_that_is_preempted_halfway_is_scored_once() -> None:
+    """Ten decodes leave little of the budget to a long prompt, and in the end no page."""
+    engine = make_engine(kv_cache_tokens=16 * 32, max_model_len=300, token_budget=14, enable_prefix_caching=False)
+    for i in range(10):
+        engine.add_request(str(i), [30 + i] * 5, SamplingParams(max_tokens=100, ignore_eos=True, seed=i))
+    prompt = list(range(150))
+    engine.add_request("scored", prompt, SCORE)
+    request, most_computed, computed_again = engine._requests["scored"], 0, False
+    deltas = []
+    while engine.has_work():
+        deltas += [delta for delta in engine.step() if delta.request_id == "scored"]
+        most_computed = max(most_computed, request.num_computed_tokens)
+        computed_again |= 0 < request.num_computed_tokens < most_computed and request.lacks_prompt_logprobs
+    assert computed_again
+    assert deltas[-1].prompt_logprobs == expected(prompt, 2)
+
+
 def test_few_rows_of_logits_are_held(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner_module, "_SCORED_ROWS", 8)
     engine, sizes = make_engine(), []

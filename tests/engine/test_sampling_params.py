@@ -48,7 +48,16 @@ def test_values_out_of_range(name: str, value: object, words: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("constraint", {"type": "object"}), ("logit_bias", {"5": 1}), ("max_tokens", 1.5), ("temperature", "hot"), ("top_k", True), ("seed", "x"), ("stop", [1]), ("top_p", None)],
+    [
+        ("max_tokens", 1.5),
+        ("temperature", "hot"),
+        ("top_k", True),
+        ("seed", "x"),
+        ("stop", [1]),
+        ("top_p", None),
+        ("logit_bias", {"5": 1}),
+        ("constraint", {"type": "object"}),
+    ],
 )
 def test_wrong_types(name: str, value: object) -> None:
     with pytest.raises(TypeError, match=f"{name} must be"):

@@ -32,6 +32,9 @@ class ByteTokenizer:
     def token_bytes(self, token_id: int) -> bytes:
         return bytes([token_id]) if token_id < EOS else b""
 
+    def special_token_bytes(self, token_id: int) -> bytes:
+        return self.token_bytes(token_id) or b"<eos>"
+
     def decode(self, ids: list[int]) -> str:
         return bytes(i for i in ids if i < EOS).decode(errors="replace")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
@@ -14,11 +15,13 @@ if TYPE_CHECKING:
 
     from tilestream.engine.protocols import EngineTokenizer
 
-_MAX_CACHED_GRAMMARS = 256
+_MAX_CACHED_GRAMMARS = 64  # a kilobyte to 50 MB each
 # The time to compile grows faster than the text: at most some seconds with these. References are followed by recursion, and
 # some thousands in a chain (3,500, not 2,000) overflow the stack, which no one catches.
 _MAX_CHARACTERS = {"json_schema": 131_072, "regex": 16_384, "choice": 131_072, "grammar": 16_384}
 _MAX_REFERENCES = 1000
+_MAX_EXACT_INTEGER = 2**53  # llguidance reads numbers as doubles
+_MAX_LEXER_WORK = {"initial_lexer_fuel": 300_000, "step_lexer_fuel": 100_000, "max_lexer_states": 50_000}
 # JSON allows any amount of white space between tokens, and a small model may well write nothing else.
 _JSON_WHITESPACE = r"[ \t\n]{0,20}"
 
@@ -93,13 +96,15 @@ class GrammarCompiler:
         _check_size(kind, text)
         try:
             if kind == "json_schema":
+                json.loads(text, parse_int=_check_integer)
                 options = {"whitespace_pattern": _JSON_WHITESPACE}
                 source = llguidance.LLMatcher.grammar_from_json_schema(text, overrides=options)
             else:
                 source = llguidance.grammar_from(kind, text)
         except ValueError as error:
             raise ConstraintError(f"the {kind} cannot be compiled: {error}") from None
-        grammar = llguidance.LLMatcher(self._get_vocabulary(), source, log_level=0)
+        limits = llguidance.LLParserLimits(**_MAX_LEXER_WORK)
+        grammar = llguidance.LLMatcher(self._get_vocabulary(), source, log_level=0, limits=limits)
         grammar.compute_bitmask()  # some grammars prove too large only now; and the first one of each takes the longest
         if grammar.is_error():
             raise ConstraintError(f"the {kind} cannot be compiled: {_first_line(grammar.get_error())}")
@@ -112,6 +117,8 @@ class GrammarCompiler:
         with self._lock:
             if self._vocabulary is None:
                 end = sorted(self._tokenizer.eos_token_ids)
+                if not end:
+                    raise ConstraintError("constraints need an end-of-sequence token, and this model has none")
                 tokens = [self._tokenizer.token_bytes(token_id) for token_id in range(self._vocab_size)]
                 vocabulary = _Vocabulary(self._tokenizer, tokens, end[0])
                 wrapper = llguidance.TokenizerWrapper(vocabulary)
@@ -151,8 +158,13 @@ def _check_size(kind: str, text: str) -> None:
         raise ConstraintError(f"the {kind} has {num} {what}; at most {_MAX_REFERENCES} are allowed")
 
 
+def _check_integer(digits: str) -> None:
+    if len(digits) > 17 or abs(int(digits)) > _MAX_EXACT_INTEGER:
+        raise ValueError(f"integers are exact up to {_MAX_EXACT_INTEGER}, and it has {digits[:40]}")
+
+
 def _first_line(message: str) -> str:
-    """llguidance's messages go on with the grammar's own text, and regex errors say what is wrong in a last `error:` line."""
+    """llguidance's messages go on with the grammar's own text; those of regexes say what is wrong in an `error:` line."""
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     reason = next((line for line in lines if line.startswith("error:")), "")
     return " ".join([*lines[:1], reason]).strip()

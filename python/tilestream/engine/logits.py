@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Sequence
 
 import torch
 
 from tilestream.engine.request import Request
+
+logger = logging.getLogger("tilestream.engine")
 
 EditedRow = tuple[int, Request]  # a row of logits, and whose it is
 
@@ -27,15 +30,18 @@ def edit_logits(logits: torch.Tensor, edited: Sequence[EditedRow]) -> None:
             values.index_add_(0, _on(logits, token_ids), _on(logits, biases, torch.float32))
         if request.matcher is not None:
             allowed = torch.zeros(-(-logits.size(1) // 32) * 4, dtype=torch.uint8)  # a bit per token
-            request.matcher.fill_allowed(allowed.data_ptr(), allowed.numel())
+            try:
+                request.matcher.fill_allowed(allowed.data_ptr(), allowed.numel())
+            except Exception:  # with nothing allowed this request ends, and not the step
+                logger.exception("the constraint of request %s failed", request.request_id)
             allowed = allowed.to(logits.device, non_blocking=True).int()
             values.add_(_addends(logits.device).index_select(0, allowed).view(-1)[: logits.size(1)])
 
 
 @functools.cache
 def _addends(device: torch.device) -> torch.Tensor:
-    """[256, 8], float32: for each byte what its bits, lowest first, add to logits: 0 where set, -inf where not. A look-up and
-    an addition take half as long as a masked_fill_."""
+    """[256, 8], float32: what the bits of each byte, lowest first, add to logits: 0 where set, -inf where not. A look-up
+    and an addition take half as long as a masked_fill_."""
     bits = torch.arange(256).unsqueeze(1) >> torch.arange(8) & 1
     return torch.where(bits > 0, 0.0, -torch.inf).to(device)
 
