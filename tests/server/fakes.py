@@ -33,6 +33,9 @@ class ByteTokenizer:
         return bytes([token_id]) if token_id < EOS else b""
 
     def special_token_bytes(self, token_id: int) -> bytes:
+        return bytes([token_id]) if token_id < EOS else b"<end>"
+
+    def special_token_bytes(self, token_id: int) -> bytes:
         return self.token_bytes(token_id) or b"<eos>"
 
     def decode(self, ids: list[int]) -> str:
