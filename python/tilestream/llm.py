@@ -15,6 +15,7 @@ from tilestream.calibrate import use_softmax_ranges
 from tilestream.engine.async_engine import AsyncEngine
 from tilestream.engine.config import EngineConfig
 from tilestream.engine.engine import Engine
+from tilestream.engine.errors import QueueFullError
 from tilestream.engine.request import FinishReason, RequestDelta, TokenLogprobs
 from tilestream.engine.runner import ModelRunner
 from tilestream.models import load_model
@@ -39,7 +40,7 @@ class RequestOutput:
         prompt: as given, None for token ids.
         prompt_token_ids, token_ids: the prompt's and the answer's tokens.
         text: the answer.
-        logprobs: one entry per answer token, when asked for.
+        logprobs: one entry per answer token, when asked for; prompt_logprobs: per prompt token but the first.
         finish_reason: "stop", "length", "abort" or "error"; stop_reason: the stop string or token, if any.
         error: a sentence, with finish_reason "error".
         num_cached_tokens: prompt tokens whose KV was found in the prefix cache.
@@ -51,6 +52,7 @@ class RequestOutput:
     text: str
     token_ids: list[int]
     logprobs: list[TokenLogprobs] | None
+    prompt_logprobs: list[TokenLogprobs] | None
     finish_reason: FinishReason
     stop_reason: str | int | None
     error: str | None
@@ -71,7 +73,8 @@ class LLM:
         kv_cache_tokens: tokens the KV cache holds; None: a quarter of the free memory (of a GPU nine tenths of what its
             weights leave), at most 16 full contexts.
         max_model_len: most tokens of one request; None: the model's context length, or the cache if smaller.
-        max_num_seqs, token_budget, max_queued_requests, enable_prefix_caching, batch_invariant, seed: see EngineConfig.
+        max_num_seqs, token_budget, tbt_ms, policy, max_queued_requests, max_queued_tokens, enable_prefix_caching,
+            batch_invariant, seed: see EngineConfig.
         act_bits: of the activations that meet quantised weights: "auto", "4", "8" or "16": see load_model.
         softmax_ranges: a file of tilestream.calibrate, from which layers get the maximum that decodes on CUDA weigh by;
             None: the online softmax.
@@ -98,7 +101,10 @@ class LLM:
         max_model_len: int | None = None,
         max_num_seqs: int = 256,
         token_budget: int = 512,
+        tbt_ms: float | None = None,
+        policy: str = "fcfs",
         max_queued_requests: int = 1024,
+        max_queued_tokens: int | None = None,
         enable_prefix_caching: bool = True,
         batch_invariant: bool = False,
         seed: int | None = None,
@@ -131,7 +137,10 @@ class LLM:
             page_size=page_size,
             max_num_seqs=max_num_seqs,
             token_budget=token_budget,
+            tbt_ms=tbt_ms,
+            policy=policy,
             max_queued_requests=max_queued_requests,
+            max_queued_tokens=max_queued_tokens,
             enable_prefix_caching=enable_prefix_caching,
             batch_invariant=batch_invariant,
             seed=seed,
@@ -179,7 +188,7 @@ class LLM:
         unfinished = set(ids)
         try:
             while unfinished:
-                while queue and self.engine.num_waiting < self.engine.config.max_queued_requests:
+                while queue and self._has_room(queue[0][1]):
                     self.engine.add_request(*queue.popleft())
                 for delta in self.engine.step():
                     if delta.request_id in deltas:
@@ -230,6 +239,13 @@ class LLM:
             if not finished:
                 self.engine.abort(request_id)
 
+    def _has_room(self, token_ids: list[int]) -> bool:
+        try:
+            self.engine.check_queue(len(token_ids))
+        except QueueFullError:
+            return False
+        return True
+
     def _check_not_async(self) -> None:
         if self._async_engine is not None:
             raise RuntimeError("this engine runs on its own thread since async_engine was first used; use async_engine.stream()")
@@ -251,6 +267,7 @@ def _output(prompt: Prompt, token_ids: list[int], deltas: list[RequestDelta]) ->
         text="".join(delta.text for delta in deltas),
         token_ids=[token for delta in deltas for token in delta.token_ids],
         logprobs=logprobs if any(delta.logprobs is not None for delta in deltas) else None,
+        prompt_logprobs=next((d.prompt_logprobs for d in deltas if d.prompt_logprobs is not None), None),
         finish_reason=last.finish_reason,
         stop_reason=last.stop_reason,
         error=last.error,

@@ -5,14 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from tilestream.engine.config import EngineConfig
+from tilestream.engine.cost_model import CostModel
 from tilestream.engine.engine import Engine
 from tilestream.engine.request import RequestDelta
 from tilestream.engine.scheduler import SampledTokens, StepPlan
+from tilestream.engine.step_budget import TILE_TOKENS
 from tilestream.sampling_params import SamplingParams
 
 EOS = 256
 NUM_LETTERS = 26
 GREEDY = SamplingParams(temperature=0, max_tokens=8)
+# A step of 64 tokens takes about 10 ms, with 100 keys behind them about 1 ms more.
+COSTS = CostModel(
+    fixed_s=2e-3, token_s=1e-4, dense_token_s=5e-5, knee_tokens=48, sample_s=1e-4, kv_token_s=1e-6, pair_s=2e-7
+)
 
 
 class ByteTokenizer:
@@ -21,8 +27,14 @@ class ByteTokenizer:
     vocab_size = 257
     eos_token_ids = frozenset({EOS})
 
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        return list(text.encode())
+
     def token_bytes(self, token_id: int) -> bytes:
         return b"" if token_id == EOS else bytes([token_id])
+
+    def special_token_bytes(self, token_id: int) -> bytes:
+        return b"<eos>" if token_id == EOS else bytes([token_id])
 
 
 def mix(state: int, token_id: int) -> int:
@@ -121,6 +133,8 @@ class FakeRunner:
             assert item.num_new_tokens > 0 and item.start == request.num_computed_tokens
             assert item.samples == (item.start + item.num_new_tokens == request.num_tokens)
             assert len(request.pages) * self.config.page_size >= item.start + item.num_new_tokens
+        if self.config.tbt_ms is not None and plan.num_prefill_tokens > TILE_TOKENS:
+            assert COSTS.step_s(plan) <= self.config.tbt_ms / 1e3, "over the target, by more than a tile of prefill"
         # Stall-free: whoever runs and is one token behind is in the step.
         scheduled = {item.request.request_id for item in plan.scheduled}
         for request in self.engine.scheduler.running:
@@ -139,7 +153,7 @@ def make_engine(
 ) -> Engine:
     config = make_config(**changes)
     runner = FakeRunner(config, script, overlaps=overlaps)
-    runner.engine = Engine(runner, ByteTokenizer(), config)
+    runner.engine = Engine(runner, ByteTokenizer(), config, COSTS)
     return runner.engine
 
 

@@ -106,6 +106,19 @@ async def test_refusals_come_from_the_call_itself(make) -> None:
         assert len([delta async for delta in stream]) == 8
 
 
+async def test_the_queue_is_limited_by_tokens_that_the_engine_has_not_seen_yet(make) -> None:
+    gate = Gate()
+    engine = make(gate=gate, max_queued_tokens=12, max_num_seqs=1)
+    running = engine.stream("a", HELLO, GREEDY)
+    await until(lambda: engine.metrics.num_requests_running == 1)
+    waiting = [engine.stream(name, HELLO, GREEDY) for name in "bc"]
+    with pytest.raises(QueueFullError, match="10 prompt tokens wait, at most 12 may"):
+        engine.stream("d", HELLO, GREEDY)
+    gate.open()
+    for stream in (running, *waiting):
+        assert len([delta async for delta in stream]) == 8
+
+
 async def test_a_cancelled_reader_aborts_its_request(make) -> None:
     gate = Gate()
     engine = make(gate=gate, kv_cache_tokens=4096, max_model_len=4096)

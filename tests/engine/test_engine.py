@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 from tilestream.engine.engine import Engine
 from tilestream.engine.errors import PromptTooLongError, QueueFullError
+from tilestream.engine.request import RequestOptions
 from tilestream.sampling_params import SamplingParams
 
 from .fakes import EOS, GREEDY, expected_output, make_engine, run_all, text_of, tokens_of
@@ -124,6 +127,53 @@ def test_a_full_queue_refuses() -> None:
     engine.step()
     engine.add_request("c", HELLO, GREEDY)
     assert set(run_all(engine)) == {"a", "b", "c"}
+
+
+def test_a_queue_full_of_tokens_refuses_and_says_when_to_come_back() -> None:
+    engine = make_engine(max_queued_tokens=100, max_num_seqs=1)
+    engine.add_request("a", [1] * 60, SamplingParams(temperature=0, max_tokens=30))
+    engine.add_request("b", [1] * 40, GREEDY)
+    with pytest.raises(QueueFullError, match="100 prompt tokens wait, at most 100 may") as caught:
+        engine.add_request("c", HELLO, GREEDY)
+    assert caught.value.retry_after_s == 1  # nothing is known yet
+    engine._queue_limits.count_step(10, 1.0)
+    with pytest.raises(QueueFullError) as caught:
+        engine.add_request("c", HELLO, GREEDY)
+    assert caught.value.retry_after_s == 10  # 100 tokens at 10 a second
+    engine.step()  # a runs
+    engine.add_request("c", HELLO, GREEDY)
+    engine.abort("c")
+    run_all(engine)
+    engine.add_request("d", [1] * 200, GREEDY)  # larger than the queue, but nobody waits
+    with pytest.raises(QueueFullError, match="200 prompt tokens wait"):
+        engine.add_request("e", [1], GREEDY)
+    assert set(run_all(engine)) == {"d"}
+
+
+def test_deadlines_end_who_waits_and_who_runs() -> None:
+    engine = make_engine(max_num_seqs=1)
+    now_s = time.monotonic()
+    for name, deadline_s in (("runs", now_s + 0.2), ("waits", now_s + 0.2), ("in time", now_s + 1000), ("free", None)):
+        engine.add_request(name, HELLO, SamplingParams(max_tokens=400), RequestOptions(deadline_s=deadline_s))
+    engine.step()
+    time.sleep(max(0.0, now_s + 0.21 - time.monotonic()))
+    late = {delta.request_id: delta for delta in engine.step() if delta.finish_reason is not None}
+    assert set(late) == {"runs", "waits"} and {delta.finish_reason for delta in late.values()} == {"abort"}
+    assert late["runs"].error == "the deadline of the request passed while it ran, after 1 tokens"
+    assert late["waits"].error == "the deadline of the request passed while it waited"
+    engine.scheduler.check_invariants()
+    ends = {name: deltas[-1].finish_reason for name, deltas in run_all(engine).items()}
+    assert ends == {"in time": "length", "free": "length"}
+
+
+def test_a_deadline_outlives_its_request_and_hits_no_namesake() -> None:
+    engine = make_engine()
+    soon_s = time.monotonic() + 0.05
+    engine.add_request("r", HELLO, GREEDY, RequestOptions(deadline_s=soon_s))
+    assert run_all(engine)["r"][-1].finish_reason == "length"
+    engine.add_request("r", HELLO, SamplingParams(max_tokens=400))
+    time.sleep(max(0.0, soon_s + 0.01 - time.monotonic()))
+    assert run_all(engine)["r"][-1].finish_reason == "length"
 
 
 def two_running(script: dict[str, list[int]] | None = None) -> Engine:

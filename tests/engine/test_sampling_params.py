@@ -20,7 +20,7 @@ def test_defaults_and_canonical_forms() -> None:
 @pytest.mark.parametrize(
     ("name", "value", "words"),
     [
-        ("max_tokens", 0, "max_tokens must be None or at least 1, got 0"),
+        ("max_tokens", 0, r"max_tokens must be None or at least 1 \(0 with prompt_logprobs only\), got 0"),
         ("temperature", -0.1, "temperature must be finite and at least 0, got -0.1"),
         ("temperature", math.nan, "got nan"),
         ("temperature", math.inf, "got inf"),
@@ -33,6 +33,10 @@ def test_defaults_and_canonical_forms() -> None:
         ("frequency_penalty", -3, r"frequency_penalty must be in \[-2, 2\], got -3"),
         ("seed", 2**63, "seed must be None or an int64"),
         ("logprobs", 21, r"logprobs must be None or in 0..20, got 21"),
+        ("min_tokens", 17, "min_tokens must be at most max_tokens = 16, got 17"),
+        ("prompt_logprobs", 21, r"prompt_logprobs must be None or in 0..20, got 21"),
+        ("logit_bias", {5: 101}, r"logit_bias must be in \[-100, 100\] for each token, got 101"),
+        ("logit_bias", {-1: 5}, "logit_bias must be of token ids, at least 0, got -1"),
         ("stop", ["a", ""], "empty string"),
         ("stop_token_ids", [-1], "stop_token_ids must be token ids, at least 0, got -1"),
     ],
@@ -44,7 +48,16 @@ def test_values_out_of_range(name: str, value: object, words: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("max_tokens", 1.5), ("temperature", "hot"), ("top_k", True), ("seed", "x"), ("stop", [1]), ("top_p", None)],
+    [
+        ("max_tokens", 1.5),
+        ("temperature", "hot"),
+        ("top_k", True),
+        ("seed", "x"),
+        ("stop", [1]),
+        ("top_p", None),
+        ("logit_bias", {"5": 1}),
+        ("constraint", {"type": "object"}),
+    ],
 )
 def test_wrong_types(name: str, value: object) -> None:
     with pytest.raises(TypeError, match=f"{name} must be"):

@@ -263,10 +263,13 @@ def test_find_prefix_groups_splits_where_that_saves_more() -> None:
 
 def test_no_torch_here() -> None:
     folder = Path(tilestream.engine.scheduler.__file__).parent
-    for path in set(folder.glob("*.py")) - {folder / "batch.py", folder / "runner.py"}:
+    numeric = {"batch.py", "logits.py", "runner.py", "profiler.py"}  # profiler.py: numpy alone, at start-up
+    for path in folder.glob("*.py"):
+        if path.name in numeric:
+            continue
         for node in ast.walk(ast.parse(path.read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module] if isinstance(node, ast.ImportFrom) else []
-            allowed = ("tilestream.engine", "tilestream.sampling_params")
+            allowed = ("tilestream.engine", "tilestream.sampling_params", "tilestream.constraint")
             assert all(not n.startswith(("torch", "numpy")) for n in names), path
             assert all(n.startswith(allowed) for n in names if n.startswith("tilestream")), path

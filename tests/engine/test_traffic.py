@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
+import time
 from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tilestream.engine.request import RequestDelta
+from tilestream.engine.policies import POLICIES
+from tilestream.engine.request import RequestDelta, RequestOptions
 from tilestream.engine.scheduler import StepPlan
 from tilestream.sampling_params import SamplingParams
 
@@ -24,11 +26,15 @@ CONFIGS = st.fixed_dictionaries(
         "enable_prefix_caching": st.booleans(),
         "batch_invariant": st.booleans(),
         "overlaps": st.booleans(),
+        "policy": st.sampled_from(POLICIES),
+        "tbt_ms": st.sampled_from((None, 1.0, 8.0, 20.0)),  # 1.0: not even an empty step keeps it
     }
 )
+# Who, how important, and whether its deadline will have passed.
+OPTIONS = st.tuples(st.sampled_from(("", "a", "b")), st.integers(-1, 1), st.sampled_from((False, False, False, True)))
 # Prompt family, shared tokens, own tokens, max_tokens, greedy.
 REQUESTS = st.tuples(
-    st.integers(0, 2), st.integers(1, 90), st.integers(0, 40), st.integers(1, 60), st.booleans()
+    st.integers(0, 2), st.integers(1, 90), st.integers(0, 40), st.integers(1, 60), st.booleans(), OPTIONS
 )
 EVENTS = st.one_of(
     st.lists(REQUESTS, min_size=1, max_size=4),  # these come
@@ -53,18 +59,32 @@ class Traffic:
         self.prompts: dict[str, list[int]] = {}
         self.params: dict[str, SamplingParams] = {}
         self.deltas: dict[str, list[RequestDelta]] = {}
-        self.order: list[str] = []  # of first admission
+        self.options: dict[str, RequestOptions] = {}
+        self.order: dict[str, list[str]] = {}  # of first admission, by tenant
 
     def watch(self, plan: StepPlan) -> None:
-        self.order += [i.request.request_id for i in plan.scheduled if i.request.first_scheduled_s is None]
+        scheduler = self.engine.scheduler
+        admitted = [i.request for i in plan.scheduled if i.request.first_scheduled_s is None]
+        for request in admitted:
+            self.order.setdefault(request.options.tenant, []).append(request.request_id)
+            if scheduler.config.policy == "priority":
+                assert all(request.options.priority <= other.options.priority for other in scheduler.waiting)
+        ranks = [scheduler.waiting.rank(request) for request in scheduler.running]
+        assert ranks == sorted(ranks), "preemption would not take the last"
 
-    def add(self, family: int, num_shared: int, num_own: int, max_tokens: int, greedy: bool) -> None:
+    def add(
+        self, family: int, num_shared: int, num_own: int, max_tokens: int, greedy: bool,
+        options: tuple[str, int, bool] = ("", 0, False),
+    ) -> None:  # fmt: skip
         config = self.engine.config
         name = str(len(self.prompts))
         prompt = make_prompt(family, num_shared, num_own, name)
         prompt = prompt[: min(config.max_model_len - 1, config.capacity_tokens)]
         params = SamplingParams(max_tokens=max_tokens, temperature=0 if greedy else 1)
-        self.engine.add_request(name, prompt, params)
+        tenant, priority, late = options
+        deadline_s = time.monotonic() + (0.01 if late else 1000.0)
+        self.options[name] = RequestOptions(tenant=tenant, priority=priority, deadline_s=deadline_s)
+        self.engine.add_request(name, prompt, params, self.options[name])
         self.prompts[name], self.params[name], self.deltas[name] = prompt, params, []
         self.seeds[name] = self.engine._requests[name].seed
 
@@ -91,7 +111,9 @@ class Traffic:
         """Run what is left; every request has ended as it must, with the tokens that it must have."""
         for rest in run_all(self.engine).values():
             self.take(rest)
-        assert self.order == [name for name in self.prompts if name in set(self.order)], "not first come first served"
+        if self.engine.config.policy == "fcfs":
+            for order in self.order.values():
+                assert order == sorted(order, key=int), "not first come first served"
         for name, deltas in self.deltas.items():
             output = tokens_of(deltas)
             assert output == expected_output(self.prompts[name], self.params[name], self.seeds[name], len(output))
@@ -102,6 +124,8 @@ class Traffic:
                 assert len(output) == min(self.params[name].max_tokens, room)
             else:
                 assert deltas[-1].finish_reason in ("abort", "error")
+                if deltas[-1].finish_reason == "abort" and deltas[-1].error is not None:
+                    assert "deadline" in deltas[-1].error and deltas[-1].finish_s >= self.options[name].deadline_s
 
 
 @settings(deadline=None)
@@ -121,8 +145,9 @@ def test_any_traffic(config: dict, events: list) -> None:
 
 
 @pytest.mark.parametrize("overlaps", [False, True])
-@pytest.mark.parametrize("seed", range(12))
-def test_crowded_traffic(seed: int, overlaps: bool) -> None:
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("seed", range(4))
+def test_crowded_traffic(seed: int, policy: str, overlaps: bool) -> None:
     """Long outputs in a small cache: requests are preempted all the time, while some leave and some steps fail."""
     rng = random.Random(seed)
     traffic = Traffic({
@@ -132,10 +157,15 @@ def test_crowded_traffic(seed: int, overlaps: bool) -> None:
         "max_num_seqs": 8,
         "enable_prefix_caching": seed % 2 == 0,
         "overlaps": overlaps,
+        "policy": policy,
+        "tbt_ms": rng.choice((None, 6.0)),
     })  # fmt: skip
     for _ in range(500):
         if rng.random() < 0.15:
-            traffic.add(rng.randrange(2), rng.randint(1, 40), rng.randrange(8), rng.randint(20, 90), rng.random() < 0.5)
+            options = rng.choice(("", "a")), rng.randrange(2), rng.random() < 0.1
+            traffic.add(
+                rng.randrange(2), rng.randint(1, 40), rng.randrange(8), rng.randint(20, 90), rng.random() < 0.5, options
+            )
         if rng.random() < 0.02:
             traffic.harm(rng.choice(("abort", "abort", "fail")), rng.randrange(99))
         traffic.step()
@@ -173,6 +203,8 @@ def test_configurations_change_no_answer() -> None:
         crowded, num_preemptions, _ = answers(kv_cache_tokens=320, token_budget=64, enable_prefix_caching=caching)
         assert crowded == expected and num_preemptions > 0
     assert answers(max_num_seqs=1)[0] == expected
+    for config in ({"policy": "lpm"}, {"policy": "lpm", "kv_cache_tokens": 320}, {"tbt_ms": 6.0}):
+        assert answers(**config)[0] == expected
     for config in ({}, {"kv_cache_tokens": 320, "token_budget": 64}):
         assert answers(overlaps=True, **config)[0] == expected
 

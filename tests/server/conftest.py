@@ -10,7 +10,8 @@ from collections.abc import AsyncIterator, Iterator
 import httpx
 import pytest
 import uvicorn
-from tilestream.server.http import create_app
+from tilestream.server.app import create_app
+from tilestream.server.settings import ServerSettings
 
 from .fakes import MAX_MODEL_LEN, ByteTokenizer, FakeAsyncEngine
 
@@ -18,10 +19,9 @@ MODEL = "fake-model"
 MAX_BODY_BYTES = 100_000
 
 
-def make_app(engine: FakeAsyncEngine):
-    return create_app(
-        engine, ByteTokenizer(), model_name=MODEL, max_model_len=MAX_MODEL_LEN, max_body_bytes=MAX_BODY_BYTES
-    )
+def make_app(engine: FakeAsyncEngine, **limits: object):
+    settings = ServerSettings(**{"max_body_bytes": MAX_BODY_BYTES} | limits)
+    return create_app(engine, ByteTokenizer(), model_name=MODEL, max_model_len=MAX_MODEL_LEN, settings=settings)
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 
 import httpx
 import pytest
@@ -12,6 +13,11 @@ from .fakes import FakeAsyncEngine
 from .test_completions import events
 
 CHAT = {"messages": [{"role": "user", "content": "x"}]}
+CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+TOOL = {"type": "function", "function": {"name": "f"}}
+BAD_TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {"a": {"type": "frob"}}}}}
+DEEP_TOOL = {"type": "function", "function": {"name": "f", "parameters": functools.reduce(lambda s, _: {"items": s}, range(700), {})}}
+CHOOSE_OTHER = {"type": "function", "function": {"name": "other"}}
 
 
 def check_error(answer: httpx.Response, status: int, param: str | None, *words: str) -> None:
@@ -41,7 +47,9 @@ def check_error(answer: httpx.Response, status: int, param: str | None, *words: 
         ({"temperature": -1}, "temperature", ["-1", "at least 0"]),
         ({"top_p": 2.0}, "top_p", ["2.0", "(0, 1]"]),
         ({"max_tokens": "5"}, "max_tokens", ["integer", "'5'"]),
-        ({"max_tokens": 0}, "max_tokens", ["0", "at least 1"]),
+        ({"max_tokens": 0}, "max_tokens", ["0", "at least 1", "echo"]),
+        ({"max_tokens": -1, "echo": True, "logprobs": 0}, "max_tokens", ["-1", "at least 0"]),
+        ({"min_tokens": 20}, "min_tokens", ["20", "at most max_tokens = 16"]),
         ({"n": 0}, "n", ["0", "1"]),
         ({"n": 129}, "n", ["129", "128"]),
         ({"seed": 2**63}, "seed", [str(2**63)]),
@@ -53,10 +61,31 @@ def check_error(answer: httpx.Response, status: int, param: str | None, *words: 
         ({"stream": "yes"}, "stream", ["'yes'"]),
         ({"stream_options": {"include_usage": True}}, "stream_options", ["stream=true"]),
         ({"stream": True, "stream_options": {"other": 1}}, "stream_options.other", ["not supported"]),
-        ({"echo": True}, "echo", ["echo=True", "not supported"]),
-        ({"best_of": 3}, "best_of", ["3"]),
-        ({"logit_bias": {"5": 1}}, "logit_bias", ["not supported"]),
-        ({"guided_json": {}}, "guided_json", ["not supported"]),
+        ({"echo": "yes"}, "echo", ["'yes'"]),
+        ({"suffix": "end"}, "suffix", ["'end'", "not supported", "do not fill a gap"]),
+        ({"best_of": 2, "n": 3}, "best_of", ["2", "at least n=3"]),
+        ({"best_of": 2, "stream": True}, "best_of", ["cannot be streamed"]),
+        ({"best_of": 129}, "best_of", ["129", "128"]),
+        ({"prompt": ["x"] * 65, "best_of": 2}, "best_of", ["65", "128"]),
+        ({"logit_bias": {"5": 101}}, "logit_bias", ["101", "[-100, 100]"]),
+        ({"logit_bias": {"5": "x"}}, "logit_bias", ["'x'", "numbers"]),
+        ({"logit_bias": {"x": 1}}, "logit_bias", ["'x'", "token ids as strings"]),
+        ({"logit_bias": [1]}, "logit_bias", ["an object", "[1]"]),
+        ({"logit_bias": {"257": 1}}, "logit_bias", ["257", "0..256"]),
+        ({"priority": "high"}, "priority", ["'high'"]),
+        ({"priority": 2**40}, "priority", [str(2**40)]),
+        ({"cache_salt": 1}, "cache_salt", ["string"]),
+        ({"timeout": 0}, "timeout", ["greater than 0"]),
+        ({"guided_json": 5}, "guided_json", ["5"]),
+        ({"guided_json": {"type": "frob"}}, "guided_json", ["frob"]),
+        ({"guided_json": "{"}, "guided_json", ["no valid JSON"]),
+        ({"guided_regex": "(a"}, "guided_regex", ["(a", "unclosed group"]),
+        ({"guided_choice": []}, "guided_choice", ["at least one"]),
+        ({"guided_grammar": "start: nothing"}, "guided_grammar", ["nothing"]),
+        ({"guided_regex": "a", "guided_choice": ["a"]}, "guided_choice", ["at most one"]),
+        ({"structured_outputs": {"regex": "("}}, "structured_outputs", ["unclosed group"]),
+        ({"structured_outputs": {"xml": "("}}, "structured_outputs.xml", ["not supported"]),
+        ({"guided_decoding_backend": "x"}, "guided_decoding_backend", ["not supported"]),
     ],
 )
 async def test_completion_field(client: httpx.AsyncClient, engine: FakeAsyncEngine, fields, param, words) -> None:
@@ -72,15 +101,44 @@ async def test_completion_field(client: httpx.AsyncClient, engine: FakeAsyncEngi
         ({"messages": [{"role": "user", "content": "x" * 1000}]}, "messages", ["1006", "999"]),
         ({"messages": "hi"}, "messages", ["list"]),
         ({"messages": [{"role": "user"}]}, "messages[0].content", ["missing"]),
+        ({"messages": [{"content": "x"}]}, "messages[0].role", ["missing"]),
         ({"messages": [{"role": "wizard", "content": "x"}]}, "messages[0].role", ["wizard", "'user'"]),
         ({"messages": [{"role": "user", "content": None}]}, "messages[0].content", ["a string"]),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content", ["no images"]),
-        ({"messages": [{"role": "user", "content": "x", "tool_calls": [1]}]}, "messages[0].tool_calls", ["not supp"]),
+        ({"messages": [{"role": "user", "content": "x", "tool_calls": [1]}]}, "messages[0].tool_calls[0]", ["1"]),
+        ({"messages": [{"role": "user", "content": "x", "tool_calls": [CALL]}]}, "messages[0].tool_calls", ["only"]),
+        (
+            {"messages": [{"role": "assistant", "tool_calls": [CALL | {"function": {"name": "f", "arguments": "["}}]}]},
+            "messages[0].tool_calls[0].function.arguments",
+            ["'['", "JSON object"],
+        ),
+        ({"messages": [{"role": "user", "content": "x", "audio": {"id": "a"}}]}, "messages[0].audio", ["not supp"]),
         ({"messages": [{"role": "assistant", "content": "x"}]}, "messages", ["the last message must be the user's"]),
         ({"top_logprobs": 2}, "top_logprobs", ["logprobs=true"]),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", ["21", "20"]),
-        ({"tools": [{"type": "function"}]}, "tools", ["not supported"]),
-        ({"response_format": {"type": "json_object"}}, "response_format", ["json_object", "'text'"]),
+        ({"tools": [{"type": "function"}]}, "tools[0].function", ["missing"]),
+        ({"tools": [{"type": "code"}]}, "tools[0].type", ["'function'"]),
+        ({"tools": [TOOL, TOOL]}, "tools", ["different names"]),
+        ({"tool_choice": "required"}, "tool_choice", ["no tools"]),
+        ({"tools": [TOOL], "tool_choice": "maybe"}, "tool_choice", ["'maybe'", "'required'"]),
+        ({"tools": [TOOL], "tool_choice": CHOOSE_OTHER}, "tool_choice", ["'other'", "'f'"]),
+        ({"tools": [BAD_TOOL], "tool_choice": "required"}, "tools", ["frob"]),
+        ({"tools": [TOOL], "response_format": {"type": "json_object"}}, "response_format", ["combined with tools"]),
+        ({"tools": [DEEP_TOOL], "tool_choice": "required"}, "tools", ["nested too deeply"]),
+        ({"functions": [{}]}, "functions", ["use tools"]),
+        ({"best_of": 2}, "best_of", ["/v1/completions"]),
+        ({"response_format": {"type": "xml"}}, "response_format.type", ["xml", "'text'"]),
+        ({"response_format": {"type": "json_schema"}}, "response_format", ["json_schema is missing"]),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}},
+            "response_format.json_schema.schema",
+            ["missing"],
+        ),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": {"not": {}}}}},
+            "response_format",
+            ["not"],
+        ),
         ({"chat_template_kwargs": {"tools": 1}}, "chat_template_kwargs", ["tools"]),
     ],
 )

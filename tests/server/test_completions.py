@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import time
 
 import httpx
 import pytest
+from tilestream.constraint import Constraint
+from tilestream.engine.request import RequestOptions
 
 from .conftest import MODEL
 from .fakes import ANSWER, MAX_MODEL_LEN, FakeAsyncEngine
@@ -158,6 +161,117 @@ async def test_chat_stream_of_two_choices(client: httpx.AsyncClient) -> None:
         assert mine[-1]["delta"] == {} and mine[-1]["finish_reason"] == "length"
         text = "".join(choice["delta"].get("content", "") for choice in mine)
         assert text == ANSWER.encode()[20 + index : 26 + index].decode()
+
+
+async def test_continuous_usage(client: httpx.AsyncClient) -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    body = {"prompt": "xy", "seed": 10, "max_tokens": 4, "stream": True, "stream_options": options}
+    *chunks, last = events((await client.post("/v1/completions", json=body)).text)
+    assert [chunk["usage"]["completion_tokens"] for chunk in chunks] == [1, 2, 3, 4]
+    assert last["choices"] == [] and last["usage"] == chunks[-1]["usage"]
+
+
+async def test_best_of_gives_the_likeliest(client: httpx.AsyncClient, engine: FakeAsyncEngine) -> None:
+    """The fake's logprobs fall with the seed."""
+    body = {"prompt": ["a", "b"], "n": 2, "best_of": 4, "seed": 10, "max_tokens": 3}
+    answer = (await client.post("/v1/completions", json=body)).json()
+    best = [ANSWER[8:11], ANSWER[9:12]] * 2
+    assert [(choice["index"], choice["text"]) for choice in answer["choices"]] == list(enumerate(best))
+    assert all(choice["logprobs"] is None for choice in answer["choices"])
+    assert len(engine.seen) == 8 and answer["usage"]["completion_tokens"] == 24 and answer["usage"]["prompt_tokens"] == 2
+    shown = (await client.post("/v1/completions", json=body | {"logprobs": 1, "seed": -8})).json()
+    assert shown["choices"][0]["logprobs"]["token_logprobs"] == pytest.approx([-0.5 + 0.8] * 3)
+    plain = (await client.post("/v1/completions", json={"prompt": "a", "best_of": 1, "max_tokens": 1})).json()
+    assert len(plain["choices"]) == 1
+
+
+@pytest.mark.parametrize("prompt", ["Hé", list("Hé".encode())])
+@pytest.mark.parametrize("stream", [False, True])
+async def test_echo(client: httpx.AsyncClient, prompt, stream: bool) -> None:
+    body = {"prompt": prompt, "echo": True, "max_tokens": 2, "logprobs": 1, "n": 2, "stream": stream}
+    answer = await client.post("/v1/completions", json=body)
+    if stream:
+        given = [choice for chunk in events(answer.text) for choice in chunk["choices"] if choice["index"] == 1]
+        text = "".join(choice["text"] for choice in given)
+        parts = [choice["logprobs"] for choice in given if choice["logprobs"]]
+        logprobs = {name: [value for part in parts for value in part[name]] for name in parts[0]}
+    else:
+        choice = answer.json()["choices"][1]
+        text, logprobs = choice["text"], choice["logprobs"]
+    assert text == "HéGr"
+    assert logprobs["tokens"] == ["H", "bytes:\\xc3", "bytes:\\xa9", "G", "r"]
+    assert logprobs["token_logprobs"] == [None, -0.25, -0.5, -0.5, -0.5]
+    assert logprobs["top_logprobs"][:2] == [None, {"bytes:\\xc3": -0.25}]
+    assert logprobs["text_offset"][:2] == [0, 1]
+
+
+async def test_echo_without_logprobs_scores_nothing(client: httpx.AsyncClient, engine: FakeAsyncEngine) -> None:
+    choice = (await client.post("/v1/completions", json={"prompt": "Hi", "echo": True, "max_tokens": 1})).json()["choices"][0]
+    assert (choice["text"], choice["logprobs"]) == ("HiG", None)
+    assert engine.seen[0][1].prompt_logprobs is None
+
+
+@pytest.mark.parametrize("logprobs", [None, 0])
+async def test_scoring_generates_nothing(client: httpx.AsyncClient, logprobs: int | None) -> None:
+    body = {"prompt": ["Hi", "x"], "echo": True, "max_tokens": 0, "logprobs": logprobs}
+    answer = (await client.post("/v1/completions", json=body)).json()
+    assert [choice["text"] for choice in answer["choices"]] == ["Hi", "x"]
+    assert {choice["finish_reason"] for choice in answer["choices"]} == {"length"}
+    wanted = [None, None] if logprobs is None else [[None, -0.25], [None]]
+    assert [choice["logprobs"] and choice["logprobs"]["token_logprobs"] for choice in answer["choices"]] == wanted
+    assert answer["usage"]["completion_tokens"] == 0
+
+
+async def test_scheduling_fields(client: httpx.AsyncClient, engine: FakeAsyncEngine) -> None:
+    begin_s = time.monotonic()
+    body = {"prompt": "x", "max_tokens": 1, "priority": -3, "cache_salt": "mine", "timeout": 5}
+    assert (await client.post("/v1/completions", json=body)).status_code == 200
+    options = engine.seen_options[0]
+    assert (options.priority, options.cache_salt) == (-3, "mine")
+    assert begin_s + 5 <= options.deadline_s <= time.monotonic() + 5
+    await client.post("/v1/completions", json={"prompt": "x", "max_tokens": 1})
+    assert engine.seen_options[1] == RequestOptions()
+    late = await client.post("/v1/completions", json={"prompt": "TOO LATE", "timeout": 0.5})
+    assert late.status_code == 504 and late.json()["error"]["code"] == "deadline_exceeded"
+    assert late.json()["error"]["message"] == "the deadline has passed"
+
+
+async def test_more_sampling_fields(client: httpx.AsyncClient, engine: FakeAsyncEngine) -> None:
+    body = {"prompt": "x", "logit_bias": {"5": -100, "7": 1.5}, "min_tokens": 3, "skip_special_tokens": False}
+    assert (await client.post("/v1/completions", json=body)).status_code == 200
+    _, params = engine.seen[0]
+    assert params.logit_bias == ((5, -100), (7, 1.5)) and params.min_tokens == 3 and not params.skip_special_tokens
+
+
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
+
+
+@pytest.mark.parametrize(
+    ("fields", "constraint"),
+    [
+        ({"response_format": {"type": "text"}}, None),
+        ({"response_format": {"type": "json_object"}}, Constraint.json_object()),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "strict": True, "schema": SCHEMA}}},
+            Constraint.json_schema(SCHEMA),
+        ),
+        ({"guided_json": SCHEMA}, Constraint.json_schema(SCHEMA)),
+        ({"guided_json": json.dumps(SCHEMA)}, Constraint.json_schema(SCHEMA)),
+        ({"guided_regex": "a+"}, Constraint.regex("a+")),
+        ({"guided_choice": ["a", "b"]}, Constraint.choice(["a", "b"])),
+        ({"guided_grammar": 'start: "a"'}, Constraint.grammar('start: "a"')),
+        ({"structured_outputs": {"json": SCHEMA}}, Constraint.json_schema(SCHEMA)),
+        ({"structured_outputs": {"json_object": True}}, Constraint.json_object()),
+        ({"structured_outputs": {"regex": "a"}}, Constraint.regex("a")),
+        ({"structured_outputs": {"choice": ["a"]}}, Constraint.choice(["a"])),
+        ({"structured_outputs": {"grammar": 'start: "a"'}}, Constraint.grammar('start: "a"')),
+    ],
+)
+async def test_structured_output_fields(client: httpx.AsyncClient, engine: FakeAsyncEngine, fields, constraint) -> None:
+    for path, prompt in (("completions", {"prompt": "x"}), ("chat/completions", {"messages": [{"role": "user", "content": "x"}]})):
+        answer = await client.post(f"/v1/{path}", json=prompt | {"max_tokens": 1} | fields)
+        assert answer.status_code == 200, answer.text
+        assert engine.seen[-1][1].constraint == constraint
 
 
 async def test_models(client: httpx.AsyncClient) -> None:

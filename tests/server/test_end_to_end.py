@@ -34,9 +34,11 @@ def expected() -> str:
 
 
 @pytest.fixture(scope="module")
-def url() -> Iterator[str]:
-    """Address of a `tilestream serve` with little room."""
+def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Address of a `tilestream serve` with little room, whose trace must be whole at the end."""
+    trace = tmp_path_factory.mktemp("trace") / "trace.json"
     limits = ("--kv-cache-tokens", "4096", "--max-num-seqs", "2", "--max-queued-requests", "4", "--batch-invariant")
+    limits += ("--trace", str(trace), "--trace-kernels", "2")
     process = subprocess.Popen([*COMMAND, "serve", "--port", "0", *limits], stderr=subprocess.PIPE, text=True)
     try:
         ready = next(filter(None, (re.search(r"Ready: (http://\S+)/v1", line) for line in process.stderr)))
@@ -44,6 +46,11 @@ def url() -> Iterator[str]:
         yield ready[1]
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 0
+        events = json.loads(trace.read_text())
+        names = {event["name"] for event in events}
+        assert {"step", "schedule", "launch", "collect", "request", "queued", "prefill", "decode"} <= names
+        assert any(name.startswith("tilestream::") for name in names)  # ops, by torch's profiler
+        assert QUESTION not in trace.read_text()
     finally:
         process.kill()
         process.wait()

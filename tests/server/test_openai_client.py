@@ -56,6 +56,32 @@ def test_vllms_extra_fields(client: openai.OpenAI, live_engine: FakeAsyncEngine)
     assert (params.top_k, params.min_p, params.ignore_eos) == (3, 0.1, True)
 
 
+def test_scheduling_fields(client: openai.OpenAI, live_engine: FakeAsyncEngine) -> None:
+    extra = {"priority": 2, "cache_salt": "mine", "timeout": 30}
+    client.chat.completions.create(model=MODEL, messages=MESSAGES, max_tokens=1, extra_body=extra)
+    options = live_engine.seen_options[-1]
+    assert (options.priority, options.cache_salt) == (2, "mine") and options.deadline_s is not None
+    for stream in (False, True):
+        with pytest.raises(openai.InternalServerError, match="the deadline has passed") as late:
+            client.completions.create(model=MODEL, prompt="TOO LATE", extra_body={"timeout": 1}, stream=stream)
+        assert late.value.status_code == 504 and late.value.code == "deadline_exceeded"
+
+
+def test_echo_best_of_and_bias(client: openai.OpenAI, live_engine: FakeAsyncEngine) -> None:
+    (scored,) = client.completions.create(model=MODEL, prompt="Hey", echo=True, max_tokens=0, logprobs=1).choices
+    assert scored.text == "Hey" and scored.logprobs.token_logprobs == [None, -0.25, -0.5]
+    (best,) = client.completions.create(model=MODEL, prompt="x", best_of=3, seed=8, max_tokens=5).choices
+    assert best.text == ANSWER.encode()[8:13].decode() and len(live_engine.seen) >= 3
+    client.completions.create(model=MODEL, prompt="x", logit_bias={"65": -100}, max_tokens=1)
+    assert live_engine.seen[-1][1].logit_bias == ((65, -100),)
+
+
+def test_usage_in_every_chunk(client: openai.OpenAI) -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    stream = client.completions.create(model=MODEL, prompt="x", seed=9, max_tokens=3, stream=True, stream_options=options)
+    assert [chunk.usage.completion_tokens for chunk in stream] == [1, 2, 3, 3]
+
+
 def test_models(client: openai.OpenAI) -> None:
     assert [model.id for model in client.models.list()] == [MODEL]
     assert client.models.retrieve(MODEL).id == MODEL
@@ -68,6 +94,10 @@ def test_errors_are_openais_exceptions(client: openai.OpenAI, live_engine: FakeA
     with pytest.raises(openai.BadRequestError, match=f"2000 tokens, but at most {MAX_MODEL_LEN - 1}") as long:
         client.completions.create(model=MODEL, prompt="x" * 2000)
     assert long.value.code == "context_length_exceeded"
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "frob"}}}
+    with pytest.raises(openai.BadRequestError, match="Invalid type: frob") as schema:
+        client.chat.completions.create(model=MODEL, messages=MESSAGES, response_format=form)
+    assert schema.value.param == "response_format"
     with pytest.raises(openai.NotFoundError, match=MODEL):
         client.completions.create(model="other", prompt="x")
     with pytest.raises(openai.InternalServerError, match="NaN"):

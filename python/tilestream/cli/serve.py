@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -21,9 +22,21 @@ curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' -d
 # the same from Python
 client = openai.OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="unused")
 
+# with a key, and a trace of every step and request for ui.perfetto.dev
+TILESTREAM_API_KEY=secret tilestream serve --trace trace.json
+
 [bold]Endpoints[/]
 
-/v1/chat/completions /v1/completions /v1/models /health /metrics /docs"""
+/ (a page to chat and watch the batch) /v1/chat/completions /v1/completions /v1/models /v1/engine/steps
+/tokenize /detokenize /health /ready /metrics /docs"""
+
+
+class Policy(str, Enum):
+    """Orders of the queue."""
+
+    fcfs = "fcfs"
+    priority = "priority"
+    lpm = "lpm"
 
 
 def command(
@@ -46,7 +59,33 @@ def command(
             metavar="N", min=1, help="Most requests that wait; one more gets a 503.", rich_help_panel="Engine"
         ),
     ] = 1024,
+    max_queued_tokens: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Most prompt tokens that wait; a request that would make them more gets a 503.",
+            rich_help_panel="Engine",
+        ),
+    ] = None,
     token_budget: options.TokenBudget = 512,
+    tbt_ms: Annotated[
+        float | None,
+        typer.Option(
+            metavar="MS",
+            min=0.001,
+            help="Target for the time between two tokens of an answer: prompts are cut so that steps take no longer. "
+            "Measures the machine at start.",
+            rich_help_panel="Engine",
+        ),
+    ] = None,
+    policy: Annotated[
+        Policy,
+        typer.Option(
+            help="Who comes next out of the queue: first come first served, by priority, or by longest cached prefix.",
+            rich_help_panel="Engine",
+        ),
+    ] = Policy.fcfs,
     max_model_len: Annotated[
         int | None,
         typer.Option(
@@ -80,16 +119,92 @@ def command(
         ),
     ] = None,
     num_threads: options.NumThreads = None,
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY",
+            envvar="TILESTREAM_API_KEY",
+            help="Whoever sends this key may use the API; may be given several times. Default: everybody may.",
+            show_default=False,
+            rich_help_panel="Server",
+        ),
+    ] = None,
+    api_key_file: Annotated[
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, help="More keys, one on each line.", rich_help_panel="Server"),
+    ] = None,
+    cors_origin: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ORIGIN",
+            help="Let web pages of this origin (https://example.org, or * for all) use the API; may be given several "
+            "times.",
+            show_default=False,
+            rich_help_panel="Server",
+        ),
+    ] = None,
+    request_timeout: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SECONDS", min=0.001, help="A request that takes longer gets a 504.", rich_help_panel="Server"
+        ),
+    ] = None,
+    drain_timeout: Annotated[
+        float,
+        typer.Option(
+            metavar="SECONDS",
+            min=0,
+            help="What running answers get to end after SIGTERM or Ctrl-C.",
+            rich_help_panel="Server",
+        ),
+    ] = 30,
+    access_log: Annotated[
+        bool, typer.Option("--access-log/--no-access-log", help="One line per request.", rich_help_panel="Server")
+    ] = True,
+    trace: Annotated[
+        Path | None,
+        typer.Option(
+            dir_okay=False,
+            help="Write every step and request to this file, for chrome://tracing and ui.perfetto.dev.",
+            rich_help_panel="Server",
+        ),
+    ] = None,
+    trace_kernels: Annotated[
+        int,
+        typer.Option(
+            metavar="STEPS",
+            min=0,
+            help="With --trace: once a minute, so many steps with each op and kernel in them, by torch's profiler.",
+            rich_help_panel="Server",
+        ),
+    ] = 0,
 ) -> None:
     """Serve a model over HTTP with OpenAI's API, streaming, and Prometheus metrics.
 
-    Ctrl-C or SIGTERM stops it: no new requests, and running answers get 10 seconds to end.
+    Ctrl-C or SIGTERM stops it: no new requests, and running answers may end. A second one: at once.
     """
+    from tilestream.engine.trace import Trace
     from tilestream.server.run import bind, serve
+    from tilestream.server.settings import ServerSettings, read_api_keys
+    from tilestream.server.telemetry import exporter_class
 
-    listener = bind(host, port)  # a taken port is told now, not after the model is loaded
+    settings = ServerSettings(
+        api_keys=read_api_keys(api_key or (), api_key_file),
+        cors_origins=tuple(cors_origin or ()),
+        request_timeout_s=request_timeout,
+        drain_timeout_s=drain_timeout,
+        access_log=access_log,
+    )
+
+    # What cannot be is told now, not after the model is loaded.
+    exporter_class()
+    listener = bind(host, port)
+    if trace_kernels and trace is None:
+        raise typer.BadParameter(f"--trace-kernels {trace_kernels} needs --trace FILE")
+    trace_file = None if trace is None else Trace(trace)
     from tilestream import LLM
     from tilestream.engine.async_engine import AsyncEngine
+    from tilestream.kernel_trace import KernelProfiler
 
     with loading_bar(model) as progress:
         llm = LLM(
@@ -99,6 +214,9 @@ def command(
             kv_cache_tokens=kv_cache_tokens,
             max_num_seqs=max_num_seqs,
             max_queued_requests=max_queued_requests,
+            max_queued_tokens=max_queued_tokens,
+            tbt_ms=tbt_ms,
+            policy=policy.value,
             token_budget=token_budget,
             max_model_len=max_model_len,
             enable_prefix_caching=prefix_caching,
@@ -111,4 +229,10 @@ def command(
     name = served_model_name or llm.name
     limits = llm.engine.config
     note(f"{name}: up to {limits.max_model_len} tokens a request, {limits.capacity_tokens} in the KV cache")
-    serve(AsyncEngine(llm.engine), llm.tokenizer, listener, model_name=name, max_model_len=limits.max_model_len)
+    if trace_kernels:
+        trace_file.kernels = KernelProfiler(trace_kernels)
+    llm.engine.watch.trace = trace_file
+    engine = AsyncEngine(llm.engine)
+    serve(engine, llm.tokenizer, listener, model_name=name, max_model_len=limits.max_model_len, settings=settings)
+    if trace_file is not None:
+        trace_file.close()

@@ -8,10 +8,11 @@ import threading
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Sequence
 
+from tilestream.engine.config import EngineConfig
 from tilestream.engine.engine import Engine
-from tilestream.engine.errors import EngineDeadError, QueueFullError
-from tilestream.engine.metrics import EngineMetrics
-from tilestream.engine.request import RequestDelta
+from tilestream.engine.errors import EngineDeadError
+from tilestream.engine.metrics import EngineMetrics, StepLog
+from tilestream.engine.request import RequestDelta, RequestOptions
 from tilestream.sampling_params import SamplingParams
 
 logger = logging.getLogger("tilestream.engine")
@@ -95,12 +96,19 @@ class AsyncEngine:
         self._commands: deque[Callable[[], None]] = deque()
         self._channels: dict[str, _Channel] = {}  # requests whose last item is not delivered yet
         self._num_unqueued = 0  # requests accepted here that the engine has not seen yet
+        self._num_unqueued_tokens = 0  # of their prompts
         self._stopping = False
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="tilestream-engine", daemon=True)
         self._thread.start()
 
-    def stream(self, request_id: str, prompt_token_ids: Sequence[int], params: SamplingParams) -> RequestStream:
+    def stream(
+        self,
+        request_id: str,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        options: RequestOptions = RequestOptions(),
+    ) -> RequestStream:
         """Start a request; call it in a running event loop.
 
         Raises:
@@ -113,14 +121,21 @@ class AsyncEngine:
             self._check_running()
             if request_id in self._channels:
                 raise ValueError(f"request_id {request_id!r} is in use by an unfinished request")
-            num_waiting = self._engine.num_waiting + self._num_unqueued
-            if num_waiting >= self._engine.config.max_queued_requests:
-                raise QueueFullError(num_waiting, self._engine.config.max_queued_requests)
+            self._engine.check_queue(len(token_ids), num_requests=self._num_unqueued, num_tokens=self._num_unqueued_tokens)
             self._channels[request_id] = channel
             self._num_unqueued += 1
-            self._commands.append(lambda: self._add_now(request_id, token_ids, params))
+            self._num_unqueued_tokens += len(token_ids)
+            self._commands.append(lambda: self._add_now(request_id, token_ids, params, options))
             self._condition.notify()
         return RequestStream(channel, self._abort_channel)
+
+    def prepare(self, params: SamplingParams) -> None:
+        """Compile what a stream() with these parameters will need. It may take long: call it on a thread of its own first.
+
+        Raises:
+            ValueError: as stream() would.
+        """
+        self._engine.prepare(params)
 
     def abort(self, request_id: str) -> None:
         """End a request; its reader gets a last delta with finish_reason "abort". Unknown ids are ignored."""
@@ -132,6 +147,15 @@ class AsyncEngine:
     @property
     def metrics(self) -> EngineMetrics:
         return self._engine.metrics
+
+    @property
+    def config(self) -> EngineConfig:
+        return self._engine.config
+
+    @property
+    def steps(self) -> StepLog:
+        """The last steps; may be read by any thread."""
+        return self._engine.watch.steps
 
     @property
     def is_running(self) -> bool:
@@ -185,11 +209,14 @@ class AsyncEngine:
         while self._commands:
             self._commands.popleft()()
 
-    def _add_now(self, request_id: str, token_ids: list[int], params: SamplingParams) -> None:
+    def _add_now(
+        self, request_id: str, token_ids: list[int], params: SamplingParams, options: RequestOptions
+    ) -> None:
         try:
             with self._condition:
                 self._num_unqueued -= 1
-                self._engine.add_request(request_id, token_ids, params)
+                self._num_unqueued_tokens -= len(token_ids)
+                self._engine.add_request(request_id, token_ids, params, options)
         except Exception as error:
             self._deliver([(request_id, error)])
 

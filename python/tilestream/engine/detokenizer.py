@@ -10,6 +10,8 @@ from typing import Protocol
 class TokenBytes(Protocol):
     def token_bytes(self, token_id: int) -> bytes: ...
 
+    def special_token_bytes(self, token_id: int) -> bytes: ...
+
 
 class Detokenizer:
     """Text of one request's output.
@@ -22,27 +24,38 @@ class Detokenizer:
     does not depend on where the token borders fall.
 
     Args:
-        tokenizer: token_bytes(id) gives a token's bytes, b"" for tokens that are no text.
+        tokenizer: token_bytes(id) gives a token's bytes, b"" for tokens that are no text; special_token_bytes(id) the
+            bytes of those, too.
         stop: stop strings, none of them empty.
         include_stop: emit the stop string itself, too.
+        skip_special: special tokens give no text.
     """
 
-    def __init__(self, tokenizer: TokenBytes, stop: Sequence[str] = (), *, include_stop: bool = False) -> None:
-        self._tokenizer = tokenizer
+    def __init__(
+        self,
+        tokenizer: TokenBytes,
+        stop: Sequence[str] = (),
+        *,
+        include_stop: bool = False,
+        skip_special: bool = True,
+    ) -> None:
+        self._token_bytes = tokenizer.token_bytes if skip_special else tokenizer.special_token_bytes
         self._stop = tuple(stop)
         self._include_stop = include_stop
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._held = ""
 
-    def append(self, token_id: int) -> tuple[str, str | None]:
+    def append(self, token_id: int, *, may_stop: bool = True) -> tuple[str, str | None]:
         """Take one output token.
 
+        Args:
+            may_stop: whether a stop string that begins with it counts.
         Returns:
             The text that is certain now, and the stop string that it completed, or None. After a stop
             string there is nothing more to come: everything past it is dropped.
         """
-        text = self._decoder.decode(self._tokenizer.token_bytes(token_id))
-        if not self._stop:
+        text = self._decoder.decode(self._token_bytes(token_id))
+        if not (self._stop and may_stop):
             return text, None
         self._held += text
         found = self._find_stop()

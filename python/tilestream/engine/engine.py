@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import logging
-import operator
-import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from tilestream.engine.admission import QueueLimits, checked_prompt
 from tilestream.engine.config import EngineConfig
-from tilestream.engine.detokenizer import Detokenizer
-from tilestream.engine.errors import PromptTooLongError, QueueFullError
-from tilestream.engine.metrics import EngineMetrics
-from tilestream.engine.output import delta_of, read_token, row_logprobs
+from tilestream.engine.constraints import ConstraintError
+from tilestream.engine.cost_model import CostModel
+from tilestream.engine.deadlines import Deadlines, deadline_text
+from tilestream.engine.metrics import EngineMetrics, EngineWatch
+from tilestream.engine.output import check_row_count, delta_of, read_token, row_logprobs, take_prompt_scores
+from tilestream.engine.profiler import measure_cost_model
 from tilestream.engine.protocols import EngineTokenizer, Runner
-from tilestream.engine.request import FinishReason, Request, RequestDelta, RequestState, TokenLogprobs
+from tilestream.engine.request import FinishReason, Request, RequestDelta, RequestOptions, RequestState, TokenLogprobs
+from tilestream.engine.request_builder import RequestBuilder
 from tilestream.engine.scheduler import SampledTokens, Scheduler, StepPlan
 from tilestream.sampling_params import SamplingParams
 
@@ -29,6 +31,7 @@ class _Launched:
 
     plan: StepPlan
     handle: Any
+    begin_s: float
 
 
 class Engine:
@@ -41,47 +44,56 @@ class Engine:
         runner: computes a step.
         tokenizer: end-of-sequence tokens and token bytes.
         config: limits.
+        cost_model: what a step of this runner costs; None: measured now if config.tbt_ms asks for it.
+    Attributes:
+        cost_model: None without config.tbt_ms.
+        watch: its counters, its last steps, and its trace.
     """
 
-    def __init__(self, runner: Runner, tokenizer: EngineTokenizer, config: EngineConfig) -> None:
+    def __init__(
+        self, runner: Runner, tokenizer: EngineTokenizer, config: EngineConfig, cost_model: CostModel | None = None
+    ) -> None:
+        if cost_model is None and config.tbt_ms is not None:
+            cost_model = measure_cost_model(runner, tokenizer, config)
         self.runner = runner
         self.tokenizer = tokenizer
         self.config = config
-        self.scheduler = Scheduler(config)
+        self.cost_model = cost_model
+        self.scheduler = Scheduler(config, cost_model)
+        self._builder = RequestBuilder(tokenizer, config, runner.vocab_size)
+        self._queue_limits = QueueLimits(config)
+        self._deadlines = Deadlines()
         self._requests: dict[str, Request] = {}
         self._in_flight: _Launched | None = None
-        self._seeds = random.Random(config.seed)
-        self._totals = EngineMetrics()
-        self._runner_time_s = 0.0
+        self._collected_s = 0.0  # when a step was last waited for
+        self.watch = EngineWatch()
 
-    def add_request(self, request_id: str, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:
+    def add_request(
+        self,
+        request_id: str,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        options: RequestOptions = RequestOptions(),
+    ) -> None:
         """Queue a request; its first delta comes from a later step().
 
         Args:
             request_id: any string that no unfinished request has.
             prompt_token_ids: at least one token.
             params: sampling and stopping.
+            options: for the scheduler.
         Raises:
             ValueError, TypeError, PromptTooLongError: as validate(); ValueError: request_id is in use.
-            QueueFullError: max_queued_requests wait already.
+            QueueFullError: max_queued_requests or max_queued_tokens wait already.
         """
         token_ids = self.validate(prompt_token_ids, params)
         if request_id in self._requests:
             raise ValueError(f"request_id {request_id!r} is in use by an unfinished request")
-        if self.num_waiting >= self.config.max_queued_requests:
-            raise QueueFullError(self.num_waiting, self.config.max_queued_requests)
-        request = Request(
-            request_id=request_id,
-            token_ids=token_ids,
-            num_prompt_tokens=len(token_ids),
-            params=params,
-            seed=self._seeds.getrandbits(63) if params.seed is None else params.seed,
-            detokenizer=Detokenizer(self.tokenizer, params.stop, include_stop=params.include_stop_str_in_output),
-            arrival_s=time.monotonic(),
-            max_num_tokens=self._max_num_tokens(len(token_ids), params),
-        )
+        self.check_queue(len(token_ids))
+        request = self._builder.make_request(request_id, token_ids, params, options)
         self._requests[request_id] = request
         self.scheduler.add(request)
+        self._deadlines.add(request)
 
     def abort(self, request_id: str) -> RequestDelta | None:
         """End a request between steps and free its pages at once.
@@ -101,13 +113,15 @@ class Engine:
         Returns:
             One delta for every request that got a token or ended; empty when there was nothing to do.
         """
-        begin_s, runner_begin_s = time.monotonic(), self._runner_time_s
-        deltas = []
+        begin_s = self.watch.begin_step()
+        expired = self._deadlines.take_passed(begin_s, self._requests)
+        deltas = [self._finish(request, "abort", error=deadline_text(request)) for request in expired]
         before = self._in_flight
         if before is not None and self._needs_tokens():
             deltas += self._collect(before)
             before = None
-        plan = self.scheduler.schedule()
+        with self.watch.span("schedule"):
+            plan = self.scheduler.schedule()
         self._in_flight = None
         if plan is not None:
             deltas += self._launch(plan)
@@ -117,7 +131,8 @@ class Engine:
             deltas += self._collect(self._in_flight)
             self._in_flight = None
         if plan is not None:
-            self._count_step(plan, self._runner_time_s - runner_begin_s, time.monotonic() - begin_s)
+            step = self.watch.end_step(plan, self.config.token_budget, self.scheduler)
+            self._queue_limits.count_step(step.num_tokens, step.end_s - step.begin_s)
         return deltas
 
     def has_work(self) -> bool:
@@ -130,17 +145,7 @@ class Engine:
     @property
     def metrics(self) -> EngineMetrics:
         """A snapshot; may be taken from another thread."""
-        scheduler = self.scheduler
-        return replace(
-            self._totals,
-            finished_requests=dict(self._totals.finished_requests),
-            num_requests_running=len(scheduler.running),
-            num_requests_waiting=len(scheduler.waiting),
-            kv_cache_usage=scheduler.pool.num_owned_pages / scheduler.pool.num_pages,
-            num_preemptions=scheduler.num_preemptions,
-            prefix_cache_queries=scheduler.prefix_cache_queries,
-            prefix_cache_hits=scheduler.prefix_cache_hits,
-        )
+        return self.watch.snapshot(self.scheduler)
 
     def validate(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> list[int]:
         """Check what can be checked without the queue; reads only what never changes, so any thread may call it.
@@ -149,66 +154,62 @@ class Engine:
             The prompt as a list of its own.
         Raises:
             TypeError: params is no SamplingParams, or a token id no integer.
-            ValueError: empty prompt, or a token id outside the vocabulary.
+            ValueError: empty prompt, a token id outside the vocabulary, or a constraint that cannot be compiled.
             PromptTooLongError: the prompt leaves no room for output, or does not fit the whole KV cache.
         """
-        if not isinstance(params, SamplingParams):
-            raise TypeError(f"params must be SamplingParams, got {type(params).__name__}")
-        try:
-            token_ids = [operator.index(token_id) for token_id in prompt_token_ids]
-        except TypeError as error:
-            raise TypeError(f"prompt_token_ids must be integers: {error}") from None
-        if not token_ids:
-            raise ValueError("the prompt is empty: at least one token is needed")
-        if len(token_ids) >= self.config.max_model_len:
-            limit_name = f"max_model_len is {self.config.max_model_len}, and one token is for the output"
-            raise PromptTooLongError(len(token_ids), self.config.max_model_len - 1, limit_name)
-        if len(token_ids) > self.config.capacity_tokens:
-            raise PromptTooLongError(len(token_ids), self.config.capacity_tokens, "the size of the whole KV cache")
-        vocab_size = self.runner.vocab_size
-        if min(token_ids) < 0 or max(token_ids) >= vocab_size:
-            index = next(i for i, token_id in enumerate(token_ids) if not 0 <= token_id < vocab_size)
-            raise ValueError(f"prompt_token_ids[{index}] is {token_ids[index]}; token ids are 0..{vocab_size - 1}")
+        token_ids = checked_prompt(prompt_token_ids, params, self.config, self.runner.vocab_size)
+        self.prepare(params)
         return token_ids
 
-    def _max_num_tokens(self, num_prompt_tokens: int, params: SamplingParams) -> int:
-        """How many tokens a request can have. One more than the cache holds: the last one's KV is never needed."""
-        limits = [self.config.max_model_len, self.config.capacity_tokens + 1]
-        if params.max_tokens is not None:
-            limits.append(num_prompt_tokens + params.max_tokens)
-        return min(limits)
+    def prepare(self, params: SamplingParams) -> None:
+        """The part of validate() that may take long and needs no prompt: see RequestBuilder.prepare."""
+        self._builder.prepare(params)
+
+    def check_queue(self, num_prompt_tokens: int, *, num_requests: int = 0, num_tokens: int = 0) -> None:
+        """Check that one more request may wait; any thread may call it.
+
+        Args:
+            num_prompt_tokens: of the new one.
+            num_requests, num_tokens: that are about to join the queue before it.
+        Raises:
+            QueueFullError: it may not.
+        """
+        waiting = self.scheduler.waiting
+        self._queue_limits.check(num_prompt_tokens, len(waiting) + num_requests, waiting.num_tokens + num_tokens)
 
     def _needs_tokens(self) -> bool:
-        """Whether a draw of the next step depends on tokens that the one in flight draws: penalties look at them."""
-        return any(r.num_pending_tokens > 0 and r.params.has_penalties for r in self.scheduler.running)
+        """Whether a draw of the next step depends on tokens that the one in flight draws."""
+        return any(r.num_pending_tokens > 0 and r.params.needs_history for r in self.scheduler.running)
 
     def _launch(self, plan: StepPlan) -> list[RequestDelta]:
         """Start a step; it is in flight then. If it does not start, its requests' last deltas."""
         begin_s = time.monotonic()
         try:
-            launched = self.runner.launch(plan)
+            with self.watch.span("launch"):
+                launched = self.runner.launch(plan)
         except Exception as error:
             return self._fail_step(plan, error)
-        finally:
-            self._runner_time_s += time.monotonic() - begin_s
         for item in plan.scheduled:
             if item.request.first_scheduled_s is None:
                 item.request.first_scheduled_s = begin_s
         self.scheduler.launched(plan)
-        self._in_flight = _Launched(plan, launched)
+        self._in_flight = _Launched(plan, launched, begin_s)
         return []
 
     def _collect(self, step: _Launched) -> list[RequestDelta]:
         """Wait for a launched step, and hand out what it gave to those who are still there."""
-        begin_s = time.monotonic()
         try:
-            sampled = self.runner.collect(step.handle)
-            _check_row_count(sampled, step.plan)
+            with self.watch.span("collect"):
+                sampled = self.runner.collect(step.handle)
+            check_row_count(sampled, step.plan)
         except Exception as error:
             return self._fail_step(step.plan, error)
-        finally:
-            self._runner_time_s += time.monotonic() - begin_s
+        now_s = time.monotonic()
+        self.scheduler.budget.observe(step.plan, now_s - max(self._collected_s, step.begin_s))
+        self._collected_s = now_s
         self.scheduler.complete(step.plan)
+        for scores in sampled.prompt_scores:
+            take_prompt_scores(scores)
         sampling = [item.request for item in step.plan.scheduled if item.samples]
         return [
             self._accept(request, sampled, row)
@@ -228,13 +229,18 @@ class Engine:
             return self._finish(request, "error", error=message, forget_pages=True)
         if request.first_token_s is None:
             request.first_token_s = time.monotonic()
-            self._totals.prompt_tokens += request.num_prompt_tokens
-        self._totals.generation_tokens += 1
+            self.watch.totals.prompt_tokens += request.num_prompt_tokens
+        if request.params.max_tokens == 0:
+            return self._finish(request, "length")
+        self.watch.totals.generation_tokens += 1
         request.token_ids[position] = token_id
         request.num_pending_tokens -= 1
         try:
             logprobs = row_logprobs(request, sampled, row)
             text, reason, stop_reason, note = read_token(request, token_id, self.tokenizer.eos_token_ids, self.config)
+        except ConstraintError as error:
+            message = f"the constraint cannot be followed: {error}"
+            return self._finish(request, "error", [token_id], stop_reason="constraint", error=message)
         except Exception as error:
             logger.exception("reading token %d of request %s failed", token_id, request.request_id)
             message = f"token {token_id} could not be read: {error!r}"
@@ -269,23 +275,9 @@ class Engine:
         del request.token_ids[request.num_known_tokens :]
         request.num_pending_tokens = 0
         del self._requests[request.request_id]
-        self._totals.finished_requests[reason] += 1
+        self.watch.end_request(request, reason)
         text += request.detokenizer.flush()
         delta = delta_of(request, text, list(token_ids), logprobs)
         return replace(
             delta, finish_reason=reason, stop_reason=stop_reason, error=error, finish_s=time.monotonic()
         )
-
-    def _count_step(self, plan: StepPlan, runner_time_s: float, step_time_s: float) -> None:
-        totals = self._totals
-        totals.num_steps += 1
-        totals.step_tokens += plan.num_tokens
-        totals.step_time_s += step_time_s
-        totals.runner_time_s += runner_time_s
-        totals.last_step_tokens = plan.num_tokens
-        totals.last_step_time_s = step_time_s
-
-
-def _check_row_count(sampled: SampledTokens, plan: StepPlan) -> None:
-    if len(sampled.token_ids) != plan.num_samples:
-        raise RuntimeError(f"the runner gave {len(sampled.token_ids)} tokens for {plan.num_samples} sampling rows")

@@ -21,17 +21,20 @@ class PromptTooLongError(ValueError):
 
 
 class QueueFullError(RuntimeError):
-    """Too many requests wait already; trying again later may work: HTTP 503.
+    """Too much waits already; trying again later may work: HTTP 503.
 
     Args:
-        num_waiting: requests waiting now.
-        max_queued_requests: the most that may wait.
+        num_waiting: requests, or prompt tokens, that wait now.
+        limit: the most that may.
+        unit: which of the two: "requests" or "prompt tokens".
+        retry_after_s: when what waits now should be through, by what was computed per second lately.
     """
 
-    def __init__(self, num_waiting: int, max_queued_requests: int) -> None:
-        super().__init__(f"the queue is full: {num_waiting} requests wait, at most {max_queued_requests} may")
+    def __init__(self, num_waiting: int, limit: int, *, unit: str = "requests", retry_after_s: int = 1) -> None:
+        super().__init__(f"the queue is full: {num_waiting} {unit} wait, at most {limit} may")
         self.num_waiting = num_waiting
-        self.max_queued_requests = max_queued_requests
+        self.limit = limit
+        self.retry_after_s = retry_after_s
 
 
 class EngineDeadError(RuntimeError):

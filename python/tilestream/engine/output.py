@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Set
 
 from tilestream.engine.config import EngineConfig
-from tilestream.engine.request import FinishReason, Request, RequestDelta, TokenLogprobs
-from tilestream.engine.scheduler import SampledTokens
+from tilestream.engine.request import FinishReason, Request, RequestDelta, RequestState, TokenLogprobs
+from tilestream.engine.scheduler import PromptScores, SampledTokens, StepPlan
 
 
 def read_token(
@@ -14,14 +14,17 @@ def read_token(
 ) -> tuple[str, FinishReason | None, str | int | None, str | None]:
     """New text, and if the request ends here: why, by which stop string or token, and a note for people."""
     params = request.params
+    if request.matcher is not None:
+        request.matcher.accept(token_id)
     is_stop_token = token_id in params.stop_token_ids
     is_eos = token_id in eos_token_ids and not params.ignore_eos
     text, stop_string = "", None
     if not (is_eos or is_stop_token) or params.include_stop_str_in_output:
-        text, stop_string = request.detokenizer.append(token_id)
+        may_stop = request.num_output_tokens > params.min_tokens
+        text, stop_string = request.detokenizer.append(token_id, may_stop=may_stop)
     if is_stop_token:
         return text, "stop", token_id, None
-    if is_eos:
+    if is_eos or (request.matcher is not None and request.matcher.is_complete and stop_string is None):
         return text, "stop", None, None
     if stop_string is not None:
         return text, "stop", stop_string, None
@@ -52,15 +55,30 @@ def row_logprobs(request: Request, sampled: SampledTokens, row: int) -> list[Tok
     return [TokenLogprobs(sampled.token_ids[row], sampled.logprobs[row], top)]
 
 
+def take_prompt_scores(scores: PromptScores) -> None:
+    """Add to its request's prompt_logprobs what is new; after a preemption the first of them are there already."""
+    request, num_top = scores.request, scores.request.params.prompt_logprobs
+    if request.state is RequestState.FINISHED:
+        return
+    for position in range(1 + len(request.prompt_logprobs), scores.start + len(scores.logprobs)):
+        row = position - scores.start
+        top = tuple(zip(scores.top_ids[row][:num_top], scores.top_logprobs[row][:num_top], strict=True))
+        request.prompt_logprobs.append(TokenLogprobs(request.token_ids[position], scores.logprobs[row], top))
+
+
 def delta_of(
     request: Request, text: str, token_ids: list[int], logprobs: list[TokenLogprobs] | None
 ) -> RequestDelta:
     """A delta of a request as it stands."""
+    prompt_logprobs = None
+    if request.params.prompt_logprobs is not None and request.num_output_tokens <= 1:
+        prompt_logprobs = request.prompt_logprobs
     return RequestDelta(
         request_id=request.request_id,
         text=text,
         token_ids=token_ids,
         logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
         num_prompt_tokens=request.num_prompt_tokens,
         num_output_tokens=request.num_output_tokens,
         num_cached_tokens=request.num_cached_tokens or 0,
@@ -68,3 +86,8 @@ def delta_of(
         first_scheduled_s=request.first_scheduled_s,
         first_token_s=request.first_token_s,
     )
+
+
+def check_row_count(sampled: SampledTokens, plan: StepPlan) -> None:
+    if len(sampled.token_ids) != plan.num_samples:
+        raise RuntimeError(f"the runner gave {len(sampled.token_ids)} tokens for {plan.num_samples} sampling rows")

@@ -23,8 +23,13 @@ class Runner(Protocol):
 
     def collect(self, launched: Any) -> SampledTokens: ...
 
+    def clear_pages(self, num_pages: int) -> None:
+        """Set the first so many KV pages to zero, in memory of their own."""
+
 
 class EngineTokenizer(TokenBytes, Protocol):
     """What the engine asks of a tokenizer."""
 
     eos_token_ids: frozenset[int]
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]: ...

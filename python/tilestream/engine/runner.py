@@ -8,8 +8,12 @@ import torch
 
 from tilestream.engine.batch import BatchBuilder, SamplingBuilder, padded_decodes
 from tilestream.engine.config import EngineConfig
-from tilestream.engine.scheduler import SampledTokens, StepPlan
+from tilestream.engine.logits import edit_logits, token_logprobs
+from tilestream.engine.request import Request
+from tilestream.engine.scheduler import PromptScores, SampledTokens, StepPlan
 from tilestream.ops import AttentionPlanner, KvCache, sample
+
+_SCORED_ROWS = 32  # prompt tokens whose logits are held at a time: 4 to 20 MB
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,18 +21,21 @@ class LaunchedStep:
     """What a step has drawn, on its way into host memory; there once `copied` has happened (None: it is there).
 
     Args:
-        tensors: tokens, and if any request wants them logprobs, top_ids, top_logprobs (tilestream.ops.sample).
+        tensors: tokens, and if any request wants them logprobs, top_ids, top_logprobs (tilestream.ops.sample); then for
+            each of `scores` its logprobs, top_ids, top_logprobs.
+        scores: prompt tokens that the step has scored: whose, and the first one's position.
     """
 
     tensors: tuple[torch.Tensor, ...]
     copied: torch.cuda.Event | None
+    scores: tuple[tuple[Request, int], ...] = ()
 
 
 class ModelRunner:
     """Owns the KV cache and runs StepPlans on a model, where its placement says.
 
     Args:
-        model: config, placement and forward(step, kv_caches) (tilestream.models).
+        model: config, placement, forward(step, kv_caches) and logits_of(rows) (tilestream.models).
         config: the engine's limits.
         kv_dtype: float32, float16, bfloat16, fp8, int8 or int4.
     """
@@ -70,7 +77,8 @@ class ModelRunner:
         self.sampling = SamplingBuilder(placement.device)
         if self.overlaps:  # what a captured graph points into does not move
             decodes = padded_decodes(config.max_running_requests)
-            model.reserve(max(config.token_budget, decodes), num_rows=decodes, num_positions=max_len)
+            num_rows = max(decodes, _SCORED_ROWS)
+            model.reserve(max(config.token_budget, decodes), num_rows=num_rows, num_positions=max_len)
         self._drawn = torch.zeros(1, dtype=torch.int64, device=placement.device)  # by the step launched last
 
     @torch.inference_mode()
@@ -81,11 +89,21 @@ class ModelRunner:
             self._fill_drawn(step.token_ids)
         logits = self.model.forward(step, self.kv_caches)
         requests = [item.request for item in plan.scheduled if item.samples]
-        if not requests:
-            return LaunchedStep((), None)
+        drawn = self._draw(logits[: len(requests)], requests) if requests else ()
+        scores, scored = self._score_prompts(plan)  # after the draw: it overwrites the logits
+        return _to_host(drawn + scored, scores)
+
+    def _draw(self, logits: torch.Tensor, requests: list[Request]) -> tuple[torch.Tensor, ...]:
+        edited = [(row, request) for row, request in enumerate(requests) if request.edits_logits]
         s = self.sampling.build(requests)
+        raw = None
+        if edited:
+            if s.num_top_logprobs is not None:  # logprobs are the model's own: of these rows, from before the edits
+                edited_rows = torch.tensor([row for row, _ in edited], device=logits.device)
+                raw = logits[edited_rows]
+            edit_logits(logits, edited)
         drawn = sample(
-            logits[: len(requests)],
+            logits,
             s.temperature,
             s.top_k,
             s.top_p,
@@ -96,16 +114,56 @@ class ModelRunner:
             num_top_logprobs=s.num_top_logprobs,
         )
         self._drawn = drawn.tokens
-        wanted = (drawn.tokens,)
-        if drawn.logprobs is not None:
-            wanted = drawn.tokens, drawn.logprobs, drawn.top_ids, drawn.top_logprobs
-        return _to_host(wanted)
+        if drawn.logprobs is None:
+            return (drawn.tokens,)
+        reported = drawn.logprobs, drawn.top_ids, drawn.top_logprobs
+        if raw is not None:
+            exact = token_logprobs(raw, drawn.tokens[edited_rows], s.num_top_logprobs)
+            for tensor, values in zip(reported, exact, strict=True):
+                tensor[edited_rows] = values
+        return drawn.tokens, *reported
+
+    def _score_prompts(self, plan: StepPlan) -> tuple[tuple[tuple[Request, int], ...], tuple[torch.Tensor, ...]]:
+        """Logprobs of the prompt tokens that follow those of this step, for requests that want them."""
+        scores, tensors, first_row = [], [], 0
+        for item in plan.scheduled:
+            request, begin = item.request, item.start
+            if request.lacks_prompt_logprobs:
+                end = min(begin + item.num_new_tokens, request.num_prompt_tokens - 1)
+                pieces = []
+                for start in range(begin, end, _SCORED_ROWS):
+                    rows = torch.arange(start, min(start + _SCORED_ROWS, end)) + (first_row - begin)
+                    tokens = torch.tensor(request.token_ids[start + 1 : min(start + _SCORED_ROWS, end) + 1])
+                    device = self.model.placement.device
+                    logits = self.model.logits_of(rows.to(device, non_blocking=True))
+                    num_top = request.params.prompt_logprobs
+                    pieces.append(token_logprobs(logits, tokens.to(device, non_blocking=True), num_top))
+                if pieces:
+                    scores.append((request, begin + 1))
+                    tensors += [torch.cat(parts) for parts in zip(*pieces, strict=True)]
+            first_row += item.num_new_tokens
+        return tuple(scores), tuple(tensors)
 
     def collect(self, launched: LaunchedStep) -> SampledTokens:
         """Wait for a step, and read what it has drawn."""
         if launched.copied is not None:
             launched.copied.synchronize()
-        return SampledTokens(*(t.tolist() for t in launched.tensors)) if launched.tensors else SampledTokens([])
+        values = [tensor.tolist() for tensor in launched.tensors]
+        num_drawn = len(values) - 3 * len(launched.scores)
+        scores = [
+            PromptScores(request, start, *values[num_drawn + 3 * i : num_drawn + 3 * i + 3])
+            for i, (request, start) in enumerate(launched.scores)
+        ]
+        sampled = SampledTokens(*values[:num_drawn]) if num_drawn else SampledTokens([])
+        sampled.prompt_scores = scores
+        return sampled
+
+    def clear_pages(self, num_pages: int) -> None:
+        """Set the first so many KV pages to zero, in memory of their own: what was never written has none."""
+        for cache in self.kv_caches:
+            for tensor in (cache.k_cache, cache.v_cache, cache.kv_scales):
+                if tensor is not None:
+                    tensor[:num_pages].zero_()
 
     def _fill_drawn(self, token_ids: torch.Tensor) -> None:
         """Replace each -1 - i by the token that row i of the step before drew, in place, without waiting for it.
@@ -117,10 +175,10 @@ class ModelRunner:
         token_ids.clamp_(min=0)
 
 
-def _to_host(tensors: tuple[torch.Tensor, ...]) -> LaunchedStep:
-    if not tensors[0].is_cuda:
-        return LaunchedStep(tensors, None)
+def _to_host(tensors: tuple[torch.Tensor, ...], scores: tuple[tuple[Request, int], ...]) -> LaunchedStep:
+    if not tensors or not tensors[0].is_cuda:
+        return LaunchedStep(tensors, None, scores)
     host = tuple(torch.empty_like(t, device="cpu", pin_memory=True).copy_(t, non_blocking=True) for t in tensors)
     copied = torch.cuda.Event()
     copied.record()
-    return LaunchedStep(host, copied)
+    return LaunchedStep(host, copied, scores)

@@ -3,60 +3,30 @@
 Every step, under `token_budget` tokens (Sarathi-Serve, arXiv 2403.02310):
   1. each running request that is one token behind (a decode) gets that token;
   2. requests further behind (prefills in progress) get a chunk of what is left of the budget;
-  3. waiting requests are admitted, first come first served, while budget, pages and max_num_seqs last.
+  3. waiting requests are admitted, in the policy's order, while budget, pages and max_num_seqs last.
 So no decode ever waits for a prefill, and a long prompt costs the others one chunk's time per step.
+With a target for the time between tokens, 2 and 3 also stop where the cost model says that the step
+would take longer; one tile of prefill is computed in any case, so that prompts never starve.
 
-Pages are taken as tokens are scheduled. When a decode finds none, the latest-arrived running request is
-preempted: its pages go back, it returns to the front of the queue with its output, and is recomputed
+Pages are taken as tokens are scheduled. When a decode finds none, the running request of the lowest priority
+that arrived latest is preempted: its pages go back, it waits again with its output, and is recomputed
 later (from the prefix cache, where its pages survived).
 """
 
 from __future__ import annotations
 
-from collections import deque
+from bisect import insort
 from dataclasses import dataclass, field
 
 from tilestream.engine.config import EngineConfig
+from tilestream.engine.cost_model import CostModel
 from tilestream.engine.page_pool import PagePool
-from tilestream.engine.prefix_cache import PrefixCache
-from tilestream.engine.prefix_groups import PrefixGroup, find_prefix_groups
+from tilestream.engine.prefix_cache import CacheNode, PrefixCache
+from tilestream.engine.prefix_groups import find_prefix_groups
 from tilestream.engine.request import Request, RequestState
-
-# A prefill chunk that a limit cuts ends where the step's tokens fill whole tiles of this many rows, since a
-# partial tile costs as much as a full one (257 tokens cost 32% more than 256: Sarathi-Serve, arXiv 2403.02310).
-TILE_TOKENS = 32
-
-
-@dataclass(slots=True)
-class ScheduledRequest:
-    """Tokens [start, start + num_new_tokens) of `request` run in this step; its pages cover them."""
-
-    request: Request
-    start: int  # tokens computed before this step
-    num_new_tokens: int
-    samples: bool  # the last of them is the request's newest token: its logits are sampled
-
-
-@dataclass(slots=True)
-class StepPlan:
-    """One step, as data: decodes first, then prefill chunks, each in order of arrival.
-
-    prefix_groups: (prefix_tokens, indices into scheduled) of requests that hold the same leading pages.
-    """
-
-    scheduled: list[ScheduledRequest] = field(default_factory=list)
-    prefix_groups: list[PrefixGroup] = field(default_factory=list)
-    num_tokens: int = 0
-
-    @property
-    def num_samples(self) -> int:
-        return sum(item.samples for item in self.scheduled)
-
-    def add(self, request: Request, num_new_tokens: int) -> None:
-        start = request.num_computed_tokens
-        samples = start + num_new_tokens == request.num_tokens
-        self.scheduled.append(ScheduledRequest(request, start, num_new_tokens, samples))
-        self.num_tokens += num_new_tokens
+from tilestream.engine.step_budget import StepBudget
+from tilestream.engine.step_plan import ScheduledRequest, StepPlan
+from tilestream.engine.waiting_queue import WaitingQueue
 
 
 @dataclass(slots=True)
@@ -67,51 +37,69 @@ class SampledTokens:
     logprobs: of the drawn tokens, natural log of the model's own probabilities.
     top_ids, top_logprobs: per row, most likely first, at least as many as its request's params.logprobs.
     None when no request of the step asked for logprobs.
+    prompt_scores: of requests that asked for logprobs of their prompt.
     """
 
     token_ids: list[int]
     logprobs: list[float] | None = None
     top_ids: list[list[int]] | None = None
     top_logprobs: list[list[float]] | None = None
+    prompt_scores: list[PromptScores] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class PromptScores:
+    """Logprobs of a request's prompt tokens from position `start` on, and of the most likely ones in their places."""
+
+    request: Request
+    start: int
+    logprobs: list[float]
+    top_ids: list[list[int]]
+    top_logprobs: list[list[float]]
 
 
 class Scheduler:
     """Owns the queues, the page pool and the prefix cache. O(running requests) per step.
 
-    `running` followed by `waiting` is always in order of arrival: admission takes from the front of
-    `waiting`, preemption gives the end of `running` back to it.
+    `running` is sorted by the policy's rank: prefills in progress go on in this order, and preemption takes the last.
 
     Args:
         config: the engine's limits.
+        cost_model: what a step costs; needed with config.tbt_ms, and used with it alone.
     """
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, cost_model: CostModel | None = None) -> None:
         self.config = config
         self.pool = PagePool(config.num_pages)
         self.cache = PrefixCache(self.pool, config.page_size)
         self.running: list[Request] = []
-        self.waiting: deque[Request] = deque()
+        self.waiting = WaitingQueue(config.policy, lambda request: len(self._match(request)))
         self.num_preemptions = 0
         self.prefix_cache_queries = 0  # tokens
         self.prefix_cache_hits = 0  # tokens
+        self.budget = StepBudget(config, cost_model)
+        self._num_arrivals = 0
 
     def has_work(self) -> bool:
         return bool(self.running or self.waiting)
 
     def add(self, request: Request) -> None:
         """Queue a new request. Its tokens must fit the whole cache (the engine checks that)."""
-        self.waiting.append(request)
+        request.arrival_index = self._num_arrivals
+        self._num_arrivals += 1
+        self.waiting.add(request)
 
     def schedule(self) -> StepPlan | None:
         """Plan the next step; None when there is nothing to do. Takes pages, but counts nothing as computed:
         that is launched()'s part."""
         plan = StepPlan()
-        self._schedule_decodes(plan)
-        num_reserved_pages = self._schedule_prefills(plan)
+        prefills = self._schedule_decodes(plan)
+        num_reserved_pages = self._schedule_prefills(plan, prefills)
         self._admit(plan, num_reserved_pages)
         if not plan.scheduled:
             return None
-        if not self.config.batch_invariant:  # a shared-prefix job cuts where the batch says
+        # A shared-prefix job cuts where the batch says, and without the cache no page is shared.
+        if self.config.enable_prefix_caching and not self.config.batch_invariant:
             plan.prefix_groups = find_prefix_groups(
                 [item.request.pages for item in plan.scheduled],
                 [item.start // self.config.page_size for item in plan.scheduled],
@@ -174,59 +162,75 @@ class Scheduler:
             if request.pages or request.num_computed_tokens or request.cache_node is not None:
                 raise RuntimeError(f"{request.request_id} waits, but holds pages {request.pages}")
 
-    def _schedule_decodes(self, plan: StepPlan) -> None:
-        index = 0
+    def _schedule_decodes(self, plan: StepPlan) -> list[Request]:
+        """Returns the prefills in progress. Written out, with few calls: this runs for every request in every step."""
+        page_size, served_tokens = self.config.page_size, self.waiting.service.served_tokens
+        prefills: list[Request] = []
+        index = num_keys = 0
         while index < len(self.running):  # preemption shortens it, always from the end
             request = self.running[index]
             index += 1
-            if request.num_uncomputed_tokens > 1 or request.num_tokens >= request.max_num_tokens:
-                continue  # a prefill; or the step that still runs draws its last token
-            while request.state is RequestState.RUNNING and self._room_tokens(request) < 1:
-                self._preempt_latest()
-            if request.state is RequestState.RUNNING:
-                self._take(plan, request, 1)
+            start, num_tokens = request.num_computed_tokens, len(request.token_ids)
+            if num_tokens - start > 1:
+                prefills.append(request)
+                continue
+            if num_tokens >= request.max_num_tokens:
+                continue  # the step that still runs draws its last token
+            if start == len(request.pages) * page_size:
+                while request.state is RequestState.RUNNING and self.pool.num_free_pages < 1:
+                    self._preempt_latest()
+                if request.state is not RequestState.RUNNING:
+                    break  # it was the last
+                request.pages += self.pool.allocate(1)
+            served_tokens[request.options.tenant] += 1
+            num_keys += start + 1
+            plan.scheduled.append(ScheduledRequest(request, start, 1, True))
+        plan.num_tokens = plan.num_samples = len(plan.scheduled)
+        plan.num_decode_keys = num_keys
+        return prefills
 
-    def _schedule_prefills(self, plan: StepPlan) -> int:
+    def _schedule_prefills(self, plan: StepPlan, prefills: list[Request]) -> int:
         """Returns the pages that prompts in progress still need after this step."""
         num_reserved_pages = 0
-        index = 0
-        while index < len(self.running):
-            request = self.running[index]
-            index += 1
-            if request.num_uncomputed_tokens <= 1:
-                continue
+        for request in prefills:
+            if request.state is not RequestState.RUNNING:
+                break  # preempted, as are all after it
             # A prefill takes pages from later prefills; a decode, which is scheduled already, keeps its own.
             while self._room_tokens(request) < 1 and self._latest_is_prefill_after(request):
                 self._preempt_latest()
-            chunk = self._chunk_tokens(plan, request.num_uncomputed_tokens, self._room_tokens(request))
+            chunk = self.budget.chunk_tokens(
+                plan, request.num_computed_tokens, request.num_uncomputed_tokens, self._room_tokens(request)
+            )
             if chunk > 0:
                 self._take(plan, request, chunk)
             num_reserved_pages += self._num_pages_for(request.num_tokens) - len(request.pages)
         return num_reserved_pages
 
     def _admit(self, plan: StepPlan, num_reserved_pages: int) -> None:
-        """Admit from the front of the queue while everything fits, and stop at the first that does not.
+        """Admit whose turn it is while everything fits, and stop at the first that does not: nobody slips past it.
 
         A request is admitted when its whole prompt fits beside what running prompts still need, and every
-        running request could still grow by one page: otherwise it would soon be preempted again. So nothing is
-        admitted in a step that preempts: the front of the queue lacks the very page it was preempted for.
+        running request could still grow by one page: otherwise it would soon be preempted again. So nobody comes back in
+        the step that preempts them: they lack the very page that they were preempted for.
         """
         while (
             self.waiting
             and len(self.running) < self.config.max_running_requests
             and plan.num_tokens < self.config.token_budget
         ):
-            request = self.waiting[0]
+            request = self.waiting.first()
             if request.num_pending_tokens > 0:
                 return  # preempted while a step still draws its newest token
-            nodes = self.cache.match(request.token_ids) if self.config.enable_prefix_caching else []
+            nodes = self._match(request)
+            num_cached_tokens = len(nodes) * self.config.page_size
+            num_uncomputed = request.num_tokens - num_cached_tokens
+            chunk = self.budget.chunk_tokens(plan, num_cached_tokens, num_uncomputed, num_uncomputed)
             num_new_pages = self._num_pages_for(request.num_tokens) - len(nodes)
             num_wanted = num_new_pages + self.cache.num_unowned(nodes) + num_reserved_pages + len(self.running)
-            num_cached_tokens = len(nodes) * self.config.page_size
-            if num_wanted > self.pool.num_free_pages:
+            if chunk == 0 or num_wanted > self.pool.num_free_pages:
                 return
-            self.waiting.popleft()
-            self.running.append(request)
+            self.waiting.admit(request)
+            insort(self.running, request, key=self.waiting.rank)
             request.state = RequestState.RUNNING
             request.pages, request.cache_node = self.cache.acquire(nodes)
             request.num_registered_pages = len(nodes)
@@ -235,9 +239,13 @@ class Scheduler:
                 request.num_cached_tokens = num_cached_tokens
                 self.prefix_cache_queries += request.num_tokens if self.config.enable_prefix_caching else 0
                 self.prefix_cache_hits += num_cached_tokens
-            num_uncomputed = request.num_uncomputed_tokens
-            self._take(plan, request, self._chunk_tokens(plan, num_uncomputed, num_uncomputed))
+            self._take(plan, request, chunk)
             num_reserved_pages += self._num_pages_for(request.num_tokens) - len(request.pages)
+
+    def _match(self, request: Request) -> list[CacheNode]:
+        """What the prefix cache holds of a request."""
+        may_share = self.config.enable_prefix_caching and not request.lacks_prompt_logprobs
+        return self.cache.match(request.token_ids) if may_share else []
 
     def _num_pages_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.config.page_size)
@@ -247,19 +255,13 @@ class Scheduler:
         num_pages = len(request.pages) + self.pool.num_free_pages
         return num_pages * self.config.page_size - request.num_computed_tokens
 
-    def _chunk_tokens(self, plan: StepPlan, num_uncomputed: int, room_tokens: int) -> int:
-        """Tokens of a prefill that run in this step: all, or what is left, cut back to a whole tile if it
-        reaches one."""
-        most = min(self.config.token_budget - plan.num_tokens, room_tokens)
-        if num_uncomputed <= most:
-            return num_uncomputed
-        to_tile_border = (plan.num_tokens + most) // TILE_TOKENS * TILE_TOKENS - plan.num_tokens
-        return max(0, to_tile_border if to_tile_border > 0 else most)
-
     def _take(self, plan: StepPlan, request: Request, num_new_tokens: int) -> None:
-        num_missing = self._num_pages_for(request.num_computed_tokens + num_new_tokens) - len(request.pages)
+        """Compute these tokens of a prefill in this step."""
+        start, end = request.num_computed_tokens, request.num_computed_tokens + num_new_tokens
+        num_missing = self._num_pages_for(end) - len(request.pages)
         if num_missing > 0:
             request.pages += self.pool.allocate(num_missing)
+        self.waiting.service.charge(request.options.tenant, max(0, end - max(start, request.num_served_tokens)))
         plan.add(request, num_new_tokens)
 
     def _latest_is_prefill_after(self, request: Request) -> bool:
@@ -268,9 +270,10 @@ class Scheduler:
 
     def _preempt_latest(self) -> None:
         request = self.running.pop()
+        request.num_served_tokens = max(request.num_served_tokens, request.num_computed_tokens)
         self._release(request)
         request.state = RequestState.WAITING
-        self.waiting.appendleft(request)
+        self.waiting.add(request)
         self.num_preemptions += 1
 
     def _release(self, request: Request) -> None:

@@ -96,6 +96,7 @@ class LlamaModel:
         self._scratch = ScratchPool(config, placement)
         self._programs = LayerPrograms(placement.device)
         self._logits: torch.Tensor | None = None
+        self._ran: Scratch | None = None  # what the last step left behind
 
     def reserve(self, num_tokens: int, *, num_rows: int, num_positions: int) -> None:
         """Make room at once for the largest step to come: buffers do not move then.
@@ -127,11 +128,24 @@ class LlamaModel:
             self._programs.run(self._run_layers, buf, step, kv_caches, logits)
         else:
             self._run_layers(buf, step, kv_caches, logits)
-        if rows is not None:
-            x, residual = self._last[:, : rows.size(0)]
-            torch.index_select(buf.x, 0, rows, out=x)
-            torch.index_select(buf.residual, 0, rows, out=residual)
-            self._project(x, residual, logits)
+        self._ran = buf
+        return self._finish(logits) if rows is None else self.logits_of(rows)
+
+    @torch.inference_mode()
+    def logits_of(self, rows: torch.Tensor) -> torch.Tensor:
+        """Logits of tokens of the last step, if that one had logits_rows. They overwrite those given before.
+
+        Args:
+            rows: [num_rows], int64.
+        """
+        logits = self._head_rows(rows.size(0))
+        x, residual = self._last[:, : rows.size(0)]
+        torch.index_select(self._ran.x, 0, rows, out=x)
+        torch.index_select(self._ran.residual, 0, rows, out=residual)
+        self._project(x, residual, logits)
+        return self._finish(logits)
+
+    def _finish(self, logits: torch.Tensor) -> torch.Tensor:
         if self._narrow_logits is not None:
             logits.copy_(self._narrow_logits[: logits.size(0)])
         if cap := self.config.final_soft_cap:

@@ -92,8 +92,10 @@ class Tokenizer:
 
     def token_bytes(self, token_id: int) -> bytes:
         """The exact bytes that a token adds to the output; b"" for special tokens and ids without a token."""
-        if token_id in self._special_ids:
-            return b""
+        return b"" if token_id in self._special_ids else self.special_token_bytes(token_id)
+
+    def special_token_bytes(self, token_id: int) -> bytes:
+        """As token_bytes, but special tokens are spelled out."""
         added = self._added.get(token_id)
         if added is not None:
             return added.encode()

@@ -1,4 +1,4 @@
-"""Errors as OpenAI clients expect them: `{"error": {"message", "type", "param", "code"}}`."""
+"""Errors as OpenAI clients expect them: `{"error": {"message", "type", "param", "code"}}`, and beside it the request's id."""
 
 from __future__ import annotations
 
@@ -6,13 +6,24 @@ import json
 import logging
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.requests import ClientDisconnect
+
+from tilestream.server.context import current
 
 logger = logging.getLogger("tilestream.server")
 
-_TYPE_OF_STATUS = {404: "not_found_error", 500: "internal_server_error", 503: "service_unavailable_error"}
+_TYPE_OF_STATUS = {
+    401: "authentication_error",
+    404: "not_found_error",
+    500: "internal_server_error",
+    503: "service_unavailable_error",
+    504: "timeout_error",
+}
+# nginx's code for a client that closed its connection; nobody reads it but an access log.
+CLIENT_LEFT_STATUS = 499
 
 
 class ApiError(Exception):
@@ -45,7 +56,8 @@ class ApiError(Exception):
     def body(self) -> dict[str, object]:
         """The error as OpenAI's JSON object, the same for a response and for an event of a stream."""
         kind = _TYPE_OF_STATUS.get(self.status, "invalid_request_error")
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+        error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
+        return {"error": error, "request_id": current().request_id}
 
     def response(self) -> JSONResponse:
         headers = {} if self.retry_after_s is None else {"Retry-After": str(self.retry_after_s)}
@@ -64,6 +76,12 @@ def install_error_handlers(app: FastAPI) -> None:
     async def on_api_error(request: Request, error: ApiError) -> JSONResponse:
         return error.response()
 
+    @app.exception_handler(RequestValidationError)
+    async def on_bad_parameter(request: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        name = str(first["loc"][-1])
+        return ApiError(400, f"{name}: {first['msg']}; got {first['input']!r:.80}.", param=name).response()
+
     @app.exception_handler(HTTPException)
     async def on_http_exception(request: Request, error: HTTPException) -> JSONResponse:
         message = f"{request.method} {request.url.path}: {error.detail}. The API is described at /docs."
@@ -71,50 +89,13 @@ def install_error_handlers(app: FastAPI) -> None:
         answer.headers.update(error.headers or {})
         return answer
 
+    @app.exception_handler(ClientDisconnect)
+    async def on_client_left(request: Request, error: ClientDisconnect) -> Response:
+        return Response(status_code=CLIENT_LEFT_STATUS)
+
     @app.exception_handler(Exception)
     async def on_exception(request: Request, error: Exception) -> JSONResponse:
         return internal_error().response()
-
-
-class BodyTooLargeError(Exception):
-    """Raised out of `receive` when a body turns out longer than the limit."""
-
-
-class BodyLimitMiddleware:
-    """Refuses a body over `max_body_bytes` with 413, before it is held in memory."""
-
-    def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
-        self.app = app
-        self.max_body_bytes = max_body_bytes
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        declared = dict(scope["headers"]).get(b"content-length", b"0")
-        if declared.isdigit() and int(declared) > self.max_body_bytes:
-            await self._refuse(f"{int(declared)} bytes", scope, receive, send)
-            return
-        received_bytes = 0
-
-        async def counted_receive() -> Message:
-            nonlocal received_bytes
-            message = await receive()
-            received_bytes += len(message.get("body", b""))
-            if received_bytes > self.max_body_bytes:
-                raise BodyTooLargeError
-            return message
-
-        try:
-            await self.app(scope, counted_receive, send)
-        except BodyTooLargeError:
-            await self._refuse(f"more than {self.max_body_bytes} bytes", scope, receive, send)
-
-    async def _refuse(self, got: str, scope: Scope, receive: Receive, send: Send) -> None:
-        message = f"The request body is {got}; at most {self.max_body_bytes} bytes are allowed."
-        response = ApiError(413, message, code="body_too_large").response()
-        response.headers["connection"] = "close"  # the rest of the body is not read
-        await response(scope, receive, send)
 
 
 async def read_json(request: Request) -> dict[str, object]:
@@ -128,7 +109,7 @@ async def read_json(request: Request) -> dict[str, object]:
         raise ApiError(415, f"Content-Type is {content_type!r}; it must be 'application/json'.")
     body = await request.body()
     try:
-        value = json.loads(body, parse_constant=_refuse_constant)
+        value = json.loads(body.decode(), parse_constant=_refuse_constant)  # of bytes, json takes surrogates and UTF-16
         if b"\\ud" in body.lower():  # half of a \\ud83d\\ude00 pair is no character: no tokenizer takes it
             json.dumps(value, ensure_ascii=False).encode()
     except RecursionError:

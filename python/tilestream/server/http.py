@@ -12,22 +12,26 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import tilestream
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from prometheus_client import CONTENT_TYPE_LATEST
 
-from tilestream.server.errors import ApiError, BodyLimitMiddleware, install_error_handlers, internal_error, read_json
+from tilestream.server.access import Traffic, within_limits
+from tilestream.server.context import current
+from tilestream.server.errors import CLIENT_LEFT_STATUS, ApiError, internal_error, read_json
 from tilestream.server.generation import ClientLeftError, generate, unless_client_leaves
 from tilestream.server.metrics import ServerMetrics
+from tilestream.server.openapi import json_body
 from tilestream.server.protocol import ChatCompletionRequest, CompletionRequest, GenerationRequest, parse_request
 from tilestream.server.responses import SSE_DONE, Answer, ChatAnswer, CompletionAnswer, sse_event
+from tilestream.server.settings import ServerSettings
+from tilestream.server.telemetry import open_telemetry
+from tilestream.server.tools import format_of, messages_for, tool_use
 
 if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send
 
     from tilestream.engine.async_engine import AsyncEngine
-    from tilestream.engine.request import RequestDelta
+    from tilestream.engine.request import RequestDelta, RequestOptions
     from tilestream.models.tokenizer import Tokenizer
     from tilestream.sampling_params import SamplingParams
 
@@ -35,12 +39,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("tilestream.server")
 
-# 128k prompt tokens are about 1 MB of JSON, as ids or as text.
-DEFAULT_MAX_BODY_BYTES = 4 * 2**20
-# A text of that size takes seconds to tokenise, off the event loop; shorter ones must not wait behind it.
+# A text as long as a body may be takes seconds to tokenise, off the event loop; shorter ones must not wait behind it.
 _TOKENIZING_THREADS = 4
-# nginx's code for a client that closed its connection; nobody reads it but an access log.
-_CLIENT_LEFT_STATUS = 499
 
 
 class Server:
@@ -51,12 +51,25 @@ class Server:
         tokenizer: text to ids, chat template, bytes of a token.
         model_name: the name that clients ask for.
         max_model_len: tokens of prompt and answer together; told in /v1/models.
+        settings: limits and rights.
     """
 
-    def __init__(self, engine: AsyncEngine, tokenizer: Tokenizer, *, model_name: str, max_model_len: int) -> None:
+    def __init__(
+        self,
+        engine: AsyncEngine,
+        tokenizer: Tokenizer,
+        *,
+        model_name: str,
+        max_model_len: int,
+        settings: ServerSettings,
+    ) -> None:
         self.engine = engine
         self.tokenizer = tokenizer
         self.model_name = model_name
+        self.max_model_len = max_model_len
+        self.settings = settings
+        self.traffic = Traffic()
+        self.telemetry = open_telemetry(model_name)
         self.metrics = ServerMetrics(engine, model_name)
         self.model_card = {
             "id": model_name,
@@ -65,6 +78,7 @@ class Server:
             "owned_by": "tilestream",
             "max_model_len": max_model_len,
         }
+        self.tool_format = format_of(tokenizer.chat_template)
         self.tokenizing = ThreadPoolExecutor(_TOKENIZING_THREADS, thread_name_prefix="tokenize")
 
     def check_model(self, name: str | None) -> None:
@@ -81,6 +95,22 @@ class Server:
             for prompt in prompts
         ]
 
+    async def prepare(self, params: SamplingParams, field: str | None) -> None:
+        """Let the engine compile a constraint and look at token ids, before it gets the request itself.
+
+        Args:
+            field: the request's field that has the constraint.
+        Raises:
+            ApiError: 400, what is wrong with it.
+        """
+        if params.constraint is None and not params.logit_bias:
+            return
+        try:
+            await asyncio.get_running_loop().run_in_executor(self.tokenizing, self.engine.prepare, params)
+        except ValueError as error:
+            name = "logit_bias" if str(error).startswith("logit_bias") else field
+            raise ApiError(400, f"{error}.", param=name) from None
+
     def answer(
         self,
         kind: type[Answer],
@@ -88,16 +118,26 @@ class Server:
         body: GenerationRequest,
         prompts: list[list[int]],
         params: list[SamplingParams],
+        **more: Any,
     ) -> Answer:
-        """An empty answer to `body`, with an id of its own."""
-        return kind(
+        """An empty answer to `body`, with an id of its own; `more` is for its kind."""
+        context = current()
+        context.body = body
+        context.answer = kind(
             f"{id_prefix}-{uuid.uuid4().hex}",
             self.model_name,
             self.tokenizer,
             num_prompt_tokens=[len(prompt) for prompt in prompts],
             choices_per_prompt=len(params),
             include_usage=body.include_usage(),
+            continuous_usage=body.continuous_usage(),
+            **more,
         )
+        return context.answer
+
+    def options(self, body: GenerationRequest) -> RequestOptions:
+        """What the scheduler is told of the request at hand."""
+        return within_limits(body.options(), self.settings.request_timeout_s)
 
     async def run(
         self,
@@ -109,7 +149,13 @@ class Server:
     ) -> Response:
         """Generates and answers. An error before the first token still gets its own HTTP status."""
         deltas = generate(
-            self.engine, self.metrics, answer.answer_id, prompts, params, prompt_field=body.prompt_field
+            self.engine,
+            self.metrics,
+            answer.answer_id,
+            prompts,
+            params,
+            prompt_field=body.prompt_field,
+            options=self.options(body),
         )
         try:
             if body.stream:
@@ -118,7 +164,7 @@ class Server:
             await unless_client_leaves(http, _collect(deltas, answer))
             return JSONResponse(answer.whole())
         except ClientLeftError:
-            return Response(status_code=_CLIENT_LEFT_STATUS)
+            return Response(status_code=CLIENT_LEFT_STATUS)
 
 
 async def _collect(deltas: Deltas, answer: Answer) -> None:
@@ -162,82 +208,41 @@ class EventStream(StreamingResponse):
         yield SSE_DONE
 
 
-def create_app(
-    engine: AsyncEngine,
-    tokenizer: Tokenizer,
-    *,
-    model_name: str,
-    max_model_len: int,
-    max_body_bytes: int = DEFAULT_MAX_BODY_BYTES,
-) -> FastAPI:
-    """The ASGI application.
-
-    Args:
-        engine, tokenizer, model_name, max_model_len: as for Server.
-        max_body_bytes: a longer request body is refused with 413.
-    """
-    server = Server(engine, tokenizer, model_name=model_name, max_model_len=max_model_len)
-
-    @contextlib.asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        yield
-        await asyncio.to_thread(engine.shutdown)
-        server.tokenizing.shutdown()
-
-    app = FastAPI(title="Tilestream", version=tilestream.__version__, lifespan=lifespan)
-    app.add_middleware(BodyLimitMiddleware, max_body_bytes=max_body_bytes)
-    install_error_handlers(app)
-    _add_generation_routes(app, server)
-    _add_information_routes(app, server)
-    return app
-
-
-def _body_schema(kind: type[GenerationRequest]) -> dict[str, Any]:
-    """Shows the fields in /docs; the body is parsed by hand so that errors keep OpenAI's form."""
-    schema = kind.model_json_schema()
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
-
-
-def _add_generation_routes(app: FastAPI, server: Server) -> None:
-    @app.post("/v1/completions", openapi_extra=_body_schema(CompletionRequest))
+def add_generation_routes(app: FastAPI, server: Server) -> None:
+    @app.post("/v1/completions", openapi_extra=json_body(CompletionRequest))
     async def completions(http: Request) -> Response:
         body = parse_request(CompletionRequest, await read_json(http))
         server.check_model(body.model)
         params = body.sampling_params()
-        prompts = await server.prompt_ids(body.prompts(), add_special_tokens=True)
-        answer = server.answer(CompletionAnswer, "cmpl", body, prompts, params)
+        given = body.prompts()
+        await server.prepare(params[0], body.constraint_field)
+        prompts = await server.prompt_ids(given, add_special_tokens=True)
+        texts = [p if isinstance(p, str) else server.tokenizer.decode(p) for p in given] if body.echo else []
+        answer = server.answer(
+            CompletionAnswer,
+            "cmpl",
+            body,
+            prompts,
+            params,
+            echo=list(zip(texts, prompts, strict=True)) if body.echo else None,
+            given_per_prompt=body.n or 1,
+            with_logprobs=body.logprobs is not None,
+        )
         return await server.run(http, body, answer, prompts, params)
 
-    @app.post("/v1/chat/completions", openapi_extra=_body_schema(ChatCompletionRequest))
+    @app.post("/v1/chat/completions", openapi_extra=json_body(ChatCompletionRequest))
     async def chat_completions(http: Request) -> Response:
         body = parse_request(ChatCompletionRequest, await read_json(http))
         server.check_model(body.model)
-        params = body.sampling_params()
+        tools = tool_use(body, server.tool_format)
+        params = body.sampling_params(**({} if tools is None else tools.sampling_fields()))
+        messages = messages_for(body.template_messages(), tools, server.tool_format)
+        shown_tools = tools.template_tools() if tools is not None and tools.format is not None else None
+        await server.prepare(params[0], body.constraint_field or "tools")
         try:
-            text = server.tokenizer.apply_chat_template(body.template_messages(), **body.template_options())
+            text = server.tokenizer.apply_chat_template(messages, tools=shown_tools, **body.template_options())
         except ValueError as error:
             raise ApiError(400, f"{server.model_name}: {error}", param="messages") from None
         prompts = await server.prompt_ids([text], add_special_tokens=False)  # the template has written them
-        answer = server.answer(ChatAnswer, "chatcmpl", body, prompts, params)
+        answer = server.answer(ChatAnswer, "chatcmpl", body, prompts, params, tools=tools)
         return await server.run(http, body, answer, prompts, params)
-
-
-def _add_information_routes(app: FastAPI, server: Server) -> None:
-    @app.get("/v1/models")
-    async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [server.model_card]}
-
-    @app.get("/v1/models/{name:path}")
-    async def model(name: str) -> dict[str, Any]:
-        server.check_model(name)
-        return server.model_card
-
-    @app.get("/health")
-    async def health() -> Response:
-        if not server.engine.is_running:
-            raise ApiError(503, "The engine has stopped; the log says why.", code="engine_stopped")
-        return JSONResponse({"status": "ok"})
-
-    @app.get("/metrics")
-    async def metrics() -> Response:
-        return Response(server.metrics.render(), headers={"Content-Type": CONTENT_TYPE_LATEST})

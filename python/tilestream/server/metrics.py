@@ -7,11 +7,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
-from prometheus_client import CollectorRegistry, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric, SummaryMetricFamily
+from prometheus_client import CollectorRegistry, Histogram, ProcessCollector, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
+
+from tilestream.engine.metrics import STEP_TOKENS_BOUNDS
+
+from tilestream.server.context import current
 
 if TYPE_CHECKING:
     from tilestream.engine.async_engine import AsyncEngine
@@ -31,6 +36,7 @@ _GAUGES = (
     ("num_requests_running", "Requests in the running batch.", "num_requests_running"),
     ("num_requests_waiting", "Requests in the queue.", "num_requests_waiting"),
     ("kv_cache_usage_perc", "Share of the KV cache's pages that requests own, 0 to 1.", "kv_cache_usage"),
+    ("token_budget", "Most tokens that the last step might have had.", "last_step_budget_tokens"),
 )
 _COUNTERS = (
     ("num_preemptions", "Requests sent back to the queue for want of pages.", "num_preemptions"),
@@ -38,6 +44,9 @@ _COUNTERS = (
     ("prefix_cache_hits", "Prompt tokens found in the prefix cache.", "prefix_cache_hits"),
     ("prompt_tokens", "Prompt tokens of requests that got a first token, cached ones included.", "prompt_tokens"),
     ("generation_tokens", "Tokens generated.", "generation_tokens"),
+    ("step_prefill_tokens", "Tokens of prompts that steps have computed; again, too, after a preemption.", "prefill_tokens"),
+    ("step_decode_tokens", "Tokens of running answers that steps have computed.", "decode_tokens"),
+    ("step_budget_tokens", "Tokens that steps might have computed: their budgets.", "budget_tokens"),
 )
 
 
@@ -61,9 +70,18 @@ class _EngineCollector(Collector):
         for reason, count in now.finished_requests.items():
             ended.add_metric([self._model_name, reason], count)
         yield ended
-        steps = SummaryMetricFamily(PREFIX + "iteration_tokens_total", "Tokens of a step.", labels=["model_name"])
-        steps.add_metric([self._model_name], count_value=now.num_steps, sum_value=now.step_tokens)
+        steps = HistogramMetricFamily(PREFIX + "iteration_tokens_total", "Tokens of a step.", labels=["model_name"])
+        bounds = [*map(float, STEP_TOKENS_BOUNDS), "+Inf"]
+        buckets = list(zip(map(str, bounds), accumulate(now.steps_by_tokens), strict=True))
+        steps.add_metric([self._model_name], buckets, sum_value=now.step_tokens)
         yield steps
+        times = CounterMetricFamily(
+            PREFIX + "step_seconds", "Time of all steps, by what it was spent on.", labels=["model_name", "part"]
+        )
+        rest_s = now.step_time_s - now.schedule_time_s - now.runner_time_s
+        for part, seconds in (("schedule", now.schedule_time_s), ("runner", now.runner_time_s), ("output", rest_s)):
+            times.add_metric([self._model_name, part], seconds)
+        yield times
 
 
 class ServerMetrics:
@@ -72,6 +90,7 @@ class ServerMetrics:
     def __init__(self, engine: AsyncEngine, model_name: str) -> None:
         registry = CollectorRegistry()
         registry.register(_EngineCollector(engine, model_name))
+        ProcessCollector(registry=registry)
 
         def histogram(name: str, meaning: str, buckets: tuple[float, ...]) -> Histogram:
             made = Histogram(PREFIX + name, meaning, ["model_name"], buckets=buckets, registry=registry)
@@ -82,6 +101,9 @@ class ServerMetrics:
         self.ttft = histogram("time_to_first_token_seconds", "Arrival to first token.", _TTFT_BUCKETS_S)
         self.inter_token = histogram("inter_token_latency_seconds", "Token to next token.", _STEP_BUCKETS_S)
         self.e2e = histogram("e2e_request_latency_seconds", "Arrival to last token.", times)
+        self.per_token = histogram(
+            "request_time_per_output_token_seconds", "First token to last, by the tokens after the first.", _STEP_BUCKETS_S
+        )
         self.queue_time = histogram("request_queue_time_seconds", "Arrival to first step.", times)
         self.prefill_time = histogram("request_prefill_time_seconds", "First step to first token.", times)
         self.decode_time = histogram("request_decode_time_seconds", "First token to last.", times)
@@ -109,6 +131,8 @@ class RequestTimer:
             else:
                 self._metrics.inter_token.observe((now_s - self._last_token_s) / len(delta.token_ids))
             self._last_token_s = now_s
+        if delta.finish_reason is not None:
+            current().last_deltas.append(delta)
         if delta.finish_reason in ("stop", "length"):
             self._on_finish(delta, now_s)
 
@@ -116,6 +140,9 @@ class RequestTimer:
         self._metrics.e2e.observe(now_s - self._arrival_s)
         self._metrics.prompt_length.observe(delta.num_prompt_tokens)
         self._metrics.answer_length.observe(delta.num_output_tokens)
+        if delta.num_output_tokens > 1 and delta.first_token_s is not None and delta.finish_s is not None:
+            decode_s = delta.finish_s - delta.first_token_s
+            self._metrics.per_token.observe(decode_s / (delta.num_output_tokens - 1))
         phases = (
             (self._metrics.queue_time, delta.arrival_s, delta.first_scheduled_s),
             (self._metrics.prefill_time, delta.first_scheduled_s, delta.first_token_s),

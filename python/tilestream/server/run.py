@@ -2,22 +2,53 @@
 
 from __future__ import annotations
 
+import asyncio
+import resource
 import signal
 import socket
 import sys
-from typing import TYPE_CHECKING
+import time
+from functools import partial
+from types import FrameType
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
-from tilestream.server.http import create_app
+from tilestream.server.access import Traffic
+from tilestream.server.connection import Connection
+from tilestream.server.app import create_app
+from tilestream.server.settings import ServerSettings
 
 if TYPE_CHECKING:
+    from fastapi import FastAPI
+
     from tilestream.engine.async_engine import AsyncEngine
     from tilestream.models.tokenizer import Tokenizer
 
-# After a stop signal: what running answers get to end. Process managers kill after 10 s (docker stop) to 30 s.
-_GRACE_S = 10
 _BACKLOG = 2048
+# The head of a request, its path and all its headers.
+_MAX_HEAD_BYTES = 32 * 1024
+# After the engine has ended every answer: what the last words get to reach their clients.
+_LAST_WORDS_S = 2
+
+_LOGGING = {
+    "version": 1,
+    "disable_existing_loggers": False,
+    "filters": {"request_id": {"()": "tilestream.server.context.RequestIdFilter"}},
+    "formatters": {
+        "line": {"format": "%(asctime)s %(levelname)s [%(request_id)s] %(message)s"},
+        "access": {"format": "%(asctime)s %(message)s"},
+    },
+    "handlers": {
+        "line": {"class": "logging.StreamHandler", "formatter": "line", "filters": ["request_id"]},
+        "access": {"class": "logging.StreamHandler", "formatter": "access"},
+    },
+    "loggers": {
+        "uvicorn": {"handlers": ["line"], "level": "WARNING", "propagate": False},
+        "tilestream": {"handlers": ["line"], "level": "INFO", "propagate": False},
+        "tilestream.access": {"handlers": ["access"], "level": "INFO", "propagate": False},
+    },
+}
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -37,20 +68,76 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 class _Uvicorn(uvicorn.Server):
+    """A stop signal begins a drain: the socket stays open, so that a balancer's probe sees that we are not ready, new
+    requests are refused, and the running ones end. Past the limit the engine ends them."""
+
+    def __init__(self, config: uvicorn.Config, engine: AsyncEngine, traffic: Traffic, drain_timeout_s: float) -> None:
+        super().__init__(config)
+        self._engine = engine
+        self._traffic = traffic
+        self._drain_timeout_s = drain_timeout_s
+        self._drain_end_s = float("inf")
+
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         host, port = sockets[0].getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
         print(f"Ready: http://{shown}:{port}/v1 (Ctrl-C stops)", file=sys.stderr, flush=True)
 
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self._traffic.is_draining:  # a second signal: at once
+            self._drain_end_s = 0.0
+        else:
+            self._traffic.is_draining = True
+            self._drain_end_s = time.monotonic() + self._drain_timeout_s
+
+    async def on_tick(self, counter: int) -> bool:
+        if await super().on_tick(counter):
+            return True
+        if not self._traffic.is_draining:
+            return False
+        if self._traffic.num_requests and time.monotonic() < self._drain_end_s:
+            return False
+        await asyncio.to_thread(self._engine.shutdown)
+        return True
+
 
 def serve(
-    engine: AsyncEngine, tokenizer: Tokenizer, listener: socket.socket, *, model_name: str, max_model_len: int
+    engine: AsyncEngine,
+    tokenizer: Tokenizer,
+    listener: socket.socket,
+    *,
+    model_name: str,
+    max_model_len: int,
+    settings: ServerSettings = ServerSettings(),
 ) -> None:
-    """Serves until SIGINT or SIGTERM; then no new requests, and running answers may end. A second SIGINT: at once."""
-    app = create_app(engine, tokenizer, model_name=model_name, max_model_len=max_model_len)
-    config = uvicorn.Config(app, backlog=_BACKLOG, timeout_graceful_shutdown=_GRACE_S, log_level="info")
-    # uvicorn raises the signal again once it has stopped; then the work is done and the exit code is 0.
+    """Serves until SIGINT or SIGTERM; then no new requests, and running answers may end. A second signal: at once."""
+    app = create_app(engine, tokenizer, model_name=model_name, max_model_len=max_model_len, settings=settings)
+    _allow_many_connections()
+    # A signal that comes when uvicorn has let go of them finds the work done: the exit code stays 0.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)
-    _Uvicorn(config).run(sockets=[listener])
+    server = _Uvicorn(configure(app, settings, _LOGGING), engine, app.server.traffic, settings.drain_timeout_s)
+    server.run(sockets=[listener])
+
+
+def configure(app: FastAPI, settings: ServerSettings, log_config: dict[str, Any] | None) -> uvicorn.Config:
+    """Uvicorn's own settings."""
+    return uvicorn.Config(
+        app,
+        http=partial(Connection, settings),
+        ws="none",
+        backlog=_BACKLOG,
+        timeout_graceful_shutdown=_LAST_WORDS_S,
+        timeout_keep_alive=settings.keep_alive_s,
+        h11_max_incomplete_event_size=_MAX_HEAD_BYTES,
+        access_log=False,
+        server_header=False,
+        log_config=log_config,
+    )
+
+
+def _allow_many_connections() -> None:
+    """A connection is a file: take as many as this process may have, where the soft limit is lower."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

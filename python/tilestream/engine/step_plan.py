@@ -1,0 +1,47 @@
+"""One step, as plain data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from tilestream.engine.cost_model import prefill_pairs
+from tilestream.engine.prefix_groups import PrefixGroup
+from tilestream.engine.request import Request
+
+
+@dataclass(slots=True)
+class ScheduledRequest:
+    """Tokens [start, start + num_new_tokens) of `request` run in this step; its pages cover them."""
+
+    request: Request
+    start: int  # tokens computed before this step
+    num_new_tokens: int
+    samples: bool  # the last of them is the request's newest token: its logits are sampled
+
+
+@dataclass(slots=True)
+class StepPlan:
+    """One step, as data: decodes first, then prefill chunks, each in the order of `Scheduler.running`.
+
+    prefix_groups: (prefix_tokens, indices into scheduled) of requests that hold the same leading pages.
+    """
+
+    scheduled: list[ScheduledRequest] = field(default_factory=list)
+    prefix_groups: list[PrefixGroup] = field(default_factory=list)
+    num_tokens: int = 0
+    num_samples: int = 0
+    num_prefill_tokens: int = 0  # in chunks of more than one token
+    num_prefill_pairs: int = 0  # (query, key) pairs of those
+    num_decode_keys: int = 0  # keys that the others read
+
+    def add(self, request: Request, num_new_tokens: int) -> None:
+        start = request.num_computed_tokens
+        samples = start + num_new_tokens == len(request.token_ids)
+        self.scheduled.append(ScheduledRequest(request, start, num_new_tokens, samples))
+        self.num_tokens += num_new_tokens
+        self.num_samples += samples
+        if num_new_tokens == 1:
+            self.num_decode_keys += start + 1
+        else:
+            self.num_prefill_tokens += num_new_tokens
+            self.num_prefill_pairs += prefill_pairs(start, num_new_tokens)

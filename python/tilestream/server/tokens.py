@@ -1,0 +1,93 @@
+"""/tokenize and /detokenize: text to ids and back, in vLLM's form."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from fastapi import FastAPI, Request
+from pydantic import BaseModel, ConfigDict
+
+from tilestream.server.errors import ApiError, read_json
+from tilestream.server.openapi import json_body
+from tilestream.server.protocol import ChatCompletionRequest, Message, parse_request
+
+if TYPE_CHECKING:
+    from tilestream.server.http import Server
+
+
+class TokenizeRequest(BaseModel):
+    """A prompt, or the messages of a chat.
+
+    add_special_tokens: what the model wants around a text; by default for a prompt, not for messages, whose template
+        writes them.
+    """
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[Message] | None = None
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool = True
+    return_token_strs: bool = False
+
+
+class DetokenizeRequest(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    model: str | None = None
+    tokens: list[int]
+
+
+# Fields that say how to tokenise; the others of a body with messages are those of a chat.
+_HOW = {"prompt", "add_special_tokens", "add_generation_prompt", "return_token_strs"}
+
+
+def add_token_routes(app: FastAPI, server: Server) -> None:
+    @app.post("/tokenize", openapi_extra=json_body(TokenizeRequest))
+    async def tokenize(http: Request) -> dict[str, Any]:
+        fields = await read_json(http)
+        text, add_special_tokens, with_strings = _text(server, fields)
+        (ids,) = await server.prompt_ids([text], add_special_tokens=add_special_tokens)
+        spelled = [server.tokenizer.token_bytes(token_id).decode(errors="replace") for token_id in ids]
+        return {
+            "count": len(ids),
+            "max_model_len": server.max_model_len,
+            "tokens": ids,
+            "token_strs": spelled if with_strings else None,
+        }
+
+    @app.post("/detokenize", openapi_extra=json_body(DetokenizeRequest))
+    async def detokenize(http: Request) -> dict[str, str]:
+        body = parse_request(DetokenizeRequest, await read_json(http))
+        server.check_model(body.model)
+        vocab_size = server.tokenizer.vocab_size
+        for i, token_id in enumerate(body.tokens):
+            if not 0 <= token_id < vocab_size:
+                message = f"tokens[{i}] is {token_id}; token ids are 0..{vocab_size - 1}."
+                raise ApiError(400, message, param="tokens")
+        text = b"".join(server.tokenizer.token_bytes(token_id) for token_id in body.tokens)
+        return {"prompt": text.decode(errors="replace")}
+
+
+def _text(server: Server, fields: dict[str, object]) -> tuple[str, bool, bool]:
+    """The text to tokenise; whether special tokens go around it; whether the answer spells the tokens."""
+    if fields.get("messages") is None:
+        body = parse_request(TokenizeRequest, fields)
+        server.check_model(body.model)
+        if body.prompt is None:
+            raise ApiError(400, "A prompt or messages are needed.", param="prompt", code="missing_field")
+        return body.prompt, body.add_special_tokens is not False, body.return_token_strs
+    body = parse_request(TokenizeRequest, {name: value for name, value in fields.items() if name in _HOW})
+    if body.prompt is not None:
+        raise ApiError(400, "Either prompt or messages, not both.", param="prompt")
+    chat = parse_request(ChatCompletionRequest, {name: value for name, value in fields.items() if name not in _HOW})
+    server.check_model(chat.model)
+    options = chat.template_options()
+    try:
+        text = server.tokenizer.apply_chat_template(
+            chat.template_messages(), add_generation_prompt=body.add_generation_prompt, **options
+        )
+    except ValueError as error:
+        raise ApiError(400, f"{server.model_name}: {error}", param="messages") from None
+    return text, body.add_special_tokens is True, body.return_token_strs
