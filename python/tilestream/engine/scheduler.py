@@ -142,7 +142,8 @@ class Scheduler:
                 continue  # finished or preempted while the step ran
             for index in range(request.num_registered_pages, end // page_size):
                 tokens = request.token_ids[index * page_size : (index + 1) * page_size]
-                request.cache_node = self.cache.insert(request.cache_node, tokens, request.pages[index])
+                node, page, priority = request.cache_node, request.pages[index], request.options.priority
+                request.cache_node = self.cache.insert(node, tokens, page, priority)
                 request.num_registered_pages += 1
 
     def finish(self, request: Request, *, forget_pages: bool = False) -> None:
@@ -219,7 +220,7 @@ class Scheduler:
             request = self.waiting[0]
             if request.num_pending_tokens > 0:
                 return  # preempted while a step still draws its newest token
-            nodes = self.cache.match(request.token_ids) if self.config.enable_prefix_caching else []
+            nodes = self.cache.match(request.token_ids, request.options.cache_salt) if self.config.enable_prefix_caching else []
             num_new_pages = self._num_pages_for(request.num_tokens) - len(nodes)
             num_wanted = num_new_pages + self.cache.num_unowned(nodes) + num_reserved_pages + len(self.running)
             num_cached_tokens = len(nodes) * self.config.page_size
@@ -228,7 +229,8 @@ class Scheduler:
             self.waiting.popleft()
             self.running.append(request)
             request.state = RequestState.RUNNING
-            request.pages, request.cache_node = self.cache.acquire(nodes)
+            options = request.options
+            request.pages, request.cache_node = self.cache.acquire(nodes, options.cache_salt, options.priority)
             request.num_registered_pages = len(nodes)
             request.num_computed_tokens = num_cached_tokens
             if request.num_cached_tokens is None:  # not when it comes back from a preemption
