@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from tilestream.engine.config import EngineConfig
 from tilestream.engine.page_pool import PagePool
 from tilestream.engine.prefix_cache import PrefixCache
-from tilestream.engine.prefix_groups import PrefixGroup, find_prefix_groups
+from tilestream.engine.prefix_groups import PrefixGroup, PrefixGrouper, SharingCost
 from tilestream.engine.request import Request, RequestState
 
 # A prefill chunk that a limit cuts ends where the step's tokens fill whole tiles of this many rows, since a
@@ -89,6 +89,7 @@ class Scheduler:
         self.config = config
         self.pool = PagePool(config.num_pages)
         self.cache = PrefixCache(self.pool, config.page_size)
+        self.prefix_groups = PrefixGrouper(config.page_size, SharingCost())
         self.running: list[Request] = []
         self.waiting: deque[Request] = deque()
         self.num_preemptions = 0
@@ -112,10 +113,10 @@ class Scheduler:
         if not plan.scheduled:
             return None
         if not self.config.batch_invariant:  # a shared-prefix job cuts where the batch says
-            plan.prefix_groups = find_prefix_groups(
+            plan.prefix_groups = self.prefix_groups.find(
                 [item.request.pages for item in plan.scheduled],
-                [item.start // self.config.page_size for item in plan.scheduled],
-                self.config.page_size,
+                [item.num_new_tokens for item in plan.scheduled],
+                [item.start for item in plan.scheduled],
             )
         return plan
 
