@@ -62,7 +62,7 @@ def read_lines(path: Path) -> list[Line]:
 def _read_line(number: int, raw: bytes) -> Line:
     custom_id = None
     try:
-        value = json.loads(raw)
+        value = json.loads(raw.decode("utf-8-sig"))
         if not isinstance(value, dict):
             raise ValueError(f"the line is a JSON {type(value).__name__}; it must be an object")
         custom_id = _field(value, "custom_id", str)
