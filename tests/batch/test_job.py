@@ -14,12 +14,17 @@ from pathlib import Path
 import httpx
 import pytest
 from tilestream.batch.job import BatchStoppedError, Progress
-from tilestream.batch.order import in_file_order
+from tilestream.batch.journal import Journal
+from tilestream.batch.lines import read_lines
+from tilestream.batch.order import in_file_order, in_shared_order
+from tilestream.batch.planning import PlanningEngine, plan_work
 from tilestream.engine.async_engine import AsyncEngine
+from tilestream.engine.request import RequestOptions
+from tilestream.sampling_params import SamplingParams
 from tilestream.server.http import create_app
 
 from .conftest import (
-    MODEL, ByteTokenizer, answers, chat, completion, entries, make_engine, run_job, shared_prompts, write_lines,
+    MODEL, ByteTokenizer, answers, chat, completion, entries, make_engine, make_job, run_job, shared_prompts, write_lines,
 )  # fmt: skip
 
 ROOT = Path(__file__).parents[2]
@@ -103,15 +108,26 @@ def test_each_prefix_is_computed_once(tmp_path: Path) -> None:
     assert computed < sum(plan.num_tokens for plan in naive.runner.plans)
 
 
-def test_salts_share_nothing(tmp_path: Path) -> None:
-    """A prefix is computed for the salt that asks for it. (Until the server knows the field, it refuses it.)"""
-    lines = [completion(f"{salt}{i}", "x" * 64 + str(i), cache_salt=salt) for i in range(3) for salt in ("a", "b")]
+async def test_a_prefix_is_computed_under_the_salt_of_those_who_ask_for_it(tmp_path: Path) -> None:
+    async def app(scope: dict, receive: object, send: object) -> None:
+        """A server that gives every request a salt."""
+        async for _ in planning.stream("x", prompt, SamplingParams(), RequestOptions(cache_salt="s")):
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            await send({"type": "http.response.body", "body": b"{}"})
+
     engine = make_engine()
-    run_job(write_lines(tmp_path / "in", lines), tmp_path / "out", engine)
-    statuses = {entry["response"]["status_code"] for entry in entries(tmp_path / "out")}
-    assert len(statuses) == 1
-    if statuses == {200}:
-        assert engine.metrics.prefix_cache_hits == 6 * 64
+    journal = Journal(tmp_path / "out")
+    job = make_job(engine, journal)
+    planning, prompt = PlanningEngine(job._engine), [7] * 33
+    lines = read_lines(write_lines(tmp_path / "in", [completion(name, "x") for name in "ab"]))
+    works, refused = await plan_work(app, lines, lambda: None)
+    assert [work.salt for work in works] == ["s", "s"] and not refused
+    (group,) = in_shared_order(works, 16)
+    assert group.prefix == prompt[:32]
+    await job._compute(group)
+    job._engine.shutdown()
+    journal.close()
+    assert len(engine.scheduler.cache.match(prompt, "s")) == 2 and not engine.scheduler.cache.match(prompt)
 
 
 def test_progress_is_told_line_by_line(tmp_path: Path) -> None:

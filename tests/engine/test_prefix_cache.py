@@ -7,6 +7,9 @@ import random
 import pytest
 from tilestream.engine.page_pool import PagePool
 from tilestream.engine.prefix_cache import PrefixCache
+from tilestream.engine.request import RequestOptions
+
+from .fakes import GREEDY, expected_output, make_engine, run_all, tokens_of
 
 PAGE_SIZE = 4
 
@@ -237,3 +240,46 @@ def test_a_page_is_evicted_after_all_that_build_on_it(seed: int) -> None:
         Sequence(pool, cache, tokens, rng.choice("ab"), rng.randint(0, 3)).register().free()
         for node in cache._node_of_page.values():
             assert node.parent.page is not None or node.parent.parent is cache._root
+
+
+def test_the_engine_shares_within_a_salt() -> None:
+    engine = make_engine()
+    prompt = list(range(40))
+    cached = {}
+    for name, salt in (("a", "x"), ("b", ""), ("c", "x"), ("d", ""), ("e", "y")):
+        engine.add_request(name, prompt, GREEDY, RequestOptions(cache_salt=salt))
+        cached[name] = run_all(engine)[name][-1].num_cached_tokens
+    assert cached == {"a": 0, "b": 0, "c": 32, "d": 32, "e": 0}
+
+
+def test_the_engine_keeps_what_important_requests_share() -> None:
+    engine = make_engine(kv_cache_tokens=16 * 8)
+    prompts = {priority: [priority] * 40 for priority in (0, 3)}
+    for priority, prompt in prompts.items():
+        engine.add_request(str(priority), prompt, GREEDY, RequestOptions(priority=priority))
+        run_all(engine)
+    engine.add_request("other", [9] * 80, GREEDY, RequestOptions(priority=3))  # 6 of 8 pages, and 4 are cached
+    run_all(engine)
+    match = engine.scheduler.cache.match
+    assert [len(match(prompts[priority])) for priority in (0, 3)] == [2, 0]
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_no_salt_and_no_priority_changes_an_answer(seed: int) -> None:
+    """In a cache so small that pages are evicted all the time; the runner computes each token from what its pages hold."""
+    rng = random.Random(seed)
+    engine = make_engine(kv_cache_tokens=16 * 12, max_num_seqs=4, max_model_len=120)
+    asked, deltas = {}, {}
+    for index in range(60):
+        name = str(index)
+        asked[name] = [rng.randrange(2)] * rng.randint(1, 70) + [rng.randrange(9)]
+        options = RequestOptions(priority=rng.randint(-2, 2), cache_salt=rng.choice(("", "x")))
+        engine.add_request(name, asked[name], GREEDY, options)
+        for delta in [delta for _ in range(rng.randint(0, 6)) for delta in engine.step()]:
+            deltas.setdefault(delta.request_id, []).append(delta)
+        engine.scheduler.check_invariants()
+    for name, rest in run_all(engine).items():
+        deltas.setdefault(name, []).extend(rest)
+    for name, prompt in asked.items():
+        assert tokens_of(deltas[name]) == expected_output(prompt, GREEDY, 0, 8)
+    assert engine.metrics.prefix_cache_hits > 0

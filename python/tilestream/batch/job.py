@@ -104,6 +104,7 @@ class BatchJob:
         queue = deque((group, work) for group in groups for work in group.works)
         prefixes: dict[WorkGroup, asyncio.Task[None]] = {}
         running: dict[asyncio.Task[dict], tuple[WorkGroup, Work]] = {}
+        ended: asyncio.Queue[asyncio.Task[dict]] = asyncio.Queue()
 
         async def ask(group: WorkGroup, work: Work) -> dict:
             if group.prefix_tokens > 0:
@@ -117,15 +118,16 @@ class BatchJob:
                 while queue and memory.fits(*queue[0]):
                     group, work = queue.popleft()
                     memory.take(group, work)
-                    running[asyncio.ensure_future(ask(group, work))] = group, work
-                ended, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
-                for task in ended:
-                    group, work = running.pop(task)
-                    response = task.result()
-                    if response["status_code"] == _STOPPED_STATUS:
-                        raise BatchStoppedError(response["body"]["error"]["message"])
-                    memory.give_back(group, work, _output_tokens(response))
-                    self._write(work.line, response)
+                    task = asyncio.ensure_future(ask(group, work))
+                    task.add_done_callback(ended.put_nowait)
+                    running[task] = group, work
+                task = await ended.get()
+                group, work = running.pop(task)
+                response = task.result()
+                if response["status_code"] == _STOPPED_STATUS:
+                    raise BatchStoppedError(response["body"]["error"]["message"])
+                memory.give_back(group, work, _output_tokens(response))
+                self._write(work.line, response)
         finally:
             for task in (*running, *prefixes.values()):
                 task.cancel()

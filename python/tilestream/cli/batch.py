@@ -103,7 +103,8 @@ def command(
     journal.resume(lines, name)
     begin_s = time.monotonic()
     try:
-        with progress_bars({"Planning": len(left), "Answering": len(left)}) as (planned, answered):
+        num_requests = sum(line.fault is None for line in left)
+        with progress_bars({"Planning": num_requests, "Answering": len(left)}) as (planned, answered):
             job = BatchJob(llm.async_engine, llm.tokenizer, name, llm.engine.config, journal, Progress(planned, answered))
             counts = asyncio.run(job.run(left))
     except KeyboardInterrupt:
