@@ -78,6 +78,14 @@ async def test_killed_resumed_whole_and_served_are_the_same(tmp_path: Path) -> N
     assert {name: found[name] for name in expected} == expected
 
 
+def test_help(run) -> None:  # noqa: F811
+    assert "batch" in run("--help").stdout
+    done = run("batch", "--help")
+    assert done.returncode == 0
+    for word in ("IN.jsonl", "OUT.jsonl", "custom_id", "After a stop", "--kv-cache-tokens"):
+        assert word in done.stdout
+
+
 def test_what_is_told_before_any_work(run, tmp_path: Path) -> None:  # noqa: F811
     source = write_lines(tmp_path / "in.jsonl", [completion("a", "x"), completion("a", "y")])
     target = tmp_path / "out.jsonl"
