@@ -66,13 +66,18 @@ def entries(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def told(body: dict) -> object:
+    """What an answer says, without what differs from run to run: its choices, or its error."""
+    return body["choices"] if "choices" in body else body["error"]
+
+
 def answers(path: Path) -> dict[str, object]:
-    """By custom_id, each exactly once: the choices, or the error."""
+    """What each line was told, each exactly once, by custom_id."""
     found: dict[str, object] = {}
     for entry in entries(path):
         assert entry["custom_id"] not in found, "answered twice"
         response = entry["response"]
-        found[entry["custom_id"]] = entry["error"] if response is None else response["body"].get("choices", response["body"])
+        found[entry["custom_id"]] = entry["error"] if response is None else told(response["body"])
     return found
 
 

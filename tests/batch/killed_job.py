@@ -1,4 +1,5 @@
-"""A batch job in a process of its own, slow enough to be killed: `python -m tests.batch.killed_job IN OUT`."""
+"""A batch job in a process of its own, slow enough to be killed: `python -m tests.batch.killed_job IN
+OUT`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""A job answers every line once, as the server does, whatever the lines are and however often it is killed."""
+"""A job answers every line once, as the server does, whatever the lines are and however often it is
+killed."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ from tilestream.sampling_params import SamplingParams
 from tilestream.server.http import create_app
 
 from .conftest import (
-    MODEL, ByteTokenizer, answers, chat, completion, entries, make_engine, make_job, run_job, shared_prompts, write_lines,
+    MODEL, ByteTokenizer, answers, chat, completion, entries, make_engine, make_job, run_job, shared_prompts, told,
+    write_lines,
 )  # fmt: skip
 
 ROOT = Path(__file__).parents[2]
@@ -38,8 +40,7 @@ async def served(lines: list[dict]) -> dict[str, object]:
     found = {}
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://server") as client:
         for line in lines:
-            body = (await client.post(line["url"], json=line["body"])).json()
-            found[line["custom_id"]] = body.get("choices", body)
+            found[line["custom_id"]] = told((await client.post(line["url"], json=line["body"])).json())
     async_engine.shutdown()
     return found
 
@@ -94,7 +95,8 @@ def test_an_empty_file_has_no_answers(tmp_path: Path) -> None:
 
 
 def test_each_prefix_is_computed_once(tmp_path: Path) -> None:
-    """However large the step is: the first of a group does not run beside the others, each computing it for itself."""
+    """However large the step is: the first of a group does not run beside the others, each computing it for
+    itself."""
     prompts = shared_prompts(30)
     source = write_lines(tmp_path / "in", prompts)
     engine = make_engine(kv_cache_tokens=16 * 400, token_budget=4096)

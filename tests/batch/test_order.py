@@ -1,4 +1,5 @@
-"""The order: groups by the share of their decodes; and as many requests at a time as the cache is expected to hold."""
+"""The order: groups by the share of their decodes; and as many requests at a time as the cache is expected to
+hold."""
 
 from __future__ import annotations
 

@@ -96,7 +96,8 @@ def test_the_tree_is_compact_and_holds_every_prompt(seed: int) -> None:
 
 
 def test_a_deep_node_becomes_a_group_when_enough_share_it() -> None:
-    """BatchLLM's example of enlargement: (leaves - 1) * own pages against the pages that are computed twice."""
+    """BatchLLM's example of enlargement: (leaves - 1) * own pages against the pages that are computed
+    twice."""
     head, own = [1] * 4, [2] * 8
     some = [[*head, 9, i] for i in range(3)]
     few, many = ([[*head, *own, 8, i] for i in range(num)] for num in (1, 3))

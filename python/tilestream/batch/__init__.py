@@ -1,1 +1,1 @@
-"""Offline batches: a file of requests in, a file of answers out, in the order that shares the most (BatchLLM, 2412.03594)."""
+"""Offline batches: a file of requests in, a file of answers out (BatchLLM, 2412.03594)."""

@@ -1,4 +1,4 @@
-"""Answers a batch: plans all requests, then runs them in the planned order, as many at a time as the KV cache holds."""
+"""Answers a batch: plans all requests, then runs them in that order, as many at a time as the KV cache holds."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class BatchStoppedError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Called as work gets done: `planned` once for each line that is planned, `answered` for each that is in the output."""
+    """Called as work gets done: once for each line that is planned, and once for each that is in the output."""
 
     planned: Callable[[], None] = lambda: None
     answered: Callable[[], None] = lambda: None
@@ -134,13 +134,13 @@ class BatchJob:
             await asyncio.gather(*running, *prefixes.values(), return_exceptions=True)
 
     async def _compute(self, group: WorkGroup) -> None:
-        """Put a group's prefix into the prefix cache. A step shares nothing within itself: whoever came first would compute
-        the prefix side by side. If this fails they do, and say themselves what is wrong."""
+        """Put a group's prefix into the prefix cache. A step shares nothing within itself: whoever came first
+        would compute the prefix side by side. If this fails they do, and say themselves what is wrong."""
         prefix_id = f"prefix of {group.works[0].line.id}"
         params = SamplingParams(max_tokens=1, temperature=0)
         with contextlib.suppress(Exception):
-            stream = self._engine.stream(prefix_id, group.prefix, params, RequestOptions(cache_salt=group.works[0].salt))
-            async for delta in stream:
+            options = RequestOptions(cache_salt=group.works[0].salt)
+            async for delta in self._engine.stream(prefix_id, group.prefix, params, options):
                 if delta.error is not None:
                     logger.warning("%s: %s", prefix_id, delta.error)
 

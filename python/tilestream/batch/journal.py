@@ -11,8 +11,8 @@ from pathlib import Path
 
 from tilestream.batch.lines import BatchFileError, Line
 
-# An answer is in the kernel's hands when append() returns, so a killed job loses none. A machine that goes down loses at most
-# those of the last second, and the next run gives them again.
+# An answer is in the kernel's hands when append() returns, so a killed job loses none. A machine that goes
+# down loses at most those of the last second, and the next run gives them again.
 _SYNC_S = 1.0
 
 
@@ -65,14 +65,15 @@ class Journal:
                     )
                 if None not in (model, model_name) and model != model_name:
                     raise BatchFileError(
-                        f"{self.path}, line {number}: answered by {model!r}, and this is {model_name!r}; give another output file"
+                        f"{self.path}, line {number}: answered by {model!r}, and this is {model_name!r}; "
+                        "give another output file"
                     )
                 done.add(answer_id)
         os.ftruncate(self._fd, whole_bytes)
         return done
 
     def append(self, entry: dict) -> None:
-        """Write one answer. In ASCII: readers that split at every line end of Unicode's find the same lines."""
+        """Write one answer, in ASCII: some readers would split lines at other characters of Unicode's too."""
         left = memoryview(json.dumps(entry, separators=(",", ":")).encode() + b"\n")
         while left:
             left = left[os.write(self._fd, left) :]

@@ -52,9 +52,8 @@ def read_lines(path: Path) -> list[Line]:
             if line.custom_id is not None:
                 first = first_with.setdefault(line.custom_id, number)
                 if first != number:
-                    raise BatchFileError(
-                        f"{path}: custom_id {line.custom_id!r} stands in lines {first} and {number}; every line needs its own"
-                    )
+                    where = f"{path}: custom_id {line.custom_id!r} stands in lines {first} and {number}"
+                    raise BatchFileError(f"{where}; every line needs its own")
             lines.append(line)
     return lines
 

@@ -1,4 +1,4 @@
-"""Requests to our own server's application in this process, without a socket: a batch is answered by what answers clients."""
+"""Requests to the server's application in this process: a batch is answered by what answers clients."""
 
 from __future__ import annotations
 
@@ -38,7 +38,12 @@ async def post(app: ASGIApp, path: str, body: bytes, request_id: str) -> tuple[i
         else:
             answer.extend(message.get("body", b""))
 
-    headers = {"host": "batch", "content-type": "application/json", "content-length": len(body), "x-request-id": request_id}
+    headers = {
+        "host": "batch",
+        "content-type": "application/json",
+        "content-length": str(len(body)),
+        "x-request-id": request_id,
+    }
     scope = {
         "type": "http",
         "asgi": {"version": "3.0", "spec_version": "2.4"},
@@ -49,7 +54,7 @@ async def post(app: ASGIApp, path: str, body: bytes, request_id: str) -> tuple[i
         "raw_path": path.encode(),
         "root_path": "",
         "query_string": b"",
-        "headers": [(name.encode(), str(value).encode()) for name, value in headers.items()],
+        "headers": [(name.encode(), value.encode()) for name, value in headers.items()],
         "client": None,
         "server": None,
     }

@@ -1,4 +1,4 @@
-"""In which order a batch's requests run, and how many at a time: by what they share, and by the KV memory they need."""
+"""In which order a batch's requests run, by what they share, and how many at a time, by the KV they need."""
 
 from __future__ import annotations
 
@@ -71,8 +71,8 @@ class WorkGroup:
 
 
 def in_shared_order(works: Sequence[Work], page_size: int) -> list[WorkGroup]:
-    """All requests, by the groups that share the most, those with the longest answers for their prompts first: their decodes
-    then run beside the prompts of those that come later."""
+    """All requests, by the groups that share the most, those with the longest answers for their prompts
+    first: their decodes then run beside the prompts of those that come later."""
     by_salt: dict[str, list[Work]] = {}
     for work in works:
         by_salt.setdefault(work.salt, []).append(work)
@@ -89,11 +89,11 @@ def in_file_order(works: Sequence[Work]) -> list[WorkGroup]:
 
 
 class KvMemory:
-    """The KV cache as requests in flight are expected to fill it. It decides how many run: a limit on their number would
-    let short ones leave memory idle, and long ones push each other out.
+    """The KV cache as requests in flight are expected to fill it. It decides how many run: a limit on their
+    number would let short ones leave memory idle, and long ones push each other out.
 
-    Answers are expected to be as much shorter than their limit as those that have ended; at first, as if one whole cache of
-    answers had ended at their limits, since the first to end are the short ones.
+    Answers are expected to be as much shorter than their limit as those that have ended; at first, as if one
+    whole cache of answers had ended at their limits, since the first to end are the short ones.
 
     Args:
         capacity_tokens: of the cache.
@@ -109,9 +109,9 @@ class KvMemory:
         self._asked_tokens = self._given_tokens = float(capacity_tokens)
 
     def fits(self, group: WorkGroup, work: Work) -> bool:
-        """Whether this one may begin beside those that run. Alone it always may: whether it fits at all, the engine says."""
-        prefix_tokens = 0 if group in self._begun else group.prefix_tokens
-        return not self._taken or self._taken_tokens + prefix_tokens + self._need(group, work) <= self._capacity_tokens
+        """Whether this one may begin. Alone it always may: the engine says whether it fits at all."""
+        need = self._need(group, work) + (0 if group in self._begun else group.prefix_tokens)
+        return not self._taken or self._taken_tokens + need <= self._capacity_tokens
 
     def take(self, group: WorkGroup, work: Work) -> None:
         """A request begins; the first of its group brings the prefix."""
@@ -122,7 +122,7 @@ class KvMemory:
         self._taken_tokens += self._taken[work.line.id]
 
     def give_back(self, group: WorkGroup, work: Work, output_tokens: int) -> None:
-        """A request has ended, with so many tokens of answers; the last of its group leaves the prefix behind."""
+        """A request has ended, with so many tokens of answers; the last of its group gives back the prefix."""
         self._taken_tokens -= self._taken.pop(work.line.id)
         group.num_left -= 1
         if group.num_left == 0:

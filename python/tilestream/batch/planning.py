@@ -1,7 +1,7 @@
-"""What a batch will ask of the engine, found out by asking the server's application with a stand-in for the engine.
+"""What a batch will ask of the engine: the server's application is asked, with a stand-in for the engine.
 
-So templates, tools, choices and limits are the server's business here too, and a prompt is token for token what the engine
-will get.
+So templates, tools, choices and limits are the server's business here too, and a prompt is token for token
+what the engine will get.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 _AT_A_TIME = 16  # the tokenizer's threads are fewer
 _Call = tuple[list[int], SamplingParams, RequestOptions]
-_calls: ContextVar[list[_Call]] = ContextVar("calls")  # of the line that is asked; the server's tasks inherit it
+_calls: ContextVar[list[_Call]] = ContextVar("calls")  # of a line; the server's tasks inherit it
 
 
 class PlanningEngine:
@@ -62,8 +62,8 @@ async def plan_work(
         lines: without faults.
         on_line: called as each is planned.
     Returns:
-        The work that the engine will have, in the order of the lines; and the lines that the server refuses without asking
-        the engine, with its answers as `response` of the output.
+        The work that the engine will have, in the order of the lines; and the lines that the server refuses
+        without asking the engine, with its answers as `response` of the output.
     """
     works: list[Work] = []
     refused: list[tuple[Line, dict]] = []

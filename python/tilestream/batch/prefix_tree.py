@@ -1,9 +1,9 @@
-"""One tree over all prompts of a batch, and the one level of sharing that saves the most (BatchLLM, section 4).
+"""One tree over all prompts of a batch, and the one level of sharing that saves the most (BatchLLM, 2412.03594).
 
-A group of requests computes and reads its shared prefix once, and then it is done with: so every request is in one group,
-and the tree is flattened to one level. Which of its nodes become groups is the question: a deep node shares more tokens
-among fewer requests, and computes what it has in common with its neighbours again. Counted in whole pages, since only those
-are shared.
+A group of requests computes and reads its shared prefix once, and then it is done with: so every request is
+in one group, and the tree is flattened to one level. Which of its nodes become groups is the question: a deep
+node shares more tokens among fewer requests, and computes what it has in common with its neighbours again.
+Counted in whole pages, since only those are shared.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 
 @dataclass(slots=True)
 class Node:
-    """Prompts that have their first num_pages in common. `prompts` are those that end here, as far as whole pages go."""
+    """Prompts whose first num_pages are the same. `prompts` are those that have no more whole pages."""
 
     num_pages: int
     children: list[Node] = field(default_factory=list)
@@ -59,15 +59,15 @@ def build_tree(prompts: Sequence[np.ndarray], page_size: int) -> Node:
 def best_groups(root: Node) -> list[Group]:
     """The groups that save the most prompt tokens, each prompt in exactly one.
 
-    Dynamic programming over (node, nearest ancestor that is a group): a prompt belongs to the deepest group on its way
-    from the root, saves that group's pages, and a group costs its pages once.
+    Dynamic programming over (node, nearest ancestor that is a group): a prompt belongs to the deepest group
+    on its way from the root, saves that group's pages, and a group costs its pages once.
 
     Returns:
         Groups in the order of the tree, so that neighbours have the most in common.
     """
     nodes, parents = _in_order(root)
-    # The depths of the nodes above each, from the root on, and for each of these what the subtree saves when that one is the
-    # nearest group above it.
+    # The depths of the nodes above each, from the root on, and for each of these what the subtree saves when
+    # that one is the nearest group above it.
     depths: list[np.ndarray] = []
     for node, parent in zip(nodes, parents):
         above = np.empty(0, np.int64) if parent < 0 else np.append(depths[parent], nodes[parent].num_pages)
@@ -103,8 +103,8 @@ def _num_common(a: np.ndarray, b: np.ndarray) -> int:
 
 
 def _close(path: list[Node], num_pages: int) -> None:
-    """Leave the nodes of the path that are deeper than num_pages, each hung into the one above; the path then ends at that
-    depth, if anything was left."""
+    """Leave the nodes of the path that are deeper than num_pages, each hung into the one above; the path then
+    ends at that depth, if anything was left."""
     while path[-1].num_pages > num_pages:
         node = path.pop()
         if path[-1].num_pages < num_pages:
@@ -113,7 +113,7 @@ def _close(path: list[Node], num_pages: int) -> None:
 
 
 def _in_order(root: Node) -> tuple[list[Node], list[int]]:
-    """All nodes, parents first, and the place of each one's parent (-1: the root). Without recursion: chats can be deep."""
+    """All nodes, parents first, and the place of each one's parent (-1: the root). No recursion: chats are deep."""
     nodes, parents = [], []
     stack = [(root, -1)]
     while stack:

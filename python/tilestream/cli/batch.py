@@ -32,10 +32,11 @@ Give the same command again: lines that are answered stay, the others are answer
 
 def command(
     input_file: Annotated[
-        Path, typer.Argument(metavar="IN.jsonl", exists=True, dir_okay=False, help="Requests, in OpenAI's batch format.")
+        Path,
+        typer.Argument(metavar="IN.jsonl", exists=True, dir_okay=False, help="Requests, in OpenAI's batch format."),
     ],
     output_file: Annotated[
-        Path, typer.Argument(metavar="OUT.jsonl", dir_okay=False, help="Where the answers go, in the order in which they end.")
+        Path, typer.Argument(metavar="OUT.jsonl", dir_okay=False, help="Where the answers go, as each ends.")
     ],
     model: options.Model = options.DEFAULT_MODEL,
     served_model_name: Annotated[
@@ -59,7 +60,7 @@ def command(
     device: options.Device = "cpu",
     num_threads: options.NumThreads = None,
 ) -> None:
-    """Answer a file of requests, each as `tilestream serve` would, in the order that shares the most of their prompts.
+    """Answer a file of requests, each as `tilestream serve` would, in the order that shares the most.
 
     A line that is no request gets a line that says so, and stops nothing.
     """
@@ -105,7 +106,8 @@ def command(
     try:
         num_requests = sum(line.fault is None for line in left)
         with progress_bars({"Planning": num_requests, "Answering": len(left)}) as (planned, answered):
-            job = BatchJob(llm.async_engine, llm.tokenizer, name, llm.engine.config, journal, Progress(planned, answered))
+            progress = Progress(planned, answered)
+            job = BatchJob(llm.async_engine, llm.tokenizer, name, llm.engine.config, journal, progress)
             counts = asyncio.run(job.run(left))
     except KeyboardInterrupt:
         note("stopped; the same command goes on from here")

@@ -36,13 +36,13 @@ def note(text: str) -> None:
 
 @contextmanager
 def progress_bars(totals: dict[str, int]) -> Iterator[list[Callable[[], None]]]:
-    """A bar on stderr for each name, and for each what moves it on by one; nothing is shown when stderr is no terminal."""
+    """A bar on stderr for each name, and what moves it on by one; nothing is shown when stderr is no terminal."""
     if not sys.stderr.isatty():
         yield [lambda: None for _ in totals]
         return
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress as Bar, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress as Bar, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
         yield [partial(bar.advance, bar.add_task(name, total=total)) for name, total in totals.items()]

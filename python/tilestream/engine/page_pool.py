@@ -15,10 +15,10 @@ from collections.abc import Callable, Iterable, Sequence
 
 
 class EvictionQueue:
-    """Pages in the order in which they may be reused: by falling priority number, and within one as they were added.
+    """Pages in the order of their reuse: by falling priority number, and within one as they were added.
 
-    O(log pages) per operation. A heap that forgets lazily: what is no longer in `_places` is skipped when it comes up,
-    and swept out when it is the most.
+    O(log pages) per operation. A heap that forgets lazily: what is no longer in `_places` is skipped when it
+    comes up, and swept out when it is the most.
     """
 
     def __init__(self) -> None:
@@ -54,15 +54,15 @@ class EvictionQueue:
 
 
 class PagePool:
-    """Fixed set of pages 0 .. num_pages - 1. Every operation is O(1) per page, O(log pages) where one becomes or was cached.
+    """Fixed set of pages 0 .. num_pages - 1. Operations are O(1) per page, O(log pages) for cached ones.
 
     A page's *generation* counts how often it was handed out for new content. Whoever keeps a page id while
     not owning the page keeps the generation too, and `share` refuses a page that was reused since: a stale
     reference fails loudly and never reads another request's KV.
 
-    A cached page's *priority* is that of the most important request that made or used its content (the lowest number,
-    as for requests). Whoever uses a page uses all before it in the sequence, so a page is never less important than
-    those that build on it.
+    A cached page's *priority* is that of the most important request that made or used its content (the lowest
+    number, as for requests). Whoever uses a page uses all before it in the sequence, so a page is never less
+    important than those that build on it.
 
     Args:
         num_pages: pages in the pool, at least 1.
@@ -97,7 +97,7 @@ class PagePool:
         return self._generations[page]
 
     def allocate(self, num_pages: int) -> list[int]:
-        """Take pages for new content: free ones first, then cached ones, the least important and least recently released first.
+        """Take pages for new content: free ones first, then cached ones in the order of their reuse.
 
         Raises:
             RuntimeError: fewer than num_pages are free; nothing is taken then.
@@ -154,7 +154,7 @@ class PagePool:
                     self._free.append(page)
 
     def keep(self, page: int, priority: int = 0) -> int:
-        """Keep an owned page's content after its last owner is gone, at a priority. Returns its generation, for share()."""
+        """Keep an owned page's content after its last owner is gone. Returns its generation, for share()."""
         if self._ref_counts[page] == 0:
             raise RuntimeError(f"page {page} is owned by nobody: it has no content to keep")
         self._is_cached[page] = True

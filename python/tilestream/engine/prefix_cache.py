@@ -6,8 +6,8 @@ tokens themselves, and the parent was compared the same way one page earlier. So
 here only if they are equal token by token: a hash collision costs time and never hands over a wrong page,
 and how often a page is shared says nothing about what is in it.
 
-Each salt has a tree of its own: its root is the child of the one root by (root, salt). So pages are shared within a salt
-only, and how fast a prompt is answered tells nobody what was asked under another salt.
+Each salt has a tree of its own: its root is the child of the one root by (root, salt). So pages are shared
+within a salt only, and how fast a prompt is answered tells nobody what was asked under another salt.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from tilestream.engine.page_pool import PagePool
 
 
 class CacheNode:
-    """One page's worth of content in its context, or the root of a salt. `page` is None for a root, and once that page
-    was evicted; the node stays while somebody still builds on it (`num_holders`: child nodes, and requests whose chain
-    ends here)."""
+    """One page's worth of content in its context, or the root of a salt. `page` is None for a root, and once
+    that page was evicted; the node stays while somebody still builds on it (`num_holders`: child nodes, and
+    requests whose chain ends here)."""
 
     __slots__ = ("parent", "key", "node_id", "page", "generation", "num_holders")
 

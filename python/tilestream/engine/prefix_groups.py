@@ -1,8 +1,8 @@
-"""Which requests of a step hold the same leading pages, so that one job can attend to them for all, where that pays.
+"""Which requests of a step hold the same leading pages, and where it pays that one job attends to these for all.
 
-A *group* attends to its prefix with one q tile for many requests, so the prefix's keys and values are read once per tile
-and not once per request. It costs one more partial result for each of its tokens, and a merge. `SharingCost` weighs the
-two; pages are compared by id and by nothing else.
+A *group* attends to its prefix with one q tile for many requests, so the prefix's keys and values are read
+once per tile and not once per request. It costs one more partial result for each of its tokens, and a merge.
+`SharingCost` weighs the two; pages are compared by id and by nothing else.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from operator import is_, ne
 
 PrefixGroup = tuple[int, list[int]]  # (prefix_tokens, indices of the members in the step)
 
-# Of the CPU kernel: a token's merge costs as much as this many tokens read for each of its output values. Measured by
-# bench/bench_prefix.py on an AMD EPYC with AVX-512, one thread: prefixes pay from about 280 tokens on with 3 heads of 64 for
-# a kv head, from about 1,000 with 4 heads of 128 in float32 and bfloat16. The kernel is bound by arithmetic, so what a
-# group saves is small there: up to a fifth of a decode's attention, and half where prefixes outgrow L2.
+# Of the CPU kernel: a token's merge costs as much as this many tokens read for each of its output values. Measured
+# by bench/bench_prefix.py on an AMD EPYC with AVX-512, one thread: prefixes pay from about 280 tokens on with 3 heads
+# of 64 for a kv head, from one to two thousand with 4 heads of 128. The kernel is bound by arithmetic, so what a
+# group saves is small: 4 to 24% of a decode's attention; 1.5 to 2.9 times only where prefixes outgrow L2.
 _CPU_MERGE_TOKENS_PER_VALUE = 2.0
-# By formula, not measured: on a GPU both sides count by their bytes. A group makes two partial results of a final one, and
-# each is written and read in float32, with its log-sum-exp.
+# By formula, not measured: on a GPU both sides count by their bytes. A group makes two partial results of a
+# final one, and each is written and read in float32, with its log-sum-exp.
 _CUDA_PARTIAL_PASSES = 4
 _TILE_ROWS = {"cpu": 96, "cuda": 64}  # as ops/plan.py cuts; on CUDA the smallest of its kernels'
 
@@ -51,7 +51,7 @@ class SharingCost:
 
 
 class PrefixGrouper:
-    """Finds the groups of each step, and remembers those of the last: while the same requests decode, nothing is compared.
+    """Finds the groups of each step. While the same requests decode, they are those of the step before.
 
     Args:
         page_size: tokens per page.
@@ -71,8 +71,9 @@ class PrefixGrouper:
         """The groups of a step.
 
         Args:
-            page_lists: page ids of each request of the step, in sequence order. A list that was given before may have
-                grown since, by pages that no other request holds; pages are shared from a list's beginning on or never.
+            page_lists: page ids of each request of the step, in sequence order. A list that was given before
+                may have grown since, by pages that no other request holds; pages are shared from a list's
+                beginning on or never.
             num_new_tokens: of each request in this step.
             num_computed_tokens: of each request before this step.
         Returns:
@@ -92,8 +93,8 @@ def find_prefix_groups(
     page_size: int,
     cost: SharingCost,
 ) -> list[PrefixGroup]:
-    """Group requests by shared leading pages. Where a set of requests shares a short prefix and subsets of it share longer
-    ones, the choice that saves more is taken.
+    """Group requests by shared leading pages. Where a set of requests shares a short prefix and subsets of it
+    share longer ones, the choice that saves more is taken.
 
     Args:
         page_lists: page ids of each request of the step, in sequence order.
@@ -102,8 +103,8 @@ def find_prefix_groups(
         page_size: tokens per page.
         cost: when a group pays.
     Returns:
-        Groups in order of their first member. Linear in the pages of requests whose first page is shared, but for a sort
-        of those requests.
+        Groups in order of their first member. Linear in the pages of requests whose first page is shared, but
+        for a sort of those requests.
     """
     by_first_page: dict[int, list[int]] = {}
     for index, num_pages in enumerate(num_prefix_pages):
@@ -153,8 +154,8 @@ def _best_groups(
 def _group(
     prefix_tokens: int, requests: Sequence[int], num_new_tokens: Sequence[int], cost: SharingCost
 ) -> tuple[float, list[PrefixGroup]]:
-    """The group that saves the most, if any does: those with the fewest tokens gain the most by company. A prefill, which
-    fills its own tiles, has nothing to gain."""
+    """The group that saves the most, if any does: those with the fewest tokens gain the most by company. A
+    prefill, which fills its own tiles, has nothing to gain."""
     order = sorted(requests, key=num_new_tokens.__getitem__)
     best_gain, best_size = 0.0, 0
     num_tokens = num_tiles = 0
