@@ -1,7 +1,8 @@
-"""Shared prefixes: one attention job for all, the cache of pages, and the order of a batch, each against doing without
+"""Shared prefixes: one attention job for all, the cache of pages, the order of a batch; each against doing without
 
-"one job": attention over a prefix of so many tokens that the requests share, and 64 of their own; one thread, in CPU time,
-so that other programs of the machine count little. The constants of engine/prefix_groups.py are from this table.
+Attention: over a prefix of so many tokens that the requests share, and 64 of their own; one thread, in CPU time, so that
+other programs of the machine count little. The constants of engine/prefix_groups.py are from this table. "rule": what
+the engine would choose.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from tilestream.batch.lines import Line, read_lines
 from tilestream.batch.order import WorkGroup, in_file_order, in_shared_order
 from tilestream.engine.prefix_groups import PrefixGrouper, SharingCost, find_prefix_groups
 from tilestream.ops import AttentionPlanner, KvCache
+from tilestream.ops.kv_cache import KV_DTYPES
 
 PAGE_SIZE = 32
 OWN_TOKENS = 64
@@ -85,7 +87,7 @@ def one_thread() -> Iterator[None]:
 @pytest.mark.parametrize("kv_dtype", ["bfloat16", "float32", "int8"])
 @pytest.mark.parametrize("model", MODELS, ids=str)
 def test_one_job(model: tuple[int, int, int], kv_dtype: str, report: Report, one_thread: None) -> None:
-    cost = SharingCost.of("cpu", *model, KvCache.allocate(1, 1, PAGE_SIZE, 16, kv_dtype=kv_dtype).k_cache.element_size())
+    cost = SharingCost.of("cpu", *model, KV_DTYPES[kv_dtype].itemsize)
     for num_members, prefix_tokens in itertools.product((4, 16, 64), (256, 1024, 4096)):
         if num_members * prefix_tokens * model[1] > 2**21:
             continue
@@ -93,7 +95,8 @@ def test_one_job(model: tuple[int, int, int], kv_dtype: str, report: Report, one
         full = [prefix_tokens // PAGE_SIZE] * num_members
         chosen = "one job" if find_prefix_groups(pages, full, [1] * num_members, PAGE_SIZE, cost) else "each its own"
         times = cpu_seconds(attention(num_members, prefix_tokens, model, kv_dtype))
-        report.add(f"attention, {kv_dtype} KV", f"{num_members} x {prefix_tokens}, heads {model}", times, limit=f"rule: {chosen}")
+        case = f"{num_members} x {prefix_tokens}, heads {model}"
+        report.add(f"attention, {kv_dtype} KV", case, times, limit=f"rule: {chosen}")
 
 
 @pytest.mark.parametrize("prefix_tokens", [1024, 32 * 1024])
@@ -137,7 +140,8 @@ def run_requests(engines: dict[str, Engine], op: str, rounds: int, report: Repor
     text = tokenizer.encode(TEXT * 2)
     for round_idx in range(rounds):
         prefix = text[round_idx : round_idx + PREFIX_TOKENS]  # another one each time: nothing of it is cached
-        prompts = [prefix + tokenizer.encode(f" Question {i}: what is a page of {i} tokens? Answer:") for i in range(NUM_REQUESTS)]
+        questions = [f" Question {i}: what is a page of {i} tokens? Answer:" for i in range(NUM_REQUESTS)]
+        prompts = [prefix + tokenizer.encode(question) for question in questions]
         for name, engine in engines.items():
             seconds, tokens = engine(prompts)
             times[name].append(seconds)
@@ -150,15 +154,15 @@ def run_requests(engines: dict[str, Engine], op: str, rounds: int, report: Repor
 
 @pytest.mark.parametrize("batch_invariant", [False, True])
 def test_requests_with_one_prefix(batch_invariant: bool, report: Report) -> None:
-    """The goal is 1.5 times as fast. Greedy answers are bit for bit the same only with --batch-invariant: without it, what runs
-    in which chunk changes the rounding."""
+    """The goal is 1.5 times as fast. Greedy answers are the same for certain only with --batch-invariant: without it, what
+    runs in which chunk changes the rounding."""
     names = {"shared": True, "not shared": False}
     engines = {name: Engine(cache=share, batch_invariant=batch_invariant) for name, share in names.items()}
-    run_requests(engines, f"requests{', batch-invariant' * batch_invariant}", 1 if batch_invariant else 3, report)
+    run_requests(engines, f"requests{', batch-invariant' * batch_invariant}", 1 if batch_invariant else 2, report)
 
 
 def test_one_job_in_the_engine(report: Report) -> None:
-    run_requests({"one job": Engine(), "each its own": Engine(jobs=False)}, "requests, pages shared by both", 7, report)
+    run_requests({"one job": Engine(), "each its own": Engine(jobs=False)}, "requests, pages shared by both", 5, report)
 
 
 def batch_lines(path: Path) -> list[Line]:
@@ -170,14 +174,15 @@ def batch_lines(path: Path) -> list[Line]:
     rng.shuffle(asked)
     with path.open("w") as file:
         for k, i in asked:
-            body = {"prompt": f"{texts[k]} Question {i}:", "max_tokens": rng.randint(8, 40), "temperature": 0, "ignore_eos": True}
+            body = {"prompt": f"{texts[k]} Question {i}:", "max_tokens": rng.randint(8, 40)}
+            body |= {"temperature": 0, "ignore_eos": True}
             line = {"custom_id": f"{k}-{i}", "method": "POST", "url": "/v1/completions", "body": body}
             file.write(json.dumps(line) + "\n")
     return read_lines(path)
 
 
 def test_order_of_a_batch(report: Report) -> None:
-    """`tilestream batch` in a KV cache of 4,096 tokens, which holds a few of the texts at a time; the cache on for both."""
+    """`tilestream batch` in a KV cache of 4,096 tokens, a few of the texts at a time; both reuse what is cached."""
 
     def file_order(works: list, page_size: int) -> list[WorkGroup]:
         return in_file_order(works)

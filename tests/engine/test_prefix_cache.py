@@ -242,14 +242,18 @@ def test_a_page_is_evicted_after_all_that_build_on_it(seed: int) -> None:
             assert node.parent.page is not None or node.parent.parent is cache._root
 
 
-def test_the_engine_shares_within_a_salt() -> None:
+def test_the_engine_shares_within_a_tenant_and_a_salt() -> None:
     engine = make_engine()
     prompt = list(range(40))
     cached = {}
-    for name, salt in (("a", "x"), ("b", ""), ("c", "x"), ("d", ""), ("e", "y")):
-        engine.add_request(name, prompt, GREEDY, RequestOptions(cache_salt=salt))
+    for name, tenant, salt in (
+        ("a", "", "x"), ("b", "", ""), ("c", "", "x"), ("d", "", ""), ("e", "", "y"), ("f", "x", ""), ("g", "t", "x"),
+        ("h", "t", "x"), ("i", "t", ""), ("j", "x", ""),
+    ):  # fmt: skip
+        engine.add_request(name, prompt, GREEDY, RequestOptions(tenant=tenant, cache_salt=salt))
         cached[name] = run_all(engine)[name][-1].num_cached_tokens
-    assert cached == {"a": 0, "b": 0, "c": 32, "d": 32, "e": 0}
+    assert {name for name, tokens in cached.items() if tokens == 32} == {"c", "d", "h", "j"}
+    assert set(cached.values()) == {0, 32}
 
 
 def test_the_engine_keeps_what_important_requests_share() -> None:

@@ -78,7 +78,7 @@ async def plan_work(
         for line, (calls, response) in zip(some, await asyncio.gather(*map(ask, some)), strict=True):
             if calls:
                 prompts, params, options = zip(*calls, strict=True)
-                works.append(Work.of(line, prompts, [p.max_tokens for p in params], options[0].cache_salt))
+                works.append(Work.of(line, prompts, [p.max_tokens for p in params], options[0].prefix_salt))
             else:
                 refused.append((line, response))
             on_line()

@@ -223,7 +223,7 @@ class Scheduler:
                 return  # preempted while a step still draws its newest token
             options = request.options
             may_share = self.config.enable_prefix_caching
-            nodes = self.cache.match(request.token_ids, options.cache_salt) if may_share else []
+            nodes = self.cache.match(request.token_ids, options.prefix_salt) if may_share else []
             num_new_pages = self._num_pages_for(request.num_tokens) - len(nodes)
             num_wanted = num_new_pages + self.cache.num_unowned(nodes) + num_reserved_pages + len(self.running)
             num_cached_tokens = len(nodes) * self.config.page_size
@@ -232,7 +232,7 @@ class Scheduler:
             self.waiting.popleft()
             self.running.append(request)
             request.state = RequestState.RUNNING
-            request.pages, request.cache_node = self.cache.acquire(nodes, options.cache_salt, options.priority)
+            request.pages, request.cache_node = self.cache.acquire(nodes, options.prefix_salt, options.priority)
             request.num_registered_pages = len(nodes)
             request.num_computed_tokens = num_cached_tokens
             if request.num_cached_tokens is None:  # not when it comes back from a preemption
