@@ -16,6 +16,7 @@ from tilestream.engine.async_engine import AsyncEngine
 from tilestream.engine.config import EngineConfig
 from tilestream.engine.engine import Engine
 from tilestream.engine.errors import QueueFullError
+from tilestream.engine.prefix_groups import SharingCost
 from tilestream.engine.request import FinishReason, RequestDelta, TokenLogprobs
 from tilestream.engine.runner import ModelRunner
 from tilestream.models import load_model
@@ -149,6 +150,9 @@ class LLM:
             raise ValueError(f"max_model_len is {max_model_len}; this model's positions end at {m.max_position}")
         runner = ModelRunner(loaded.model, engine_config, kv_dtype=kv_dtype)
         self.engine = Engine(runner, loaded.tokenizer, engine_config)
+        self.engine.scheduler.prefix_groups.cost = SharingCost.of(
+            placement.device.type, m.num_qo_heads, m.num_kv_heads, m.head_dim, _element_bytes(kv_dtype)
+        )
         self._ids = itertools.count()
         self._async_engine: AsyncEngine | None = None
 
@@ -277,11 +281,14 @@ def _output(prompt: Prompt, token_ids: list[int], deltas: list[RequestDelta]) ->
     )
 
 
+def _element_bytes(kv_dtype: str) -> float:
+    return 0.5 if kv_dtype == "int4" else KV_DTYPES[kv_dtype].itemsize
+
+
 def _kv_token_bytes(config, kv_dtype: str) -> int:
     """What a token takes in the KV cache, over all layers."""
-    element_bytes = 0.5 if kv_dtype == "int4" else KV_DTYPES[kv_dtype].itemsize
     scale_bytes = 4 if kv_dtype in ("int8", "int4") else 0
-    return int(config.num_layers * config.num_kv_heads * 2 * (config.head_dim * element_bytes + scale_bytes))
+    return int(config.num_layers * config.num_kv_heads * 2 * (config.head_dim * _element_bytes(kv_dtype) + scale_bytes))
 
 
 def _default_kv_cache_tokens(config, kv_dtype: str, page_size: int, device: torch.device) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
-from tilestream.engine.page_pool import PagePool
+from tilestream.engine.page_pool import EvictionQueue, PagePool
 
 
 def test_allocates_every_page_once() -> None:
@@ -92,6 +92,42 @@ def test_check_invariants_notices_a_wrong_owner() -> None:
         pool.check_invariants([pages, pages])
     with pytest.raises(RuntimeError, match="ref count 1, but 0 owners"):
         pool.check_invariants([])
+
+
+def test_importance_comes_before_age() -> None:
+    pool = PagePool(3)
+    a, b, c = pool.allocate(3)
+    for page, priority in ((a, 1), (b, 2), (c, 1)):
+        pool.keep(page, priority)
+        pool.release([page])
+    pool.favour(a, 0)
+    assert pool.allocate(3) == [b, c, a]
+    pool.keep(a)
+    pool.release([a])  # new content: nothing is left of what it was worth
+    pool.keep(b, 5)
+    pool.release([b])
+    assert pool.allocate(2) == [b, a]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_eviction_queue_against_a_sorted_list(seed: int) -> None:
+    rng = random.Random(seed)
+    queue = EvictionQueue()
+    expected: list[tuple[int, int]] = []  # (-priority, page), those of equal priority in order of arrival
+    for _ in range(1500):
+        page, priority = rng.randrange(30), rng.choice((-(10**9), 0, 0, 7, rng.randrange(100)))
+        operation = rng.choice(("add", "add", "remove", "pop"))
+        present = [entry for entry in expected if entry[1] == page]
+        if operation == "add":
+            expected = sorted([entry for entry in expected if entry[1] != page] + [(-priority, page)], key=lambda e: e[0])
+            queue.add(page, priority)
+        elif operation == "remove" and present:
+            expected.remove(present[0])
+            queue.remove(page)
+        elif operation == "pop" and expected:
+            assert queue.pop() == expected.pop(0)[1]
+        assert len(queue) == len(expected) and (page in queue) == any(entry[1] == page for entry in expected)
+        assert len(queue._heap) <= 2 * 30 + 66, "entries that were taken out pile up"
 
 
 @pytest.mark.parametrize("seed", range(20))

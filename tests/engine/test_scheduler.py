@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import tilestream.engine.scheduler
 from tilestream.engine.detokenizer import Detokenizer
-from tilestream.engine.prefix_groups import find_prefix_groups
 from tilestream.engine.request import Request, RequestState
 from tilestream.engine.scheduler import Scheduler, StepPlan
 
@@ -240,25 +239,6 @@ def test_prefix_groups_of_a_step(batch_invariant: bool) -> None:
         scheduler.add(request)
     plan = scheduler.schedule()
     assert plan.prefix_groups == ([] if batch_invariant else [(1024, [0, 1, 2, 3, 4])])
-
-
-def test_find_prefix_groups_needs_members_and_savings() -> None:
-    shared = list(range(64))
-    lists = [[*shared, 100 + i] for i in range(5)]
-    assert find_prefix_groups(lists, [64] * 5, 32) == [(2048, [0, 1, 2, 3, 4])]
-    assert find_prefix_groups(lists[:3], [64] * 3, 32) == []  # too few
-    assert find_prefix_groups(lists, [20, 20, 64, 64, 64], 32) == []  # 20 pages computed by all: too short
-    assert find_prefix_groups(lists, [32, 40, 64, 64, 64], 32) == [(1024, [0, 1, 2, 3, 4])]
-    assert find_prefix_groups([[7, *s] for s in lists], [65] * 5, 16) == [(1040, [0, 1, 2, 3, 4])]
-
-
-def test_find_prefix_groups_splits_where_that_saves_more() -> None:
-    """All share page 0; two sets of four share 64 pages each."""
-    lists = [[0, *range(100, 163)]] * 4 + [[9, 9]] + [[0, *range(200, 263)]] * 4
-    groups = find_prefix_groups(lists, [64, 64, 64, 64, 2, 64, 64, 64, 64], 32)
-    assert groups == [(2048, [0, 1, 2, 3]), (2048, [5, 6, 7, 8])]
-    lists = [[*range(64), 1000 + i // 4] for i in range(8)]  # here the whole saves more
-    assert find_prefix_groups(lists, [65] * 8, 32) == [(2048, list(range(8)))]
 
 
 def test_no_torch_here() -> None:

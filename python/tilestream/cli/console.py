@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
@@ -31,3 +32,17 @@ def loading_bar(what: str) -> Iterator[Progress | None]:
 def note(text: str) -> None:
     """One line on stderr, dimmed on a terminal."""
     print(f"\x1b[2m{text}\x1b[0m" if sys.stderr.isatty() else text, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def progress_bars(totals: dict[str, int]) -> Iterator[list[Callable[[], None]]]:
+    """A bar on stderr for each name, and what moves it on by one; nothing is shown when stderr is no terminal."""
+    if not sys.stderr.isatty():
+        yield [lambda: None for _ in totals]
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress as Bar, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+        yield [partial(bar.advance, bar.add_task(name, total=total)) for name, total in totals.items()]

@@ -21,7 +21,7 @@ class RequestOptions:
     Args:
         priority: lower runs sooner, where the policy looks at it (vLLM's meaning).
         tenant: whose request it is; tenants share the engine fairly.
-        cache_salt: the prefix cache shares pages only among requests of one salt.
+        cache_salt: the prefix cache shares pages only among requests of one tenant and one salt.
         deadline_s: seconds of time.monotonic() after which nobody wants the answer; None: never.
     """
 
@@ -29,6 +29,11 @@ class RequestOptions:
     tenant: str = ""
     cache_salt: str = ""
     deadline_s: float | None = None
+
+    @property
+    def prefix_salt(self) -> str:
+        """What the prefix cache shares within."""
+        return f"{self.tenant}\n{self.cache_salt}" if self.tenant else self.cache_salt
 
 
 class RequestState(Enum):

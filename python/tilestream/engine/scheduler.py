@@ -22,7 +22,7 @@ from tilestream.engine.config import EngineConfig
 from tilestream.engine.cost_model import CostModel
 from tilestream.engine.page_pool import PagePool
 from tilestream.engine.prefix_cache import CacheNode, PrefixCache
-from tilestream.engine.prefix_groups import find_prefix_groups
+from tilestream.engine.prefix_groups import PrefixGrouper, SharingCost
 from tilestream.engine.request import Request, RequestState
 from tilestream.engine.step_budget import StepBudget
 from tilestream.engine.step_plan import ScheduledRequest, StepPlan
@@ -72,6 +72,7 @@ class Scheduler:
         self.config = config
         self.pool = PagePool(config.num_pages)
         self.cache = PrefixCache(self.pool, config.page_size)
+        self.prefix_groups = PrefixGrouper(config.page_size, SharingCost())
         self.running: list[Request] = []
         self.waiting = WaitingQueue(config.policy, lambda request: len(self._match(request)))
         self.num_preemptions = 0
@@ -100,10 +101,10 @@ class Scheduler:
             return None
         # A shared-prefix job cuts where the batch says, and without the cache no page is shared.
         if self.config.enable_prefix_caching and not self.config.batch_invariant:
-            plan.prefix_groups = find_prefix_groups(
+            plan.prefix_groups = self.prefix_groups.find(
                 [item.request.pages for item in plan.scheduled],
-                [item.start // self.config.page_size for item in plan.scheduled],
-                self.config.page_size,
+                [item.num_new_tokens for item in plan.scheduled],
+                [item.start for item in plan.scheduled],
             )
         return plan
 
@@ -130,7 +131,8 @@ class Scheduler:
                 continue  # finished or preempted while the step ran
             for index in range(request.num_registered_pages, end // page_size):
                 tokens = request.token_ids[index * page_size : (index + 1) * page_size]
-                request.cache_node = self.cache.insert(request.cache_node, tokens, request.pages[index])
+                node, page, priority = request.cache_node, request.pages[index], request.options.priority
+                request.cache_node = self.cache.insert(node, tokens, page, priority)
                 request.num_registered_pages += 1
 
     def finish(self, request: Request, *, forget_pages: bool = False) -> None:
@@ -221,7 +223,7 @@ class Scheduler:
             request = self.waiting.first()
             if request.num_pending_tokens > 0:
                 return  # preempted while a step still draws its newest token
-            nodes = self._match(request)
+            options, nodes = request.options, self._match(request)
             num_cached_tokens = len(nodes) * self.config.page_size
             num_uncomputed = request.num_tokens - num_cached_tokens
             chunk = self.budget.chunk_tokens(plan, num_cached_tokens, num_uncomputed, num_uncomputed)
@@ -232,7 +234,7 @@ class Scheduler:
             self.waiting.admit(request)
             insort(self.running, request, key=self.waiting.rank)
             request.state = RequestState.RUNNING
-            request.pages, request.cache_node = self.cache.acquire(nodes)
+            request.pages, request.cache_node = self.cache.acquire(nodes, options.prefix_salt, options.priority)
             request.num_registered_pages = len(nodes)
             request.num_computed_tokens = num_cached_tokens
             if request.num_cached_tokens is None:  # not when it comes back from a preemption
@@ -245,7 +247,7 @@ class Scheduler:
     def _match(self, request: Request) -> list[CacheNode]:
         """What the prefix cache holds of a request."""
         may_share = self.config.enable_prefix_caching and not request.lacks_prompt_logprobs
-        return self.cache.match(request.token_ids) if may_share else []
+        return self.cache.match(request.token_ids, request.options.prefix_salt) if may_share else []
 
     def _num_pages_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.config.page_size)
