@@ -21,7 +21,7 @@ from tilestream.engine.config import EngineConfig
 from tilestream.engine.engine import Engine
 from tilestream.engine.scheduler import SampledTokens, StepPlan
 from tilestream.sampling_params import SamplingParams
-from tilestream.server.http import create_app
+from tilestream.server.app import create_app
 
 REQUESTS, TOKENS = 32, 300
 STEP_S = 0.02  # what a step takes on the server: about a decode of SmolLM2 at batch 32 on 2 cores

@@ -14,7 +14,7 @@ import httpx
 import pytest
 from tests.server.test_cli import Done, check_one_line_error, run  # noqa: F401
 from tilestream import LLM
-from tilestream.server.http import create_app
+from tilestream.server.app import create_app
 
 from .conftest import answers, chat, completion, entries, write_lines
 

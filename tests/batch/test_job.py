@@ -22,7 +22,7 @@ from tilestream.batch.planning import PlanningEngine, plan_work
 from tilestream.engine.async_engine import AsyncEngine
 from tilestream.engine.request import RequestOptions
 from tilestream.sampling_params import SamplingParams
-from tilestream.server.http import create_app
+from tilestream.server.app import create_app
 
 from .conftest import (
     MODEL, ByteTokenizer, answers, chat, completion, entries, make_engine, make_job, run_job, shared_prompts, told,

@@ -35,9 +35,6 @@ class ByteTokenizer:
     def special_token_bytes(self, token_id: int) -> bytes:
         return bytes([token_id]) if token_id < EOS else b"<end>"
 
-    def special_token_bytes(self, token_id: int) -> bytes:
-        return self.token_bytes(token_id) or b"<eos>"
-
     def decode(self, ids: list[int]) -> str:
         return bytes(i for i in ids if i < EOS).decode(errors="replace")
 

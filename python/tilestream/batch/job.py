@@ -16,7 +16,7 @@ from tilestream.batch.order import KvMemory, Work, WorkGroup, in_shared_order
 from tilestream.batch.planning import PlanningEngine, plan_work, respond
 from tilestream.engine.request import RequestOptions
 from tilestream.sampling_params import SamplingParams
-from tilestream.server.http import create_app
+from tilestream.server.app import create_app
 
 if TYPE_CHECKING:
     from tilestream.engine.async_engine import AsyncEngine

@@ -65,7 +65,7 @@ def command(
     A line that is no request gets a line that says so, and stops nothing.
     """
     from tilestream.batch.journal import Journal
-    from tilestream.batch.lines import BatchFileError, read_lines
+    from tilestream.batch.lines import read_lines
 
     if output_file.exists() and output_file.samefile(input_file):
         raise typer.BadParameter(f"{output_file} is the input; the answers need a file of their own.")
