@@ -1,4 +1,4 @@
-"""Counters and gauges of an engine, and its last steps, as plain numbers; the server gives them their Prometheus form."""
+"""Counters and gauges of an engine, and its last steps, as plain numbers; the server makes them Prometheus'."""
 
 from __future__ import annotations
 

@@ -91,7 +91,9 @@ class Trace:
             events.append(event | {"ph": "e", "ts": self._us(phase_end_s)})
         self._write(*events)
 
-    def _span(self, name: str, begin_s: float, end_s: float, arguments: Event | None = None, row: int = _STEP_ROW) -> Event:
+    def _span(
+        self, name: str, begin_s: float, end_s: float, arguments: Event | None = None, row: int = _STEP_ROW
+    ) -> Event:
         event = {"ph": "X", "name": name, "pid": 0, "tid": row, "ts": self._us(begin_s)}
         return event | {"dur": round(1e6 * (end_s - begin_s), 3), "args": arguments or {}}
 

@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger("tilestream.access")
 
 # What probes, scrapers and a browser that has yet to ask for a key must reach. None of it shows what others sent.
-_OPEN_PATHS = frozenset({"/", "/favicon.ico", "/health", "/health/ready", "/ready", "/metrics", "/docs", "/openapi.json"})
+_OPEN_PATHS = frozenset(
+    {"/", "/favicon.ico", "/health", "/health/ready", "/ready", "/metrics", "/docs", "/openapi.json"}
+)
 # Ids of clients go into our log as they are, so they may hold nothing but these.
 _GOOD_ID = re.compile(rb"[A-Za-z0-9._:/+=-]{1,128}")
 # A refused client that still sends is read from for so long: closing on it at once would reset the connection, and it
@@ -86,7 +88,8 @@ class RequestLog:
         finally:
             self._traffic.num_requests -= 1
             if self._settings.access_log:
-                logger.info("%s", _line(scope, context, f"{status}{'' if is_whole else ' cut'}", time.monotonic() - begin_s))
+                shown = f"{status}{'' if is_whole else ' cut'}"
+                logger.info("%s", _line(scope, context, shown, time.monotonic() - begin_s))
             if self._telemetry is not None and context.answer is not None:
                 self._telemetry.export(scope, context, status, time.monotonic() - begin_s)
 
@@ -178,7 +181,7 @@ class Guard:
 
 
 async def _refuse(error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
-    """Answers with an error and closes the connection; what the client still sends is read and forgotten for a while."""
+    """Answers with an error and closes the connection; for a while, what the client still sends is read and forgotten."""
     response = error.response()
     response.headers["connection"] = "close"
     # Who waits for "100 Continue" sends no body after this answer; who was too slow has had its time.

@@ -44,7 +44,7 @@ _COUNTERS = (
     ("prefix_cache_hits", "Prompt tokens found in the prefix cache.", "prefix_cache_hits"),
     ("prompt_tokens", "Prompt tokens of requests that got a first token, cached ones included.", "prompt_tokens"),
     ("generation_tokens", "Tokens generated.", "generation_tokens"),
-    ("step_prefill_tokens", "Tokens of prompts that steps have computed; again, too, after a preemption.", "prefill_tokens"),
+    ("step_prefill_tokens", "Tokens of prompts that steps computed, also after a preemption.", "prefill_tokens"),
     ("step_decode_tokens", "Tokens of running answers that steps have computed.", "decode_tokens"),
     ("step_budget_tokens", "Tokens that steps might have computed: their budgets.", "budget_tokens"),
 )
@@ -102,7 +102,8 @@ class ServerMetrics:
         self.inter_token = histogram("inter_token_latency_seconds", "Token to next token.", _STEP_BUCKETS_S)
         self.e2e = histogram("e2e_request_latency_seconds", "Arrival to last token.", times)
         self.per_token = histogram(
-            "request_time_per_output_token_seconds", "First token to last, by the tokens after the first.", _STEP_BUCKETS_S
+            "request_time_per_output_token_seconds", "First token to last, by the tokens after the first.",
+            _STEP_BUCKETS_S,
         )
         self.queue_time = histogram("request_queue_time_seconds", "Arrival to first step.", times)
         self.prefill_time = histogram("request_prefill_time_seconds", "First step to first token.", times)

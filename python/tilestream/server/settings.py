@@ -23,8 +23,8 @@ class ServerSettings:
         body_timeout_s: a body that has not come by then is refused with 408.
         header_timeout_s: a connection that has not sent a request's head by then is closed.
         write_timeout_s: so is one that takes nothing of its answer for so long.
-        keep_alive_s: so is one that sends no further request for so long: longer than the minute that balancers keep idle
-            connections, so that they and not we close one that is just being used.
+        keep_alive_s: so is one that sends no further request for so long: longer than the minute that balancers keep
+            idle connections, so that they and not we close one that is just being used.
     """
 
     api_keys: ApiKeys = field(default_factory=lambda: ApiKeys(()))
