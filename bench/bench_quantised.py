@@ -1,7 +1,7 @@
 """Perplexity and greedy agreement of SmolLM2-135M-Instruct by precision, against the same weights in bfloat16.
 
 The text comes with `--text FILE` (WikiText-2's test part in what is quoted), directories of `tilestream quantize` with
-`--quantised DIR`, once for each. Windows and scoring are bench_perplexity's. Agreement: of 64 tokens that bfloat16 answers to
+`--quantised DIR`, once for each. bench/perplexity.py says how it is scored. Agreement: of 64 tokens that bfloat16 answers to
 each prompt greedily, how many are also the likeliest by this precision, given the same tokens before.
 """
 
@@ -12,8 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.bench_perplexity import NUM_WINDOWS, WINDOW_TOKENS, perplexity
-from tests.engine.forward import all_logits
+from bench.perplexity import perplexity, window_logits, windows_of
 from tilestream import LLM, SamplingParams
 
 _PROMPTS = Path(__file__).parent.parent / "tests" / "data" / "prompts.txt"
@@ -27,9 +26,7 @@ def windows(request: pytest.FixtureRequest) -> list[list[int]]:
     path = request.config.getoption("--text")
     if path is None or not request.config.getoption("--quantised"):
         pytest.skip("wants a text to score, --text FILE, and what `tilestream quantize` made, --quantised DIR")
-    tokens = LLM(kv_cache_tokens=4096).tokenizer.encode(Path(path).read_text())
-    assert len(tokens) >= NUM_WINDOWS * WINDOW_TOKENS, f"{path} has {len(tokens)} tokens"
-    return [tokens[i * WINDOW_TOKENS : (i + 1) * WINDOW_TOKENS] for i in range(NUM_WINDOWS)]
+    return windows_of(path)
 
 
 @pytest.fixture(scope="module")
@@ -47,14 +44,14 @@ def answers(windows: list[list[int]]) -> list[tuple[list[int], list[int]]]:
 def _agreement(llm: LLM, answers: list[tuple[list[int], list[int]]], kv_dtype: str) -> float:
     same = total = 0
     for prompt, answer in answers:
-        logits = all_logits(llm, prompt + answer[:-1], chunk=WINDOW_TOKENS, kv_dtype=kv_dtype)
+        logits = window_logits(llm, prompt + answer[:-1], kv_dtype)
         same += sum(a == b for a, b in zip(logits[len(prompt) - 1 :].argmax(-1).tolist(), answer, strict=True))
         total += len(answer)
     return same / total
 
 
 def _score(llm: LLM, windows: list[list[int]], kv_dtype: str) -> float:
-    return perplexity(windows, lambda tokens: all_logits(llm, tokens, chunk=WINDOW_TOKENS, kv_dtype=kv_dtype))
+    return perplexity(windows, lambda tokens: window_logits(llm, tokens, kv_dtype))
 
 
 def test_quantised(windows, answers, report, benchmark, request: pytest.FixtureRequest) -> None:
@@ -65,8 +62,10 @@ def test_quantised(windows, answers, report, benchmark, request: pytest.FixtureR
         facts = json.loads((Path(path) / "config.json").read_text())["quantization_config"]
         name = f"{facts['method']}, groups of {facts['group_size']}, {facts['int4_share']:.1%} INT4"
         for precision, (act_bits, kv_dtype) in _PRECISIONS.items():
+            if act_bits == "4" and not facts["int4_share"]:
+                continue
             llm = LLM(path, act_bits=act_bits, kv_cache_tokens=4096)
             ours, same = _score(llm, windows, kv_dtype), _agreement(llm, answers, kv_dtype)
             case = f"{precision}: {name}; {same:.1%} greedy agreement"
             report.add_values("perplexity", case, f"{ours:.4f}", "bfloat16", f"{base:.4f}", ours / base)
-    benchmark.pedantic(lambda: all_logits(plain, windows[0], chunk=WINDOW_TOKENS, kv_dtype="bfloat16"), rounds=1)
+    benchmark.pedantic(lambda: window_logits(plain, windows[0], "bfloat16"), rounds=1)
