@@ -37,7 +37,7 @@ def answers(windows: list[list[int]]) -> list[tuple[list[int], list[int]]]:
         llm.tokenizer.encode(llm.tokenizer.apply_chat_template([{"role": "user", "content": line}]), add_special_tokens=False)
         for line in _PROMPTS.read_text().splitlines()[:_NUM_PROMPTS]
     ]
-    outputs = llm.generate(prompts, SamplingParams(max_tokens=_ANSWER_TOKENS, ignore_eos=True))
+    outputs = llm.generate(prompts, SamplingParams(max_tokens=_ANSWER_TOKENS, temperature=0.0, ignore_eos=True))
     return [(o.prompt_token_ids, o.token_ids) for o in outputs]
 
 
