@@ -20,6 +20,7 @@ from bench.harness import Report
 from bench.peers import vllm_cpu
 from bench.peers.llama_cpp import LlamaCpp
 from bench.server import ask_all, served
+from bench.traffic import Ask, all_at_once
 from tilestream import LLM
 from tilestream._native import _C
 from tilestream.cli.load import LoadResult, RequestTimes, run_load, summarise
@@ -41,7 +42,7 @@ class Ours:
         self.scheduler_shares: dict[int, list[float]] = {}
 
     def __call__(self, num_requests: int) -> list[RequestTimes]:
-        prompts = random_prompts(num_requests)
+        prompts = random_prompts([PROMPT_TOKENS] * num_requests)
         before = self.llm.engine.metrics
         times = run_load(self.llm.engine, prompts, OUTPUT_TOKENS)
         share = scheduler_share(before, self.llm.engine.metrics)
@@ -49,8 +50,12 @@ class Ours:
         return times
 
 
-def random_prompts(num_prompts: int) -> list[list[int]]:
-    return [random.choices(range(VOCAB_SIZE), k=PROMPT_TOKENS) for _ in range(num_prompts)]
+def asks(num_requests: int) -> list[Ask]:
+    return all_at_once(num_requests, PROMPT_TOKENS, OUTPUT_TOKENS)
+
+
+def random_prompts(lengths: list[int]) -> list[list[int]]:
+    return [random.choices(range(VOCAB_SIZE), k=length) for length in lengths]
 
 
 @pytest.fixture(scope="module")
@@ -61,15 +66,15 @@ def engines() -> Iterator[dict[str, Load]]:
     with served(path, "--no-prefix-caching", "--kv-cache-tokens", str(KV_CACHE_TOKENS)) as url:
         found = {
             "ours": Ours(path),
-            "ours, over HTTP": lambda n: asyncio.run(ask_all(url, random_prompts(n), OUTPUT_TOKENS)),
-            "llama.cpp Q4_0": lambda n: [RequestTimes(*t) for t in llama_cpp.load(n, PROMPT_TOKENS, OUTPUT_TOKENS)],
+            "ours, over HTTP": lambda n: asyncio.run(ask_all(url, random_prompts([PROMPT_TOKENS] * n), asks(n))),
+            "llama.cpp Q4_0": lambda n: [RequestTimes(*t) for t in llama_cpp.load(asks(n))],
         }
         if not vllm_cpu.PYTHON.exists():
             yield found
             return
         checkpoint = vllm_cpu.bf16_checkpoint(shipped_file())
         vllm = vllm_cpu.VllmCpu(checkpoint, num_threads=_C.num_threads())
-        yield found | {"vLLM CPU bf16": lambda n: [RequestTimes(*t) for t in vllm.load(n, PROMPT_TOKENS, OUTPUT_TOKENS)]}
+        yield found | {"vLLM CPU bf16": lambda n: [RequestTimes(*t) for t in vllm.load(asks(n))]}
         vllm.close()
 
 

@@ -18,6 +18,7 @@ from bench.bench_model import q4_0_file, shipped_file
 from bench.harness import Report
 from bench.peers import vllm_cpu
 from bench.server import ask_all, served
+from bench.traffic import all_at_once
 from tilestream._native import _C
 
 ROUNDS = 5
@@ -37,7 +38,7 @@ def start_server(model: Path) -> tuple[float, float]:
     with served(model) as url:
         httpx.get(url.removesuffix("/v1") + "/health").raise_for_status()
         ready_s = time.perf_counter() - begin_s
-        token = asyncio.run(ask_all(url, [[1, 2, 3, 4]], 2))[0]
+        token = asyncio.run(ask_all(url, [[1, 2, 3, 4]], all_at_once(1, 4, 2)))[0]
         return ready_s, ready_s + token.first_token_s
 
 

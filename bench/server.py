@@ -13,6 +13,7 @@ from pathlib import Path
 
 import httpx
 
+from bench.traffic import Ask
 from tilestream.cli.load import RequestTimes
 
 
@@ -28,16 +29,17 @@ def served(model: Path, *options: str) -> Iterator[str]:
         server.wait(timeout=30)
 
 
-async def ask_all(url: str, prompts: Sequence[Sequence[int]], output_tokens: int) -> list[RequestTimes]:
-    """Send the prompts, token ids, all at once, as streamed completions."""
+async def ask_all(url: str, prompts: Sequence[Sequence[int]], asks: Sequence[Ask]) -> list[RequestTimes]:
+    """Send the prompts, token ids, each when it is due, as streamed completions."""
     async with httpx.AsyncClient(base_url=url, timeout=None, limits=httpx.Limits(max_connections=None)) as client:
         await client.get("/models")
         begin_s = time.perf_counter()
-        return await asyncio.gather(*(_ask(client, prompt, output_tokens, begin_s) for prompt in prompts))
+        return await asyncio.gather(*(_ask(client, prompt, ask, begin_s) for prompt, ask in zip(prompts, asks, strict=True)))
 
 
-async def _ask(client: httpx.AsyncClient, prompt: Sequence[int], output_tokens: int, begin_s: float) -> RequestTimes:
-    body = {"prompt": prompt, "max_tokens": output_tokens, "temperature": 0, "ignore_eos": True, "stream": True}
+async def _ask(client: httpx.AsyncClient, prompt: Sequence[int], ask: Ask, begin_s: float) -> RequestTimes:
+    body = {"prompt": prompt, "max_tokens": ask.output_tokens, "temperature": 0, "ignore_eos": True, "stream": True}
+    await asyncio.sleep(begin_s + ask.arrival_s - time.perf_counter())
     sent_s = time.perf_counter()
     events_s = []  # one per token; "[DONE]", the last, is none
     async with client.stream("POST", "/completions", json=body) as response:
@@ -45,4 +47,4 @@ async def _ask(client: httpx.AsyncClient, prompt: Sequence[int], output_tokens: 
         async for line in response.aiter_lines():
             if line.startswith("data: {"):
                 events_s.append(time.perf_counter())
-    return RequestTimes(sent_s - begin_s, events_s[0] - begin_s, events_s[-1] - begin_s, output_tokens)
+    return RequestTimes(sent_s - begin_s, events_s[0] - begin_s, events_s[-1] - begin_s, ask.output_tokens)

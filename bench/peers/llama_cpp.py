@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import random
 import time
+from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 
 import llama_cpp
 import numpy as np
+
+from bench.traffic import Ask
 
 
 @llama_cpp.llama_log_callback
@@ -44,6 +48,7 @@ class LlamaCpp:
         llama_cpp.llama_backend_init()
         self.model = llama_cpp.llama_model_load_from_file(str(path).encode(), llama_cpp.llama_model_default_params())
         params = llama_cpp.llama_context_default_params()
+        self.max_seqs = max_seqs
         self.num_batch_tokens = 2048  # llama-server's default, as 512 for n_ubatch
         params.n_ctx, params.n_batch, params.n_ubatch, params.n_seq_max = max_tokens, self.num_batch_tokens, 512, max_seqs
         params.n_threads = params.n_threads_batch = num_threads
@@ -82,37 +87,50 @@ class LlamaCpp:
             self._decode([(tokens[seq], start + step, seq, True) for seq in range(num_seqs)])
             tokens = [self._likeliest(seq) for seq in range(num_seqs)]
 
-    def load(self, num_requests: int, prompt_tokens: int, output_tokens: int) -> list[tuple[float, float, float, int]]:
-        """(sent_s, first_token_s, end_s, num_output_tokens) of requests that are all sent at once.
+    def load(self, asks: Sequence[Ask]) -> list[tuple[float, float, float, int]]:
+        """(sent_s, first_token_s, end_s, num_output_tokens) of requests of random tokens.
 
-        Batches as llama-server makes them: the next token of every answer, then prompts up to n_batch.
+        Batches as llama-server makes them: the next token of every answer, then prompts up to n_batch. A request waits until
+        one of the max_seqs sequences is free.
         """
         self.clear()
-        prompts = [[self.random.randrange(self.vocab_size) for _ in range(prompt_tokens)] for _ in range(num_requests)]
-        num_read = [0] * num_requests
-        answers: list[list[int]] = [[] for _ in range(num_requests)]
-        first_s, end_s = [0.0] * num_requests, [0.0] * num_requests
+        prompts = [[self.random.randrange(self.vocab_size) for _ in range(ask.prompt_tokens)] for ask in asks]
+        num_read = [0] * len(asks)
+        answers: list[list[int]] = [[] for _ in asks]
+        first_s, end_s = [0.0] * len(asks), [0.0] * len(asks)
+        waiting, free = deque(range(len(asks))), list(range(self.max_seqs))
+        running: dict[int, int] = {}  # request -> its sequence
         begin_s = time.perf_counter()
-        while unfinished := [seq for seq in range(num_requests) if len(answers[seq]) < output_tokens]:
-            entries, drawing = [], {}  # drawing: sequence -> the entry whose logits it draws from
-            for seq in unfinished:
-                if answers[seq]:
-                    drawing[seq] = len(entries)
-                    entries.append((answers[seq][-1], prompt_tokens + len(answers[seq]) - 1, seq, True))
-            for seq in unfinished:
-                end = min(prompt_tokens, num_read[seq] + self.num_batch_tokens - len(entries))
-                if num_read[seq] < end:
-                    entries += [(prompts[seq][i], i, seq, i == prompt_tokens - 1) for i in range(num_read[seq], end)]
-                    num_read[seq] = end
-                    if end == prompt_tokens:
-                        drawing[seq] = len(entries) - 1
+        while waiting or running:
+            now_s = time.perf_counter() - begin_s
+            while waiting and free and asks[waiting[0]].arrival_s <= now_s:
+                running[waiting.popleft()] = free.pop()
+            if not running:
+                time.sleep(asks[waiting[0]].arrival_s - now_s)
+                continue
+            entries, drawing = [], {}  # drawing: request -> the entry whose logits it draws from
+            for i, seq in running.items():
+                if answers[i]:
+                    drawing[i] = len(entries)
+                    entries.append((answers[i][-1], len(prompts[i]) + len(answers[i]) - 1, seq, True))
+            for i, seq in running.items():
+                last = len(prompts[i]) - 1
+                end = min(last + 1, num_read[i] + self.num_batch_tokens - len(entries))
+                if num_read[i] < end:
+                    entries += [(prompts[i][j], j, seq, j == last) for j in range(num_read[i], end)]
+                    num_read[i] = end
+                    if end == last + 1:
+                        drawing[i] = len(entries) - 1
             self._decode(entries)
-            for seq, entry in drawing.items():
-                answers[seq].append(self._likeliest(entry))
-                end_s[seq] = time.perf_counter() - begin_s
-                if len(answers[seq]) == 1:
-                    first_s[seq] = end_s[seq]
-        return [(0.0, first, end, output_tokens) for first, end in zip(first_s, end_s, strict=True)]
+            for i, entry in drawing.items():
+                answers[i].append(self._likeliest(entry))
+                end_s[i] = time.perf_counter() - begin_s
+                if len(answers[i]) == 1:
+                    first_s[i] = end_s[i]
+                if len(answers[i]) == asks[i].output_tokens:
+                    free.append(running.pop(i))
+                    llama_cpp.llama_memory_seq_rm(self.memory, free[-1], -1, -1)
+        return [(ask.arrival_s, first, end, ask.output_tokens) for ask, first, end in zip(asks, first_s, end_s, strict=True)]
 
     def _likeliest(self, entry: int) -> int:
         """Greedy token of the last batch's entry."""

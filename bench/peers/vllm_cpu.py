@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 PYTHON = Path(__file__).parents[2] / ".venv-vllm" / "bin" / "python"
@@ -65,10 +66,10 @@ class VllmCpu:
         self.start_s = time.perf_counter() - begin_s
         self._signal(signal.SIGSTOP)
 
-    def load(self, num_requests: int, prompt_tokens: int, output_tokens: int) -> list[list[float]]:
-        """[sent_s, first_token_s, end_s, num_output_tokens] of requests of random tokens that are sent all at once."""
+    def load(self, asks: Sequence[tuple[float, int, int]]) -> list[list[float]]:
+        """[sent_s, first_token_s, end_s, num_output_tokens] of requests of random tokens (bench.traffic.Ask)."""
         self._signal(signal.SIGCONT)
-        self.process.stdin.write(json.dumps([num_requests, prompt_tokens, output_tokens]) + "\n")
+        self.process.stdin.write(json.dumps(asks) + "\n")
         self.process.stdin.flush()
         times = self._reply()
         self._signal(signal.SIGSTOP)
@@ -104,10 +105,11 @@ async def _serve(checkpoint: str) -> None:
     )
     vocab_size = engine.model_config.get_vocab_size()
 
-    async def request(name: str, prompt: list[int], output_tokens: int, begin_s: float) -> list[float]:
+    async def request(name: str, prompt: list[int], arrival_s: float, output_tokens: int, begin_s: float) -> list[float]:
         params = SamplingParams(
             max_tokens=output_tokens, min_tokens=output_tokens, temperature=0.0, ignore_eos=True, detokenize=False
         )
+        await asyncio.sleep(begin_s + arrival_s - time.perf_counter())
         sent_s, first_s, num_tokens = time.perf_counter(), None, 0
         async for output in engine.generate({"prompt_token_ids": prompt}, params, name):
             num_tokens = len(output.outputs[0].token_ids)
@@ -121,11 +123,15 @@ async def _serve(checkpoint: str) -> None:
 
     reply([])  # ready
     for turn, line in enumerate(sys.stdin):
-        num_requests, prompt_tokens, output_tokens = json.loads(line)
-        prompts = {f"{turn}-{i}": random.choices(range(vocab_size), k=prompt_tokens) for i in range(num_requests)}
+        asks = json.loads(line)
+        prompts = [random.choices(range(vocab_size), k=prompt_tokens) for _, prompt_tokens, _ in asks]
         begin_s = time.perf_counter()
-        requests = (request(name, prompt, output_tokens, begin_s) for name, prompt in prompts.items())
-        reply(await asyncio.gather(*requests))
+        reply(
+            await asyncio.gather(*(
+                request(f"{turn}-{i}", prompt, arrival_s, output_tokens, begin_s)
+                for i, (prompt, (arrival_s, _, output_tokens)) in enumerate(zip(prompts, asks, strict=True))
+            ))
+        )  # fmt: skip
     engine.shutdown()
 
 
