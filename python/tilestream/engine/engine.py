@@ -62,8 +62,8 @@ class Engine:
         self.scheduler = Scheduler(config, cost_model)
         self._builder = RequestBuilder(tokenizer, config, runner.vocab_size)
         self._queue_limits = QueueLimits(config)
-        self._deadlines = Deadlines()
         self._requests: dict[str, Request] = {}
+        self._deadlines = Deadlines(self._requests)
         self._in_flight: _Launched | None = None
         self._collected_s = 0.0  # when a step was last waited for
         self.watch = EngineWatch()
@@ -114,7 +114,7 @@ class Engine:
             One delta for every request that got a token or ended; empty when there was nothing to do.
         """
         begin_s = self.watch.begin_step()
-        expired = self._deadlines.take_passed(begin_s, self._requests)
+        expired = self._deadlines.take_passed(begin_s)
         deltas = [self._finish(request, "abort", error=deadline_text(request)) for request in expired]
         before = self._in_flight
         if before is not None and self._needs_tokens():
