@@ -86,12 +86,27 @@ class Engine:
             ValueError, TypeError, PromptTooLongError: as validate(); ValueError: request_id is in use.
             QueueFullError: max_queued_requests or max_queued_tokens wait already.
         """
-        token_ids = self.validate(prompt_token_ids, params)
+        request = self.make_request(request_id, prompt_token_ids, params, options)
         if request_id in self._requests:
             raise ValueError(f"request_id {request_id!r} is in use by an unfinished request")
-        self.check_queue(len(token_ids))
-        request = self._builder.make_request(request_id, token_ids, params, options)
-        self._requests[request_id] = request
+        self.check_queue(request.num_tokens)
+        self.enqueue(request)
+
+    def make_request(
+        self, request_id: str, prompt_token_ids: Sequence[int], params: SamplingParams, options: RequestOptions
+    ) -> Request:
+        """The part of add_request() that costs time. It reads only what never changes, so any thread may call it.
+
+        Returns:
+            A request for enqueue().
+        Raises:
+            ValueError, TypeError, PromptTooLongError: as validate().
+        """
+        return self._builder.make_request(request_id, prompt_token_ids, params, options)
+
+    def enqueue(self, request: Request) -> None:
+        """The rest of it: let a request wait that make_request() gave, and that check_queue() had room for."""
+        self._requests[request.request_id] = request
         self.scheduler.add(request)
         self._deadlines.add(request)
 
