@@ -19,7 +19,8 @@ from tilestream.engine.profiler import measure_cost_model
 from tilestream.engine.protocols import EngineTokenizer, Runner
 from tilestream.engine.request import FinishReason, Request, RequestDelta, RequestOptions, RequestState, TokenLogprobs
 from tilestream.engine.request_builder import RequestBuilder
-from tilestream.engine.scheduler import SampledTokens, Scheduler, StepPlan
+from tilestream.engine.scheduler import Scheduler
+from tilestream.engine.step_plan import SampledTokens, StepPlan
 from tilestream.sampling_params import SamplingParams
 
 logger = logging.getLogger("tilestream.engine")

@@ -10,7 +10,7 @@ from tilestream.engine.batch import BatchBuilder, SamplingBuilder, padded_decode
 from tilestream.engine.config import EngineConfig
 from tilestream.engine.logits import edit_logits, token_logprobs
 from tilestream.engine.request import Request
-from tilestream.engine.scheduler import PromptScores, SampledTokens, StepPlan
+from tilestream.engine.step_plan import PromptScores, SampledTokens, StepPlan
 from tilestream.ops import AttentionPlanner, KvCache, sample
 
 _SCORED_ROWS = 32  # prompt tokens whose logits are held at a time: 4 to 20 MB

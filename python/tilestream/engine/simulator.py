@@ -16,7 +16,8 @@ from tilestream.engine.config import EngineConfig
 from tilestream.engine.cost_model import CostModel
 from tilestream.engine.detokenizer import Detokenizer
 from tilestream.engine.request import Request, RequestOptions
-from tilestream.engine.scheduler import Scheduler, StepPlan
+from tilestream.engine.scheduler import Scheduler
+from tilestream.engine.step_plan import StepPlan
 from tilestream.engine.workload import TraceRequest
 from tilestream.sampling_params import SamplingParams
 
