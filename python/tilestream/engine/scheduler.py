@@ -10,7 +10,7 @@ would take longer; one tile of prefill is computed in any case, so that prompts 
 
 Pages are taken as tokens are scheduled. When a decode finds none, the running request of the lowest priority
 that arrived latest is preempted: its pages go back, it waits again with its output, and is recomputed
-later (from the prefix cache, where its pages survived).
+later (from the prefix cache, where its pages survived). A prefill takes pages from later prefills in the same way.
 """
 
 from __future__ import annotations
