@@ -83,8 +83,9 @@ class RequestStream:
 class AsyncEngine:
     """Runs an Engine's steps on one thread while there is work, and sleeps otherwise.
 
-    Only that thread touches the engine; others leave commands, which it takes between steps. Results go to
-    each reader's event loop by call_soon_threadsafe, so no reader, however slow or dead, holds up a step.
+    Only that thread changes the engine; others make and check their requests themselves, and leave commands, which it takes
+    between steps. Results go to each reader's event loop by call_soon_threadsafe, so no reader, however slow or dead, holds up
+    a step.
 
     Args:
         engine: used by nobody else from now on.
