@@ -15,7 +15,7 @@ from tilestream.engine.config import EngineConfig
 from tilestream.engine.cost_model import CostModel
 from tilestream.engine.engine import Engine
 from tilestream.engine.request import RequestOptions
-from tilestream.engine.scheduler import SampledTokens, StepPlan
+from tilestream.engine.step_plan import SampledTokens, StepPlan
 
 STEPS = 300
 CONTEXT_TOKENS = 256

@@ -19,7 +19,7 @@ import uvicorn
 from tilestream.engine.async_engine import AsyncEngine
 from tilestream.engine.config import EngineConfig
 from tilestream.engine.engine import Engine
-from tilestream.engine.scheduler import SampledTokens, StepPlan
+from tilestream.engine.step_plan import SampledTokens, StepPlan
 from tilestream.sampling_params import SamplingParams
 from tilestream.server.app import create_app
 

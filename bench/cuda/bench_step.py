@@ -19,7 +19,7 @@ from tilestream import SamplingParams
 from tilestream.engine.config import EngineConfig
 from tilestream.engine.request import Request
 from tilestream.engine.runner import ModelRunner
-from tilestream.engine.scheduler import StepPlan
+from tilestream.engine.step_plan import StepPlan
 from tilestream.layers.rope import RopeConfig
 from tilestream.models.config import ModelConfig
 from tilestream.models.llama import build_model

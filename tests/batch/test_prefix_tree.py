@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pytest
-from tilestream.batch.prefix_tree import Group, Node, best_groups, build_tree, saved_pages
+from tilestream.batch.prefix_tree import Group, Node, best_groups, build_tree
 
 PAGE_SIZE = 2
 
@@ -18,6 +18,11 @@ def arrays(prompts: Sequence[Sequence[int]]) -> list[np.ndarray]:
 
 def groups_of(prompts: Sequence[Sequence[int]], page_size: int = PAGE_SIZE) -> list[Group]:
     return best_groups(build_tree(arrays(prompts), page_size))
+
+
+def saved_pages(groups: Sequence[Group]) -> int:
+    """Pages that need not be computed because groups share them."""
+    return sum(group.num_pages * (len(group.prompts) - 1) for group in groups)
 
 
 def num_common_pages(prompts: Sequence[Sequence[int]]) -> int:

@@ -8,8 +8,8 @@ from tilestream.engine.config import EngineConfig
 from tilestream.engine.cost_model import CostModel
 from tilestream.engine.engine import Engine
 from tilestream.engine.request import RequestDelta
-from tilestream.engine.scheduler import SampledTokens, StepPlan
 from tilestream.engine.step_budget import TILE_TOKENS
+from tilestream.engine.step_plan import SampledTokens, StepPlan
 from tilestream.sampling_params import SamplingParams
 
 EOS = 256

@@ -9,7 +9,9 @@ import time
 from collections.abc import Callable, Iterator
 
 import pytest
+from tilestream.constraint import Constraint
 from tilestream.engine.async_engine import AsyncEngine
+from tilestream.engine.constraints import GrammarCompiler
 from tilestream.engine.errors import EngineDeadError, PromptTooLongError, QueueFullError
 from tilestream.engine.request import RequestDelta
 from tilestream.sampling_params import SamplingParams
@@ -117,6 +119,33 @@ async def test_the_queue_is_limited_by_tokens_that_the_engine_has_not_seen_yet(m
     gate.open()
     for stream in (running, *waiting):
         assert len([delta async for delta in stream]) == 8
+
+
+async def test_who_was_let_in_is_answered_though_a_preempted_request_has_filled_the_queue(make) -> None:
+    gate = Gate()
+    engine = make(gate=gate, max_queued_requests=1)
+    running = [engine.stream("a", HELLO, GREEDY)]
+    await until(lambda: engine.metrics.num_requests_running == 1)
+    running.append(engine.stream("b", HELLO, GREEDY))
+    gate.permits.release()
+    await until(lambda: engine.metrics.num_requests_running == 2)
+    with engine._condition:  # as if a step had begun before the engine saw the new one
+        engine._commands.append(engine._engine.scheduler._preempt_latest)
+        late = engine.stream("c", HELLO, GREEDY)
+    gate.open()
+    assert [len([delta async for delta in stream]) for stream in (*running, late)] == [8, 8, 8]
+
+
+async def test_a_grammar_is_compiled_on_the_callers_thread_only(make, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make()
+    threads = []
+
+    def matcher(compiler: GrammarCompiler, constraint: Constraint) -> None:
+        threads.append(threading.current_thread())
+
+    monkeypatch.setattr(GrammarCompiler, "matcher", matcher)
+    await collect(engine, "a", SamplingParams(temperature=0, max_tokens=8, constraint=Constraint.regex("a")))
+    assert threads == [threading.current_thread()]
 
 
 async def test_a_cancelled_reader_aborts_its_request(make) -> None:

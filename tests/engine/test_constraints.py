@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -217,6 +218,14 @@ def test_grammars_are_kept_as_far_as_there_is_room(monkeypatch: pytest.MonkeyPat
     for text in "abacab":
         compiler.matcher(Constraint.regex(text)).accept(ord(text))  # each matcher begins anew
     assert compiled == ["a", "b", "c", "b"]
+
+
+def test_without_llguidance_only_constraints_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    engine = make_engine()
+    with pytest.raises(ConstraintError, match="constraints need the package llguidance"):
+        engine.add_request("x", PROMPT, SamplingParams(constraint=OBJECT))
+    assert len(tokens_of(run(engine, [SamplingParams(max_tokens=4, ignore_eos=True)])[0])) == 4
 
 
 def test_a_model_without_an_end() -> None:

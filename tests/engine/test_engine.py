@@ -176,6 +176,15 @@ def test_a_deadline_outlives_its_request_and_hits_no_namesake() -> None:
     assert run_all(engine)["r"][-1].finish_reason == "length"
 
 
+def test_deadlines_that_are_far_away_do_not_pile_up() -> None:
+    engine = make_engine()
+    later = RequestOptions(deadline_s=time.monotonic() + 1e9)
+    for index in range(300):
+        engine.add_request(str(index), HELLO, SamplingParams(max_tokens=1), later)
+        run_all(engine)
+    assert len(engine._deadlines) < 100
+
+
 def two_running(script: dict[str, list[int]] | None = None) -> Engine:
     engine = make_engine(script)
     engine.add_request("a", HELLO, GREEDY)

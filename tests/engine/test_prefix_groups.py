@@ -48,6 +48,16 @@ def test_those_that_a_part_leaves_over_may_be_a_group_too() -> None:
     assert find_prefix_groups(lists, [200, 200, 65, 65], ONE, 32, COST) == [(6400, [0, 1]), (2048, [2, 3])]
 
 
+def test_each_a_turn_longer_than_the_one_before() -> None:
+    """A conversation's turns, all at once: few levels for many requests, and nearly the saving of all of them."""
+    lists = [[*range(i + 1), 100_000 + i] for i in range(1200)]
+    groups = find_prefix_groups(lists, list(map(len, lists)), [1] * 1200, 32, COST)
+    members = [i for _, group in groups for i in group]
+    assert len(members) == len(set(members))
+    assert all(lists[min(group)][: tokens // 32] == list(range(tokens // 32)) for tokens, group in groups)
+    assert saved(groups, [1] * 1200, COST) > 0.8 * sum(32 * (i + 1) for i in range(1200))
+
+
 def saved(groups: list[tuple[int, list[int]]], num_new_tokens: list[int], cost: SharingCost) -> float:
     """Tokens read for a tile that need not be, less the merges; counted tile by tile."""
     total = 0.0

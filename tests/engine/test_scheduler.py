@@ -9,7 +9,8 @@ import pytest
 import tilestream.engine.scheduler
 from tilestream.engine.detokenizer import Detokenizer
 from tilestream.engine.request import Request, RequestState
-from tilestream.engine.scheduler import Scheduler, StepPlan
+from tilestream.engine.scheduler import Scheduler
+from tilestream.engine.step_plan import StepPlan
 
 from .fakes import GREEDY, ByteTokenizer, make_config
 

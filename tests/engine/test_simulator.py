@@ -83,9 +83,10 @@ def test_a_target_is_kept_in_virtual_time() -> None:
         assert (summarise(result, **LIMITS).tbt_s[2] <= 0.010) == kept
 
 
-def test_limits_refuse() -> None:
+@pytest.mark.parametrize("queue", [{"max_queued_requests": 3}, {"max_queued_tokens": 30}])
+def test_limits_refuse(queue: dict[str, int]) -> None:
     trace = [TraceRequest(0.0, 10, 5), TraceRequest(0.0, 1024, 1), *[TraceRequest(0.001, 10, 5)] * 5]
-    result = simulate(trace, make_config(max_queued_requests=3, max_num_seqs=1), FLAT)
+    result = simulate(trace, make_config(max_num_seqs=1, **queue), FLAT)
     assert (len(result.finished), result.refused) == (4, 1 + 2)
     assert summarise(result, **LIMITS).within_share == pytest.approx(4 / 7)
 

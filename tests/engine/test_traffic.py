@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tilestream.engine.policies import POLICIES
 from tilestream.engine.request import RequestDelta, RequestOptions
-from tilestream.engine.scheduler import StepPlan
+from tilestream.engine.step_plan import StepPlan
 from tilestream.sampling_params import SamplingParams
 
 from .fakes import expected_output, make_engine, run_all, text_of, tokens_of

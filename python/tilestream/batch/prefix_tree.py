@@ -91,11 +91,6 @@ def best_groups(root: Node) -> list[Group]:
     return groups + [Group(0, (prompt,)) for prompt in members.get(0, ())]
 
 
-def saved_pages(groups: Sequence[Group]) -> int:
-    """Pages that need not be computed because groups share them."""
-    return sum(group.num_pages * (len(group.prompts) - 1) for group in groups)
-
-
 def _num_common(a: np.ndarray, b: np.ndarray) -> int:
     length = min(len(a), len(b))
     differing = a[:length] != b[:length]

@@ -12,7 +12,7 @@ from tilestream.engine.config import EngineConfig
 from tilestream.engine.engine import Engine
 from tilestream.engine.errors import EngineDeadError
 from tilestream.engine.metrics import EngineMetrics, StepLog
-from tilestream.engine.request import RequestDelta, RequestOptions
+from tilestream.engine.request import Request, RequestDelta, RequestOptions
 from tilestream.sampling_params import SamplingParams
 
 logger = logging.getLogger("tilestream.engine")
@@ -83,8 +83,9 @@ class RequestStream:
 class AsyncEngine:
     """Runs an Engine's steps on one thread while there is work, and sleeps otherwise.
 
-    Only that thread touches the engine; others leave commands, which it takes between steps. Results go to
-    each reader's event loop by call_soon_threadsafe, so no reader, however slow or dead, holds up a step.
+    Only that thread changes the engine; others make and check their requests themselves, and leave commands, which it takes
+    between steps. Results go to each reader's event loop by call_soon_threadsafe, so no reader, however slow or dead, holds up
+    a step.
 
     Args:
         engine: used by nobody else from now on.
@@ -115,17 +116,18 @@ class AsyncEngine:
             ValueError, TypeError, PromptTooLongError, QueueFullError: as Engine.add_request.
             EngineDeadError: after shutdown() or a fault.
         """
-        token_ids = self._engine.validate(prompt_token_ids, params)
+        request = self._engine.make_request(request_id, prompt_token_ids, params, options)
+        num_tokens = request.num_tokens
         channel = _Channel(request_id, asyncio.get_running_loop())
         with self._condition:
             self._check_running()
             if request_id in self._channels:
                 raise ValueError(f"request_id {request_id!r} is in use by an unfinished request")
-            self._engine.check_queue(len(token_ids), num_requests=self._num_unqueued, num_tokens=self._num_unqueued_tokens)
+            self._engine.check_queue(num_tokens, num_requests=self._num_unqueued, num_tokens=self._num_unqueued_tokens)
             self._channels[request_id] = channel
             self._num_unqueued += 1
-            self._num_unqueued_tokens += len(token_ids)
-            self._commands.append(lambda: self._add_now(request_id, token_ids, params, options))
+            self._num_unqueued_tokens += num_tokens
+            self._commands.append(lambda: self._add_now(request))
             self._condition.notify()
         return RequestStream(channel, self._abort_channel)
 
@@ -209,16 +211,11 @@ class AsyncEngine:
         while self._commands:
             self._commands.popleft()()
 
-    def _add_now(
-        self, request_id: str, token_ids: list[int], params: SamplingParams, options: RequestOptions
-    ) -> None:
-        try:
-            with self._condition:
-                self._num_unqueued -= 1
-                self._num_unqueued_tokens -= len(token_ids)
-                self._engine.add_request(request_id, token_ids, params, options)
-        except Exception as error:
-            self._deliver([(request_id, error)])
+    def _add_now(self, request: Request) -> None:
+        with self._condition:
+            self._num_unqueued -= 1
+            self._num_unqueued_tokens -= request.num_tokens
+            self._engine.enqueue(request)
 
     def _abort_now(self, channel: _Channel) -> None:
         # The id may belong to a newer request by now: this one's last delta was on its way when it was dropped.

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from tilestream.engine.request import Request
-from tilestream.engine.scheduler import StepPlan
+from tilestream.engine.step_plan import StepPlan
 from tilestream.ops import AttentionPlan, AttentionPlanner, Penalties
 from tilestream.ops.memory import Upload
 from tilestream.placement import CPU, Placement

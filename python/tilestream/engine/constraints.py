@@ -90,8 +90,10 @@ class GrammarCompiler:
         return Matcher(grammar.deep_copy())
 
     def _compile(self, constraint: Constraint) -> LLMatcher:
-        import llguidance
-
+        try:
+            import llguidance
+        except ImportError as error:
+            raise ConstraintError(f"constraints need the package llguidance, which is not there: {error}") from None
         kind, text = constraint.kind, constraint.text
         _check_size(kind, text)
         try:

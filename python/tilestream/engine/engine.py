@@ -19,7 +19,8 @@ from tilestream.engine.profiler import measure_cost_model
 from tilestream.engine.protocols import EngineTokenizer, Runner
 from tilestream.engine.request import FinishReason, Request, RequestDelta, RequestOptions, RequestState, TokenLogprobs
 from tilestream.engine.request_builder import RequestBuilder
-from tilestream.engine.scheduler import SampledTokens, Scheduler, StepPlan
+from tilestream.engine.scheduler import Scheduler
+from tilestream.engine.step_plan import SampledTokens, StepPlan
 from tilestream.sampling_params import SamplingParams
 
 logger = logging.getLogger("tilestream.engine")
@@ -62,8 +63,8 @@ class Engine:
         self.scheduler = Scheduler(config, cost_model)
         self._builder = RequestBuilder(tokenizer, config, runner.vocab_size)
         self._queue_limits = QueueLimits(config)
-        self._deadlines = Deadlines()
         self._requests: dict[str, Request] = {}
+        self._deadlines = Deadlines(self._requests)
         self._in_flight: _Launched | None = None
         self._collected_s = 0.0  # when a step was last waited for
         self.watch = EngineWatch()
@@ -86,12 +87,27 @@ class Engine:
             ValueError, TypeError, PromptTooLongError: as validate(); ValueError: request_id is in use.
             QueueFullError: max_queued_requests or max_queued_tokens wait already.
         """
-        token_ids = self.validate(prompt_token_ids, params)
+        request = self.make_request(request_id, prompt_token_ids, params, options)
         if request_id in self._requests:
             raise ValueError(f"request_id {request_id!r} is in use by an unfinished request")
-        self.check_queue(len(token_ids))
-        request = self._builder.make_request(request_id, token_ids, params, options)
-        self._requests[request_id] = request
+        self.check_queue(request.num_tokens)
+        self.enqueue(request)
+
+    def make_request(
+        self, request_id: str, prompt_token_ids: Sequence[int], params: SamplingParams, options: RequestOptions
+    ) -> Request:
+        """The part of add_request() that costs time. It reads only what never changes, so any thread may call it.
+
+        Returns:
+            A request for enqueue().
+        Raises:
+            ValueError, TypeError, PromptTooLongError: as validate().
+        """
+        return self._builder.make_request(request_id, prompt_token_ids, params, options)
+
+    def enqueue(self, request: Request) -> None:
+        """The rest of it: let a request wait that make_request() gave, and that check_queue() had room for."""
+        self._requests[request.request_id] = request
         self.scheduler.add(request)
         self._deadlines.add(request)
 
@@ -114,7 +130,7 @@ class Engine:
             One delta for every request that got a token or ended; empty when there was nothing to do.
         """
         begin_s = self.watch.begin_step()
-        expired = self._deadlines.take_passed(begin_s, self._requests)
+        expired = self._deadlines.take_passed(begin_s)
         deltas = [self._finish(request, "abort", error=deadline_text(request)) for request in expired]
         before = self._in_flight
         if before is not None and self._needs_tokens():

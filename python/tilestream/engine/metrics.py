@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from tilestream.engine.request import FinishReason, Request
-    from tilestream.engine.scheduler import Scheduler, StepPlan
+    from tilestream.engine.scheduler import Scheduler
+    from tilestream.engine.step_plan import StepPlan
     from tilestream.engine.trace import Trace
 
 Span = tuple[str, float, float]  # name; begin and end, seconds of time.monotonic()

@@ -6,7 +6,7 @@ from collections.abc import Set
 
 from tilestream.engine.config import EngineConfig
 from tilestream.engine.request import FinishReason, Request, RequestDelta, RequestState, TokenLogprobs
-from tilestream.engine.scheduler import PromptScores, SampledTokens, StepPlan
+from tilestream.engine.step_plan import PromptScores, SampledTokens, StepPlan
 
 
 def read_token(

@@ -22,6 +22,9 @@ _CPU_MERGE_TOKENS_PER_VALUE = 2.0
 # By formula, not measured: on a GPU both sides count by their bytes. A group makes two partial results of a
 # final one, and each is written and read in float32, with its log-sum-exp.
 _CUDA_PARTIAL_PASSES = 4
+# Prefixes that differ by less than this part of the shortest count as one: so many requests that are each a turn longer than
+# the one before are few levels deep, and take milliseconds where every level would take a tenth of a second.
+_LEVEL = 8
 _TILE_ROWS = {"cpu": 96, "cuda": 64}  # as ops/plan.py cuts; on CUDA the smallest of its kernels'
 
 
@@ -136,13 +139,14 @@ def _best_groups(
     """
     if len(order) < 2:
         return 0.0, []
-    tokens = min(common) * page_size
+    shortest = min(common)
+    tokens, level = shortest * page_size, shortest + shortest // _LEVEL
     whole = _group(tokens, order, num_new_tokens, cost)
-    if max(common) == min(common):
+    if max(common) <= level:
         return whole
     gain, groups = 0.0, []
     begin = 0
-    for end in [*(i + 1 for i, pages in enumerate(common) if pages == min(common)), len(order)]:
+    for end in [*(i + 1 for i, pages in enumerate(common) if pages <= level), len(order)]:
         part = _best_groups(order[begin:end], common[begin : end - 1], num_new_tokens, page_size, cost)
         gain, groups = gain + part[0], groups + part[1]
         begin = end

@@ -19,7 +19,7 @@ from tilestream.engine.cost_model import CostModel
 from tilestream.engine.detokenizer import Detokenizer
 from tilestream.engine.protocols import EngineTokenizer, Runner
 from tilestream.engine.request import Request
-from tilestream.engine.scheduler import StepPlan
+from tilestream.engine.step_plan import StepPlan
 from tilestream.sampling_params import SamplingParams
 
 _ROUNDS = 5  # timed ones of a step; the median of them counts

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 from tilestream.engine.detokenizer import TokenBytes
-from tilestream.engine.scheduler import SampledTokens, StepPlan
+from tilestream.engine.step_plan import SampledTokens, StepPlan
 
 
 class Runner(Protocol):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Sequence
 
+from tilestream.engine.admission import checked_prompt
 from tilestream.engine.config import EngineConfig
-from tilestream.engine.constraints import GrammarCompiler
+from tilestream.engine.constraints import GrammarCompiler, Matcher
 from tilestream.engine.detokenizer import Detokenizer
 from tilestream.engine.protocols import EngineTokenizer
 from tilestream.engine.request import Request, RequestOptions
@@ -14,7 +16,7 @@ from tilestream.sampling_params import SamplingParams
 
 
 class RequestBuilder:
-    """Makes Requests.
+    """Makes Requests; any thread may call it.
 
     Args:
         tokenizer: end-of-sequence tokens and token bytes.
@@ -27,22 +29,25 @@ class RequestBuilder:
         self._grammars = GrammarCompiler(tokenizer, vocab_size)
         self._seeds = random.Random(config.seed)
 
-    def prepare(self, params: SamplingParams) -> None:
-        """Check parameters against the vocabulary and compile their constraint, which is known then. Any thread may call it.
+    def prepare(self, params: SamplingParams) -> Matcher | None:
+        """Check parameters against the vocabulary and compile their constraint, which is known then.
 
+        Returns:
+            A matcher of the constraint, at its beginning; None if there is none.
         Raises:
             ValueError: logit_bias names a token that the model does not have.
             ConstraintError: the constraint cannot be compiled.
         """
         if params.logit_bias and (largest := params.logit_bias[-1][0]) >= self._vocab_size:
             raise ValueError(f"logit_bias names token {largest}; token ids are 0..{self._vocab_size - 1}")
-        if params.constraint is not None:
-            self._grammars.matcher(params.constraint)
+        return None if params.constraint is None else self._grammars.matcher(params.constraint)
 
     def make_request(
-        self, request_id: str, token_ids: list[int], params: SamplingParams, options: RequestOptions
+        self, request_id: str, prompt_token_ids: Sequence[int], params: SamplingParams, options: RequestOptions
     ) -> Request:
-        """A new request, not queued yet."""
+        """A new request, not queued yet; what it raises: see Engine.validate."""
+        token_ids = checked_prompt(prompt_token_ids, params, self._config, self._vocab_size)
+        matcher = self.prepare(params)
         ends = {*params.stop_token_ids, *(() if params.ignore_eos else self._tokenizer.eos_token_ids)}
         return Request(
             request_id=request_id,
@@ -61,7 +66,7 @@ class RequestBuilder:
             options=options,
             edits_logits=params.edits_logits,
             end_token_ids=tuple(token_id for token_id in ends if token_id < self._vocab_size),
-            matcher=None if params.constraint is None else self._grammars.matcher(params.constraint),
+            matcher=matcher,
         )
 
     def _max_num_tokens(self, num_prompt_tokens: int, params: SamplingParams) -> int:

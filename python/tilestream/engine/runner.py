@@ -10,7 +10,7 @@ from tilestream.engine.batch import BatchBuilder, SamplingBuilder, padded_decode
 from tilestream.engine.config import EngineConfig
 from tilestream.engine.logits import edit_logits, token_logprobs
 from tilestream.engine.request import Request
-from tilestream.engine.scheduler import PromptScores, SampledTokens, StepPlan
+from tilestream.engine.step_plan import PromptScores, SampledTokens, StepPlan
 from tilestream.ops import AttentionPlanner, KvCache, sample
 
 _SCORED_ROWS = 32  # prompt tokens whose logits are held at a time: 4 to 20 MB
@@ -18,7 +18,8 @@ _SCORED_ROWS = 32  # prompt tokens whose logits are held at a time: 4 to 20 MB
 
 @dataclass(frozen=True, slots=True)
 class LaunchedStep:
-    """What a step has drawn, on its way into host memory; there once `copied` has happened (None: it is there).
+    """What a step has drawn, on its way into host memory; there, and the step done, once `copied` has happened (None: it
+    is there).
 
     Args:
         tensors: tokens, and if any request wants them logprobs, top_ids, top_logprobs (tilestream.ops.sample); then for
@@ -91,7 +92,7 @@ class ModelRunner:
         requests = [item.request for item in plan.scheduled if item.samples]
         drawn = self._draw(logits[: len(requests)], requests) if requests else ()
         scores, scored = self._score_prompts(plan)  # after the draw: it overwrites the logits
-        return _to_host(drawn + scored, scores)
+        return _to_host(drawn + scored, scores, self.model.placement.device)
 
     def _draw(self, logits: torch.Tensor, requests: list[Request]) -> tuple[torch.Tensor, ...]:
         edited = [(row, request) for row, request in enumerate(requests) if request.edits_logits]
@@ -175,10 +176,12 @@ class ModelRunner:
         token_ids.clamp_(min=0)
 
 
-def _to_host(tensors: tuple[torch.Tensor, ...], scores: tuple[tuple[Request, int], ...]) -> LaunchedStep:
-    if not tensors or not tensors[0].is_cuda:
+def _to_host(
+    tensors: tuple[torch.Tensor, ...], scores: tuple[tuple[Request, int], ...], device: torch.device
+) -> LaunchedStep:
+    if device.type != "cuda":
         return LaunchedStep(tensors, None, scores)
     host = tuple(torch.empty_like(t, device="cpu", pin_memory=True).copy_(t, non_blocking=True) for t in tensors)
-    copied = torch.cuda.Event()
+    copied = torch.cuda.Event()  # also of a step that draws nothing: its time is measured, and its faults are its own
     copied.record()
     return LaunchedStep(host, copied, scores)

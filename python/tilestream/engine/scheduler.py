@@ -10,13 +10,12 @@ would take longer; one tile of prefill is computed in any case, so that prompts 
 
 Pages are taken as tokens are scheduled. When a decode finds none, the running request of the lowest priority
 that arrived latest is preempted: its pages go back, it waits again with its output, and is recomputed
-later (from the prefix cache, where its pages survived).
+later (from the prefix cache, where its pages survived). A prefill takes pages from later prefills in the same way.
 """
 
 from __future__ import annotations
 
 from bisect import insort
-from dataclasses import dataclass, field
 
 from tilestream.engine.config import EngineConfig
 from tilestream.engine.cost_model import CostModel
@@ -27,35 +26,6 @@ from tilestream.engine.request import Request, RequestState
 from tilestream.engine.step_budget import StepBudget
 from tilestream.engine.step_plan import ScheduledRequest, StepPlan
 from tilestream.engine.waiting_queue import WaitingQueue
-
-
-@dataclass(slots=True)
-class SampledTokens:
-    """What the runner gives back for a StepPlan: one row per item with `samples`, in plan order.
-
-    token_ids: the drawn tokens; -1: the row's logits hold a NaN, or nothing finite to draw from.
-    logprobs: of the drawn tokens, natural log of the model's own probabilities.
-    top_ids, top_logprobs: per row, most likely first, at least as many as its request's params.logprobs.
-    None when no request of the step asked for logprobs.
-    prompt_scores: of requests that asked for logprobs of their prompt.
-    """
-
-    token_ids: list[int]
-    logprobs: list[float] | None = None
-    top_ids: list[list[int]] | None = None
-    top_logprobs: list[list[float]] | None = None
-    prompt_scores: list[PromptScores] = field(default_factory=list)
-
-
-@dataclass(slots=True)
-class PromptScores:
-    """Logprobs of a request's prompt tokens from position `start` on, and of the most likely ones in their places."""
-
-    request: Request
-    start: int
-    logprobs: list[float]
-    top_ids: list[list[int]]
-    top_logprobs: list[list[float]]
 
 
 class Scheduler:

@@ -12,11 +12,14 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from tilestream.engine.admission import QueueLimits
 from tilestream.engine.config import EngineConfig
 from tilestream.engine.cost_model import CostModel
 from tilestream.engine.detokenizer import Detokenizer
+from tilestream.engine.errors import QueueFullError
 from tilestream.engine.request import Request, RequestOptions
-from tilestream.engine.scheduler import Scheduler, StepPlan
+from tilestream.engine.scheduler import Scheduler
+from tilestream.engine.step_plan import StepPlan
 from tilestream.engine.workload import TraceRequest
 from tilestream.sampling_params import SamplingParams
 
@@ -80,12 +83,22 @@ class Replica:
     def __init__(self, index: int, config: EngineConfig, cost_model: CostModel, result: Simulation) -> None:
         self.index = index
         self.scheduler = Scheduler(config, cost_model)
+        self._queue_limits = QueueLimits(config)
         self.num_unfinished = 0
         self.now_s = 0.0
         self._cost_model = cost_model
         self._result = result
         self._plan: StepPlan | None = None
         self._begin_s = 0.0
+
+    def has_room(self, request: Request) -> bool:
+        """Whether its queue takes one more request."""
+        waiting = self.scheduler.waiting
+        try:
+            self._queue_limits.check(request.num_prompt_tokens, len(waiting), waiting.num_tokens)
+        except QueueFullError:
+            return False
+        return True
 
     def begin_step(self, now_s: float) -> bool:
         """Start the next step; False if there is nothing to do."""
@@ -166,8 +179,7 @@ def simulate(
         _run_until(item.arrival_s, steps, replicas)
         replica = replicas[choose(index, item)]
         request = _new_request(index, item, replica.index, config)
-        waiting = replica.scheduler.waiting
-        if request is None or len(waiting) >= config.max_queued_requests:
+        if request is None or not replica.has_room(request):
             result.refused += 1
             continue
         was_idle = replica.num_unfinished == 0

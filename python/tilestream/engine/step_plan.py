@@ -1,4 +1,4 @@
-"""One step, as plain data."""
+"""One step, as plain data: what it computes, and what it gave."""
 
 from __future__ import annotations
 
@@ -45,3 +45,32 @@ class StepPlan:
         else:
             self.num_prefill_tokens += num_new_tokens
             self.num_prefill_pairs += prefill_pairs(start, num_new_tokens)
+
+
+@dataclass(slots=True)
+class SampledTokens:
+    """What the runner gives back for a StepPlan: one row per item with `samples`, in plan order.
+
+    token_ids: the drawn tokens; -1: the row's logits hold a NaN, or nothing finite to draw from.
+    logprobs: of the drawn tokens, natural log of the model's own probabilities.
+    top_ids, top_logprobs: per row, most likely first, at least as many as its request's params.logprobs.
+    None when no request of the step asked for logprobs.
+    prompt_scores: of requests that asked for logprobs of their prompt.
+    """
+
+    token_ids: list[int]
+    logprobs: list[float] | None = None
+    top_ids: list[list[int]] | None = None
+    top_logprobs: list[list[float]] | None = None
+    prompt_scores: list[PromptScores] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class PromptScores:
+    """Logprobs of a request's prompt tokens from position `start` on, and of the most likely ones in their places."""
+
+    request: Request
+    start: int
+    logprobs: list[float]
+    top_ids: list[list[int]]
+    top_logprobs: list[list[float]]

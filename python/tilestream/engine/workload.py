@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from os import PathLike
 from pathlib import Path
@@ -59,9 +59,7 @@ def read_trace(path: str | PathLike[str], *, rate_scale: float = 1.0, max_reques
         raise ValueError(f"{path} has no requests")
     requests.sort(key=lambda request: request.arrival_s)
     begin_s = requests[0].arrival_s
-    for request in requests:
-        object.__setattr__(request, "arrival_s", request.arrival_s - begin_s)
-    return requests
+    return [replace(request, arrival_s=request.arrival_s - begin_s) for request in requests]
 
 
 def _request(row: dict[str, str], rate_scale: float) -> TraceRequest:
