@@ -41,6 +41,24 @@ def test_more_prompts_than_the_queue_holds(llm: LLM) -> None:
     assert [len(output.token_ids) for output in outputs] == list(range(1, 13))
 
 
+@pytest.mark.parametrize(
+    "extreme",
+    [
+        {"top_k": 2**31 - 1},
+        {"top_p": 1e-320},
+        {"min_p": 1e-320},
+        {"temperature": 1e-320},
+        {"temperature": 1e300},
+        {"repetition_penalty": 0.001},
+        {"repetition_penalty": 1000.0},
+        {"max_tokens": 10**30, "min_tokens": 5, "stop_token_ids": (10**30,)},
+    ],
+)
+def test_no_parameter_fails_the_step_of_all(llm: LLM, extreme: dict) -> None:
+    params = [SamplingParams(**{"max_tokens": 4} | extreme), GREEDY]
+    assert [output.error for output in llm.generate(["Paris is", "London is"], params)] == [None, None]
+
+
 def test_leaving_a_stream_frees_its_pages(llm: LLM) -> None:
     stream = llm.stream("Once upon a time", GREEDY)
     next(stream)
