@@ -154,6 +154,7 @@ class LLM:
             placement.device.type, m.num_qo_heads, m.num_kv_heads, m.head_dim, _element_bytes(kv_dtype)
         )
         self._ids = itertools.count()
+        self._unread: dict[str, deque[RequestDelta]] = {}  # what steps gave for each request of generate() and stream()
         self._async_engine: AsyncEngine | None = None
 
     @property
@@ -188,18 +189,17 @@ class LLM:
         token_ids = [self.engine.validate(self._encode(prompt), p) for prompt, p in zip(batch, each, strict=True)]
         ids = [f"llm-{next(self._ids)}" for _ in batch]
         queue = deque(zip(ids, token_ids, each, strict=True))
-        deltas: dict[str, list[RequestDelta]] = {request_id: [] for request_id in ids}
+        deltas: dict[str, deque[RequestDelta]] = {request_id: deque() for request_id in ids}
+        self._unread |= deltas
         unfinished = set(ids)
         try:
             while unfinished:
                 while queue and self._has_room(queue[0][1]):
                     self.engine.add_request(*queue.popleft())
-                for delta in self.engine.step():
-                    if delta.request_id in deltas:
-                        deltas[delta.request_id].append(delta)
-                        if delta.finish_reason is not None:
-                            unfinished.discard(delta.request_id)
+                unfinished -= {delta.request_id for delta in self._step() if delta.finish_reason is not None}
         finally:
+            for request_id in ids:
+                del self._unread[request_id]
             for request_id in unfinished:  # only after an interruption
                 self.engine.abort(request_id)
         return [_output(p, t, deltas[i]) for p, t, i in zip(batch, token_ids, ids, strict=True)]
@@ -232,16 +232,27 @@ class LLM:
         self._check_not_async()
         request_id = f"llm-{next(self._ids)}"
         self.engine.add_request(request_id, self._encode(prompt), params or SamplingParams())
+        unread = self._unread[request_id] = deque()
         finished = False
         try:
             while not finished:
-                for delta in self.engine.step():
-                    if delta.request_id == request_id:
-                        finished = delta.finish_reason is not None
-                        yield delta
+                while not unread:
+                    self._step()
+                delta = unread.popleft()
+                finished = delta.finish_reason is not None
+                yield delta
         finally:
+            del self._unread[request_id]
             if not finished:
                 self.engine.abort(request_id)
+
+    def _step(self) -> list[RequestDelta]:
+        """A step of the engine. It may be for others as well: streams and generate() may take turns."""
+        deltas = self.engine.step()
+        for delta in deltas:
+            if delta.request_id in self._unread:
+                self._unread[delta.request_id].append(delta)
+        return deltas
 
     def _has_room(self, token_ids: list[int]) -> bool:
         try:
@@ -262,7 +273,7 @@ def _is_one_prompt(prompts: Prompt | Sequence[Prompt]) -> bool:
     return isinstance(prompts, str) or (len(prompts) > 0 and all(isinstance(p, int) for p in prompts))
 
 
-def _output(prompt: Prompt, token_ids: list[int], deltas: list[RequestDelta]) -> RequestOutput:
+def _output(prompt: Prompt, token_ids: list[int], deltas: Sequence[RequestDelta]) -> RequestOutput:
     last = deltas[-1]
     logprobs = [entry for delta in deltas for entry in delta.logprobs or ()]
     return RequestOutput(

@@ -27,6 +27,16 @@ def test_stream_is_generate(llm: LLM) -> None:
     assert deltas[-1].finish_reason == whole.finish_reason == "length"
 
 
+def test_streams_and_batches_take_turns(llm: LLM) -> None:
+    prompts = ["One, two,", "The sky is", "Paris is"]
+    want = [output.token_ids for output in llm.generate(prompts, GREEDY)]
+    first, second = llm.stream(prompts[0], GREEDY), llm.stream(prompts[1], GREEDY)
+    pairs = [(next(first), next(second)) for _ in range(3)]
+    assert llm.generate(prompts[2], GREEDY)[0].token_ids == want[2]
+    for got, begun, rest in zip(want, zip(*pairs, strict=True), (first, second), strict=False):
+        assert [token for delta in (*begun, *rest) for token in delta.token_ids] == got
+
+
 @pytest.mark.parametrize("kv_dtype", KV_DTYPES)
 def test_every_kv_dtype(kv_dtype: str) -> None:
     llm = LLM(kv_dtype=kv_dtype, kv_cache_tokens=256)
