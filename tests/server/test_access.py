@@ -278,6 +278,9 @@ async def test_steps(client: httpx.AsyncClient, engine: FakeAsyncEngine) -> None
         "step": 2, "begin_s": 2, "seconds": 0.5, "prefill_tokens": 10, "decode_tokens": 2, "budget_tokens": 64,
         "num_running": 1, "num_waiting": 0, "kv_cache_usage": 0.25,
     }  # fmt: skip
+    for since in (3, 5000):  # 5000: of a server before this one
+        answer = (await client.get(f"/v1/engine/steps?since={since}")).json()
+        assert answer["steps"] == [] and answer["next"] == 3
     for wrong in ("-1", "x"):
         check_error(await client.get(f"/v1/engine/steps?since={wrong}"), 400, "since", wrong)
 
