@@ -8,8 +8,6 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-import torch
-
 from tilestream._native import _C
 from tilestream.calibrate import use_softmax_ranges
 from tilestream.engine.async_engine import AsyncEngine
@@ -19,16 +17,13 @@ from tilestream.engine.errors import QueueFullError
 from tilestream.engine.prefix_groups import SharingCost
 from tilestream.engine.request import FinishReason, RequestDelta, TokenLogprobs
 from tilestream.engine.runner import ModelRunner
+from tilestream.kv_size import default_kv_cache_tokens, element_bytes, kv_token_bytes
 from tilestream.models import load_model
 from tilestream.ops.kv_cache import KV_DTYPES
 from tilestream.placement import Placement
 from tilestream.sampling_params import SamplingParams
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
-# Without a --kv-cache-tokens: this share of the memory that is free, and no more than this many full contexts.
-_KV_MEMORY_SHARE = 0.25
-_KV_GPU_MEMORY_SHARE = 0.9  # of what the weights leave; the rest is for activations and captured graphs
-_KV_MAX_CONTEXTS = 16
 
 Prompt = str | Sequence[int]
 
@@ -125,13 +120,13 @@ class LLM:
             use_softmax_ranges(loaded.model, softmax_ranges, kv_dtype=kv_dtype)
         m = loaded.model.config
         if kv_cache_tokens is None:
-            kv_cache_tokens = _default_kv_cache_tokens(m, kv_dtype, page_size, placement.device)
+            kv_cache_tokens = default_kv_cache_tokens(m, kv_dtype, page_size, placement.device)
         capacity = kv_cache_tokens // max(1, page_size) * page_size
         self.name = loaded.name
         self.tokenizer = loaded.tokenizer
         self.config = m
         self.weight_bytes = loaded.weight_bytes
-        self.kv_token_bytes = _kv_token_bytes(m, kv_dtype)
+        self.kv_token_bytes = kv_token_bytes(m, kv_dtype)
         engine_config = EngineConfig(
             kv_cache_tokens=kv_cache_tokens,
             max_model_len=min(m.max_position, capacity) if max_model_len is None else max_model_len,
@@ -151,9 +146,10 @@ class LLM:
         runner = ModelRunner(loaded.model, engine_config, kv_dtype=kv_dtype)
         self.engine = Engine(runner, loaded.tokenizer, engine_config)
         self.engine.scheduler.prefix_groups.cost = SharingCost.of(
-            placement.device.type, m.num_qo_heads, m.num_kv_heads, m.head_dim, _element_bytes(kv_dtype)
+            placement.device.type, m.num_qo_heads, m.num_kv_heads, m.head_dim, element_bytes(kv_dtype)
         )
         self._ids = itertools.count()
+        self._unread: dict[str, deque[RequestDelta]] = {}  # what steps gave for each request of generate() and stream()
         self._async_engine: AsyncEngine | None = None
 
     @property
@@ -188,18 +184,17 @@ class LLM:
         token_ids = [self.engine.validate(self._encode(prompt), p) for prompt, p in zip(batch, each, strict=True)]
         ids = [f"llm-{next(self._ids)}" for _ in batch]
         queue = deque(zip(ids, token_ids, each, strict=True))
-        deltas: dict[str, list[RequestDelta]] = {request_id: [] for request_id in ids}
+        deltas: dict[str, deque[RequestDelta]] = {request_id: deque() for request_id in ids}
+        self._unread |= deltas
         unfinished = set(ids)
         try:
             while unfinished:
                 while queue and self._has_room(queue[0][1]):
                     self.engine.add_request(*queue.popleft())
-                for delta in self.engine.step():
-                    if delta.request_id in deltas:
-                        deltas[delta.request_id].append(delta)
-                        if delta.finish_reason is not None:
-                            unfinished.discard(delta.request_id)
+                unfinished -= {delta.request_id for delta in self._step() if delta.finish_reason is not None}
         finally:
+            for request_id in ids:
+                del self._unread[request_id]
             for request_id in unfinished:  # only after an interruption
                 self.engine.abort(request_id)
         return [_output(p, t, deltas[i]) for p, t, i in zip(batch, token_ids, ids, strict=True)]
@@ -232,16 +227,27 @@ class LLM:
         self._check_not_async()
         request_id = f"llm-{next(self._ids)}"
         self.engine.add_request(request_id, self._encode(prompt), params or SamplingParams())
+        unread = self._unread[request_id] = deque()
         finished = False
         try:
             while not finished:
-                for delta in self.engine.step():
-                    if delta.request_id == request_id:
-                        finished = delta.finish_reason is not None
-                        yield delta
+                while not unread:
+                    self._step()
+                delta = unread.popleft()
+                finished = delta.finish_reason is not None
+                yield delta
         finally:
+            del self._unread[request_id]
             if not finished:
                 self.engine.abort(request_id)
+
+    def _step(self) -> list[RequestDelta]:
+        """A step of the engine. It may be for others as well: streams and generate() may take turns."""
+        deltas = self.engine.step()
+        for delta in deltas:
+            if delta.request_id in self._unread:
+                self._unread[delta.request_id].append(delta)
+        return deltas
 
     def _has_room(self, token_ids: list[int]) -> bool:
         try:
@@ -262,7 +268,7 @@ def _is_one_prompt(prompts: Prompt | Sequence[Prompt]) -> bool:
     return isinstance(prompts, str) or (len(prompts) > 0 and all(isinstance(p, int) for p in prompts))
 
 
-def _output(prompt: Prompt, token_ids: list[int], deltas: list[RequestDelta]) -> RequestOutput:
+def _output(prompt: Prompt, token_ids: list[int], deltas: Sequence[RequestDelta]) -> RequestOutput:
     last = deltas[-1]
     logprobs = [entry for delta in deltas for entry in delta.logprobs or ()]
     return RequestOutput(
@@ -279,22 +285,3 @@ def _output(prompt: Prompt, token_ids: list[int], deltas: list[RequestDelta]) ->
         ttft_s=None if last.first_token_s is None else last.first_token_s - last.arrival_s,
         e2e_s=None if last.finish_s is None else last.finish_s - last.arrival_s,
     )
-
-
-def _element_bytes(kv_dtype: str) -> float:
-    return 0.5 if kv_dtype == "int4" else KV_DTYPES[kv_dtype].itemsize
-
-
-def _kv_token_bytes(config, kv_dtype: str) -> int:
-    """What a token takes in the KV cache, over all layers."""
-    scale_bytes = 4 if kv_dtype in ("int8", "int4") else 0
-    return int(config.num_layers * config.num_kv_heads * 2 * (config.head_dim * _element_bytes(kv_dtype) + scale_bytes))
-
-
-def _default_kv_cache_tokens(config, kv_dtype: str, page_size: int, device: torch.device) -> int:
-    if device.type == "cpu":
-        room_bytes = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * _KV_MEMORY_SHARE
-    else:
-        room_bytes = torch.cuda.mem_get_info(device)[0] * _KV_GPU_MEMORY_SHARE
-    tokens = min(int(room_bytes / _kv_token_bytes(config, kv_dtype)), _KV_MAX_CONTEXTS * config.max_position)
-    return max(tokens, page_size)

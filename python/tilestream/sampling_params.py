@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -10,14 +10,19 @@ from tilestream.constraint import Constraint
 
 MAX_LOGPROBS = 20  # the OpenAI API's limit for `top_logprobs`
 MAX_LOGIT_BIAS = 100.0
-_SEED_MIN, _SEED_MAX = -(2**63), 2**63 - 1  # the sample op takes int64 seeds
+# What the sample op takes: int64 seeds, an int32 top_k, and float32 for the rest. It checks a whole step at once, so what one
+# request may ask for must not fail there.
+_SEED_MIN, _SEED_MAX = -(2**63), 2**63 - 1
+_MAX_TOP_K = 2**31 - 1
+_MIN_TOP_P = 2.0**-126
+_MAX_FLOAT = sys.float_info.max
 
 
 def _number(name: str, value: object, allowed: str, *, low: float, high: float, low_open: bool = False) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {value!r}")
-    too_low = value <= low if low_open else value < low
-    if not math.isfinite(value) or too_low or value > high:
+    fits = low < value <= high if low_open else low <= value <= high  # NaN does not, and no integer is too large to compare
+    if not fits:
         raise ValueError(f"{name} must be {allowed}, got {value}")
 
 
@@ -40,7 +45,7 @@ class SamplingParams:
         top_k: keep the k most likely tokens; 0 (or -1, as vLLM writes it): off.
         top_p: keep the smallest set of tokens with this probability mass, in (0, 1]; 1: off.
         min_p: drop tokens less likely than min_p times the most likely one, in [0, 1]; 0: off.
-        repetition_penalty: > 0; above 1 makes tokens of the prompt and the output less likely; 1: off.
+        repetition_penalty: in [0.001, 1000]; above 1 makes tokens of the prompt and the output less likely; 1: off.
         presence_penalty: in [-2, 2], subtracted once from the logit of every token in the output; 0: off.
         frequency_penalty: in [-2, 2], subtracted once per occurrence in the output; 0: off.
         logit_bias: (token id, bias) pairs or a mapping, biases in [-100, 100], added to these tokens' logits.
@@ -90,11 +95,11 @@ class SamplingParams:
         _integer("min_tokens", self.min_tokens, "at least 0", low=0)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens must be at most max_tokens = {self.max_tokens}, got {self.min_tokens}")
-        _number("temperature", self.temperature, "finite and at least 0", low=0, high=math.inf)
-        _integer("top_k", self.top_k, "0 (off) or at least 1", low=-1)
+        _number("temperature", self.temperature, "finite and at least 0", low=0, high=_MAX_FLOAT)
+        _integer("top_k", self.top_k, f"0 (off) or in 1..{_MAX_TOP_K}", low=-1, high=_MAX_TOP_K)
         _number("top_p", self.top_p, "in (0, 1]", low=0, high=1, low_open=True)
         _number("min_p", self.min_p, "in [0, 1]", low=0, high=1)
-        _number("repetition_penalty", self.repetition_penalty, "finite, above 0", low=0, high=math.inf, low_open=True)
+        _number("repetition_penalty", self.repetition_penalty, "in [0.001, 1000]", low=0.001, high=1000)
         _number("presence_penalty", self.presence_penalty, "in [-2, 2]", low=-2, high=2)
         _number("frequency_penalty", self.frequency_penalty, "in [-2, 2]", low=-2, high=2)
         if self.seed is not None:
@@ -123,6 +128,7 @@ class SamplingParams:
         object.__setattr__(self, "stop", stop)
         object.__setattr__(self, "stop_token_ids", stop_token_ids)
         object.__setattr__(self, "top_k", max(self.top_k, 0))
+        object.__setattr__(self, "top_p", max(self.top_p, _MIN_TOP_P))
 
     @property
     def has_penalties(self) -> bool:

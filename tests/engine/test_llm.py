@@ -27,6 +27,16 @@ def test_stream_is_generate(llm: LLM) -> None:
     assert deltas[-1].finish_reason == whole.finish_reason == "length"
 
 
+def test_streams_and_batches_take_turns(llm: LLM) -> None:
+    prompts = ["One, two,", "The sky is", "Paris is"]
+    want = [output.token_ids for output in llm.generate(prompts, GREEDY)]
+    first, second = llm.stream(prompts[0], GREEDY), llm.stream(prompts[1], GREEDY)
+    pairs = [(next(first), next(second)) for _ in range(3)]
+    assert llm.generate(prompts[2], GREEDY)[0].token_ids == want[2]
+    for got, begun, rest in zip(want, zip(*pairs, strict=True), (first, second), strict=False):
+        assert [token for delta in (*begun, *rest) for token in delta.token_ids] == got
+
+
 @pytest.mark.parametrize("kv_dtype", KV_DTYPES)
 def test_every_kv_dtype(kv_dtype: str) -> None:
     llm = LLM(kv_dtype=kv_dtype, kv_cache_tokens=256)
@@ -39,6 +49,24 @@ def test_more_prompts_than_the_queue_holds(llm: LLM) -> None:
     outputs = llm.generate(prompts, [SamplingParams(max_tokens=i + 1, temperature=0.0, ignore_eos=True) for i in range(12)])
     assert [output.prompt for output in outputs] == prompts
     assert [len(output.token_ids) for output in outputs] == list(range(1, 13))
+
+
+@pytest.mark.parametrize(
+    "extreme",
+    [
+        {"top_k": 2**31 - 1},
+        {"top_p": 1e-320},
+        {"min_p": 1e-320},
+        {"temperature": 1e-320},
+        {"temperature": 1e300},
+        {"repetition_penalty": 0.001},
+        {"repetition_penalty": 1000.0},
+        {"max_tokens": 10**30, "min_tokens": 5, "stop_token_ids": (10**30,)},
+    ],
+)
+def test_no_parameter_fails_the_step_of_all(llm: LLM, extreme: dict) -> None:
+    params = [SamplingParams(**{"max_tokens": 4} | extreme), GREEDY]
+    assert [output.error for output in llm.generate(["Paris is", "London is"], params)] == [None, None]
 
 
 def test_leaving_a_stream_frees_its_pages(llm: LLM) -> None:

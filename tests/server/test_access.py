@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import re
 import time
@@ -233,6 +234,14 @@ async def test_tokens_there_and_back(client: httpx.AsyncClient) -> None:
     messages = [{"role": "user", "content": "hi"}]
     chat = (await client.post("/tokenize", json={"messages": messages})).json()
     assert bytes(chat["tokens"]).decode() == "<user>hi[add_generation_prompt=True]" and chat["token_strs"] is None
+    assert (await client.post("/detokenize", json={"tokens": [104, 105, 256]})).json() == {"prompt": "hi<end>"}
+
+
+async def test_tokens_of_a_chat_with_tools(client: httpx.AsyncClient, engine: FakeAsyncEngine) -> None:
+    tool = {"type": "function", "function": {"name": "f", "parameters": {}}}
+    chat = {"messages": [{"role": "user", "content": "hi"}], "tools": [tool]}
+    tokens = (await client.post("/tokenize", json=chat)).json()["tokens"]
+    assert bytes(tokens).decode() == f"[tools={json.dumps([tool])}]<user>hi[add_generation_prompt=True]"
 
 
 @pytest.mark.parametrize(
@@ -269,6 +278,9 @@ async def test_steps(client: httpx.AsyncClient, engine: FakeAsyncEngine) -> None
         "step": 2, "begin_s": 2, "seconds": 0.5, "prefill_tokens": 10, "decode_tokens": 2, "budget_tokens": 64,
         "num_running": 1, "num_waiting": 0, "kv_cache_usage": 0.25,
     }  # fmt: skip
+    for since in (3, 5000):  # 5000: of a server before this one
+        answer = (await client.get(f"/v1/engine/steps?since={since}")).json()
+        assert answer["steps"] == [] and answer["next"] == 3
     for wrong in ("-1", "x"):
         check_error(await client.get(f"/v1/engine/steps?since={wrong}"), 400, "since", wrong)
 

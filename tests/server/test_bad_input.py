@@ -40,6 +40,8 @@ def check_error(answer: httpx.Response, status: int, param: str | None, *words: 
         ({"prompt": [1, True]}, "prompt", ["True"]),
         ({"prompt": [1, 257]}, "prompt", ["257", "0..256"]),
         ({"prompt": [-1]}, "prompt", ["-1"]),
+        ({"prompt": [1, -1], "echo": True}, "prompt", ["prompt[1] is -1", "0..256"]),
+        ({"prompt": [[2**64]], "echo": True}, "prompt", [str(2**64)]),
         ({"prompt": "x" * 1000}, "prompt", ["1000", "999"]),
         ({"prompt": ["x"] * 65, "n": 2}, "n", ["65", "128"]),
         ({"temperature": "hot"}, "temperature", ["number", "'hot'"]),
@@ -68,6 +70,7 @@ def check_error(answer: httpx.Response, status: int, param: str | None, *words: 
         ({"best_of": 129}, "best_of", ["129", "128"]),
         ({"prompt": ["x"] * 65, "best_of": 2}, "best_of", ["65", "128"]),
         ({"logit_bias": {"5": 101}}, "logit_bias", ["101", "[-100, 100]"]),
+        ({"logit_bias": {"5": 10**400}}, "logit_bias", ["[-100, 100]"]),
         ({"logit_bias": {"5": "x"}}, "logit_bias", ["'x'", "numbers"]),
         ({"logit_bias": {"x": 1}}, "logit_bias", ["'x'", "token ids as strings"]),
         ({"logit_bias": [1]}, "logit_bias", ["an object", "[1]"]),
@@ -140,6 +143,7 @@ async def test_completion_field(client: httpx.AsyncClient, engine: FakeAsyncEngi
             ["not"],
         ),
         ({"chat_template_kwargs": {"tools": 1}}, "chat_template_kwargs", ["tools"]),
+        ({"chat_template_kwargs": {"self": 1}}, "chat_template_kwargs", ["self"]),
     ],
 )
 async def test_chat_field(client: httpx.AsyncClient, fields, param, words) -> None:

@@ -76,6 +76,17 @@ def test_stop_ends_the_request_in_the_engine(tab: Tab) -> None:
         assert engine.metrics.finished_requests["abort"] == 1
 
 
+def test_a_new_chat_knows_nothing_of_the_answer_it_ends(tab: Tab) -> None:
+    with served(make_engine(step_s=0.01)) as url, tab.page(url):
+        tab.run("document.getElementById('max-tokens').value = 1500")
+        tab.type("#prompt", "Hello")
+        tab.press_enter()
+        tab.wait("document.querySelector('.turn.assistant')?.textContent.length > 3")
+        tab.run("document.getElementById('new').click()")
+        tab.wait("document.getElementById('send').textContent === 'Send'")
+        assert tab.run("messages.length") == 0 and tab.run("document.querySelectorAll('.turn').length") == 0
+
+
 def test_an_error_is_shown(tab: Tab) -> None:
     with served(make_engine()) as url, tab.page(url, allowed="400"):
         tab.type("#prompt", "x" * 3000)

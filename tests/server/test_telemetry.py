@@ -68,7 +68,7 @@ def test_spans_reach_a_collector(collector: Collector) -> None:
         body = {"prompt": "my secret", "n": 2} | fields
         headers = {"traceparent": f"00-{TRACE_ID}-00f067aa0ba902b7-01", "X-Request-Id": "abc"}
         httpx.post(f"{url}/v1/completions", json=body, headers=headers).raise_for_status()
-        chat = {"messages": [{"role": "user", "content": "my secret"}], "stream": True} | fields
+        chat = {"messages": [{"role": "user", "content": "my secret"}], "stream": True, "max_completion_tokens": 4} | fields
         httpx.post(f"{url}/v1/chat/completions", json=chat).raise_for_status()
         assert httpx.post(f"{url}/v1/completions", json={"prompt": ""}).status_code == 400
         httpx.get(f"{url}/health")
@@ -95,7 +95,7 @@ def test_spans_reach_a_collector(collector: Collector) -> None:
         "url.path": "/v1/completions",
         "tilestream.request_id": "abc",
     }
-    assert facts(talk)["gen_ai.operation.name"] == "chat"
+    assert facts(talk)["gen_ai.operation.name"] == "chat" and facts(talk)["gen_ai.request.max_tokens"] == 4
     assert "secret" not in str(collector.spans)
 
 

@@ -39,20 +39,9 @@ def command(
         Path, typer.Argument(metavar="OUT.jsonl", dir_okay=False, help="Where the answers go, as each ends.")
     ],
     model: options.Model = options.DEFAULT_MODEL,
-    served_model_name: Annotated[
-        str | None, typer.Option(help="Name that the lines ask for. Default: the model's own.", show_default=False)
-    ] = None,
+    served_model_name: options.ServedModelName = None,
     token_budget: options.TokenBudget = 1024,
-    max_model_len: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            min=1,
-            help="Most tokens of one prompt and its answer. Default: what the model was trained for, or the "
-            "whole KV cache if that is smaller.",
-            rich_help_panel="Engine",
-        ),
-    ] = None,
+    max_model_len: options.MaxModelLen = None,
     kv_dtype: options.KvDtypeOption = options.KvDtype.auto,
     act_bits: options.ActBitsOption = options.ActBits.auto,
     kv_cache_tokens: options.KvCacheTokens = None,

@@ -118,3 +118,53 @@ BatchInvariant = Annotated[
         rich_help_panel="Engine",
     ),
 ]
+MaxModelLen = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        min=1,
+        help="Most tokens of one prompt and its answer. Default: what the model was trained for, or the whole KV cache if "
+        "that is smaller.",
+        rich_help_panel="Engine",
+    ),
+]
+MaxNumSeqs = Annotated[
+    int, typer.Option(metavar="N", min=1, help="Most requests that run at once.", rich_help_panel="Engine")
+]
+MaxQueuedRequests = Annotated[
+    int,
+    typer.Option(
+        metavar="N", min=1, help="Most requests that wait; one more is refused (503).", rich_help_panel="Engine"
+    ),
+]
+TbtMs = Annotated[
+    float | None,
+    typer.Option(
+        metavar="MS",
+        min=0.001,
+        help="Target for the time between two tokens of an answer: prompts are cut so that steps take no longer, by what "
+        "steps cost here. Default: by the token budget alone.",
+        rich_help_panel="Engine",
+    ),
+]
+
+
+class Policy(str, Enum):
+    """Orders of the queue."""
+
+    fcfs = "fcfs"
+    priority = "priority"
+    lpm = "lpm"
+
+
+PolicyOption = Annotated[
+    Policy,
+    typer.Option(
+        "--policy",
+        help="Who comes next out of the queue: first come first served, by priority, or by longest cached prefix.",
+        rich_help_panel="Engine",
+    ),
+]
+ServedModelName = Annotated[
+    str | None, typer.Option(help="Name that requests ask for. Default: the model's own.", show_default=False)
+]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -31,34 +30,17 @@ TILESTREAM_API_KEY=secret tilestream serve --trace trace.json
 /tokenize /detokenize /health /ready /metrics /docs"""
 
 
-class Policy(str, Enum):
-    """Orders of the queue."""
-
-    fcfs = "fcfs"
-    priority = "priority"
-    lpm = "lpm"
-
-
 def command(
     model: options.Model = options.DEFAULT_MODEL,
-    served_model_name: Annotated[
-        str | None, typer.Option(help="Name that clients ask for. Default: the model's own.", show_default=False)
-    ] = None,
+    served_model_name: options.ServedModelName = None,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for every network of the machine.")] = (
         "127.0.0.1"
     ),
     port: Annotated[
         int, typer.Option(metavar="N", min=0, max=65535, help="TCP port; 0 takes a free one and prints it.")
     ] = 8000,
-    max_num_seqs: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Most requests that run at once.", rich_help_panel="Engine")
-    ] = 256,
-    max_queued_requests: Annotated[
-        int,
-        typer.Option(
-            metavar="N", min=1, help="Most requests that wait; one more gets a 503.", rich_help_panel="Engine"
-        ),
-    ] = 1024,
+    max_num_seqs: options.MaxNumSeqs = 256,
+    max_queued_requests: options.MaxQueuedRequests = 1024,
     max_queued_tokens: Annotated[
         int | None,
         typer.Option(
@@ -69,33 +51,9 @@ def command(
         ),
     ] = None,
     token_budget: options.TokenBudget = 512,
-    tbt_ms: Annotated[
-        float | None,
-        typer.Option(
-            metavar="MS",
-            min=0.001,
-            help="Target for the time between two tokens of an answer: prompts are cut so that steps take no longer. "
-            "Measures the machine at start.",
-            rich_help_panel="Engine",
-        ),
-    ] = None,
-    policy: Annotated[
-        Policy,
-        typer.Option(
-            help="Who comes next out of the queue: first come first served, by priority, or by longest cached prefix.",
-            rich_help_panel="Engine",
-        ),
-    ] = Policy.fcfs,
-    max_model_len: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            min=1,
-            help="Most tokens of one prompt and its answer. Default: what the model was trained for, or the "
-            "whole KV cache if that is smaller.",
-            rich_help_panel="Engine",
-        ),
-    ] = None,
+    tbt_ms: options.TbtMs = None,
+    policy: options.PolicyOption = options.Policy.fcfs,
+    max_model_len: options.MaxModelLen = None,
     kv_dtype: options.KvDtypeOption = options.KvDtype.auto,
     act_bits: options.ActBitsOption = options.ActBits.auto,
     kv_cache_tokens: options.KvCacheTokens = None,

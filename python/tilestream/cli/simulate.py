@@ -27,14 +27,6 @@ tilestream simulate trace.csv --cost-model estimate-h200-llama3-8b --replicas 10
 A CSV with the columns TIMESTAMP,ContextTokens,GeneratedTokens, and if wanted Tenant,Priority,PrefixId,PrefixTokens."""
 
 
-class Policy(str, Enum):
-    """Who is admitted first."""
-
-    fcfs = "fcfs"
-    priority = "priority"
-    lpm = "lpm"
-
-
 class Route(str, Enum):
     """Which replica gets a request."""
 
@@ -64,24 +56,11 @@ def command(
             help="Which replica gets a request; prefix-affinity: the one that had its prefix first, unless it is loaded."
         ),
     ] = Route.least_loaded,
-    policy: Annotated[Policy, typer.Option(help="Who is admitted first.", rich_help_panel="Engine")] = Policy.fcfs,
+    policy: options.PolicyOption = options.Policy.fcfs,
     token_budget: options.TokenBudget = 512,
-    tbt_ms: Annotated[
-        float | None,
-        typer.Option(
-            metavar="MS",
-            min=0.001,
-            help="Target for the time between tokens; a step's prefill is cut by it. Default: by the token budget alone.",
-            rich_help_panel="Engine",
-        ),
-    ] = None,
-    max_num_seqs: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Most requests that run at once.", rich_help_panel="Engine")
-    ] = 256,
-    max_queued_requests: Annotated[
-        int,
-        typer.Option(metavar="N", min=1, help="Most that wait; one more is refused.", rich_help_panel="Engine"),
-    ] = 1024,
+    tbt_ms: options.TbtMs = None,
+    max_num_seqs: options.MaxNumSeqs = 256,
+    max_queued_requests: options.MaxQueuedRequests = 1024,
     kv_cache_tokens: Annotated[
         int, typer.Option(metavar="N", min=64, help="Tokens that a KV cache holds.", rich_help_panel="Engine")
     ] = 400_000,

@@ -67,6 +67,12 @@ class StepLog:
         """Steps with this index or a later one, oldest first, as far as they are kept."""
         return [step for step in tuple(self._steps) if step.index >= index]
 
+    @property
+    def next_index(self) -> int:
+        """Of the step that comes next."""
+        steps = tuple(self._steps)
+        return steps[-1].index + 1 if steps else 0
+
 
 @dataclass(slots=True)
 class EngineMetrics:

@@ -7,7 +7,7 @@ import contextlib
 import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -25,7 +25,7 @@ from tilestream.server.protocol import ChatCompletionRequest, CompletionRequest,
 from tilestream.server.responses import SSE_DONE, Answer, ChatAnswer, CompletionAnswer, sse_event
 from tilestream.server.settings import ServerSettings
 from tilestream.server.telemetry import open_telemetry
-from tilestream.server.tools import format_of, messages_for, tool_use
+from tilestream.server.tools import ToolUse, format_of, messages_for, tool_use
 
 if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send
@@ -34,8 +34,7 @@ if TYPE_CHECKING:
     from tilestream.engine.request import RequestDelta, RequestOptions
     from tilestream.models.tokenizer import Tokenizer
     from tilestream.sampling_params import SamplingParams
-
-    Deltas = AsyncGenerator[tuple[int, RequestDelta], None]
+    from tilestream.server.generation import Deltas
 
 logger = logging.getLogger("tilestream.server")
 
@@ -94,6 +93,40 @@ class Server:
             await loop.run_in_executor(self.tokenizing, encode, prompt) if isinstance(prompt, str) else prompt
             for prompt in prompts
         ]
+
+    def check_token_ids(self, token_ids: list[int], field: str) -> None:
+        """Before the tokenizer looks at ids: it knows no others.
+
+        Raises:
+            ApiError: 400, the first one that is no token.
+        """
+        vocab_size = self.tokenizer.vocab_size
+        for i, token_id in enumerate(token_ids):
+            if not 0 <= token_id < vocab_size:
+                raise ApiError(400, f"{field}[{i}] is {token_id}; token ids are 0..{vocab_size - 1}.", param=field)
+
+    def chat_text(self, body: ChatCompletionRequest, tools: ToolUse | None, **options: bool) -> str:
+        """The prompt of a chat, as the model's template writes it.
+
+        Args:
+            tools: what `body` does with tools; None: nothing.
+            options: of the template, set by the server.
+        Raises:
+            ApiError: 400, the template refuses the messages.
+        """
+        messages = messages_for(body.template_messages(), tools, self.tool_format)
+        shown_tools = tools.template_tools() if tools is not None and tools.format is not None else None
+        try:
+            return self.tokenizer.apply_chat_template(messages, tools=shown_tools, **body.template_options(), **options)
+        except ValueError as error:
+            raise ApiError(400, f"{self.model_name}: {error}", param="messages") from None
+
+    def echo(self, prompt: str | list[int]) -> str:
+        """A prompt as an answer begins with it."""
+        if isinstance(prompt, str):
+            return prompt
+        self.check_token_ids(prompt, "prompt")
+        return self.tokenizer.decode(prompt)
 
     async def prepare(self, params: SamplingParams, field: str | None) -> None:
         """Let the engine compile a constraint and look at token ids, before it gets the request itself.
@@ -217,7 +250,7 @@ def add_generation_routes(app: FastAPI, server: Server) -> None:
         given = body.prompts()
         await server.prepare(params[0], body.constraint_field)
         prompts = await server.prompt_ids(given, add_special_tokens=True)
-        texts = [p if isinstance(p, str) else server.tokenizer.decode(p) for p in given] if body.echo else []
+        texts = [server.echo(prompt) for prompt in given] if body.echo else []
         answer = server.answer(
             CompletionAnswer,
             "cmpl",
@@ -236,13 +269,8 @@ def add_generation_routes(app: FastAPI, server: Server) -> None:
         server.check_model(body.model)
         tools = tool_use(body, server.tool_format)
         params = body.sampling_params(**({} if tools is None else tools.sampling_fields()))
-        messages = messages_for(body.template_messages(), tools, server.tool_format)
-        shown_tools = tools.template_tools() if tools is not None and tools.format is not None else None
+        text = server.chat_text(body, tools)
         await server.prepare(params[0], body.constraint_field or "tools")
-        try:
-            text = server.tokenizer.apply_chat_template(messages, tools=shown_tools, **body.template_options())
-        except ValueError as error:
-            raise ApiError(400, f"{server.model_name}: {error}", param="messages") from None
         prompts = await server.prompt_ids([text], add_special_tokens=False)  # the template has written them
         answer = server.answer(ChatAnswer, "chatcmpl", body, prompts, params, tools=tools)
         return await server.run(http, body, answer, prompts, params)

@@ -67,11 +67,13 @@ def _add_state_routes(app: FastAPI, server: Server) -> None:
 
     @app.get("/v1/engine/steps")
     async def steps(since: Annotated[int, Query(ge=0)] = 0) -> dict[str, Any]:
-        """The batch now, and its steps from number `since` on, as far as they are kept."""
+        """The batch now, and its steps from number `since` on, as far as they are kept. A `next` below `since` says that the
+        server has begun anew."""
+        next_index = server.engine.steps.next_index
         found = server.engine.steps.since(since)
         return {
             "now_s": time.monotonic(),
-            "next": found[-1].index + 1 if found else since,
+            "next": found[-1].index + 1 if found else next_index,
             "engine": _state(server),
             "steps": [_step_json(step) for step in found],
         }

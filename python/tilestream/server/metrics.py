@@ -15,7 +15,6 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 
 from tilestream.engine.metrics import STEP_TOKENS_BOUNDS
-
 from tilestream.server.context import current
 
 if TYPE_CHECKING:

@@ -211,8 +211,8 @@ class ChatCompletionRequest(GenerationRequest):
         return options
 
 
-# Variables of a template that are the server's to set.
-_TEMPLATE_ARGUMENTS = frozenset({"messages", "tools", "documents", "add_generation_prompt"})
+# Variables of a template that are not the request's to set: the server's, and Jinja's own.
+_TEMPLATE_ARGUMENTS = frozenset({"messages", "tools", "documents", "add_generation_prompt", "self"})
 RequestT = TypeVar("RequestT", bound=BaseModel)
 
 

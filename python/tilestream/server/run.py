@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import uvicorn
 
 from tilestream.server.access import Traffic
-from tilestream.server.connection import Connection
 from tilestream.server.app import create_app
+from tilestream.server.connection import Connection
 from tilestream.server.settings import ServerSettings
 
 if TYPE_CHECKING:

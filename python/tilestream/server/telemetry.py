@@ -104,6 +104,8 @@ class Telemetry:
         for name in _REQUEST_FIELDS:
             if (value := getattr(context.body, name, None)) is not None:
                 attributes[f"gen_ai.request.{name}"] = value
+        if (most := getattr(context.body, "max_completion_tokens", None)) is not None:  # the newer word for it
+            attributes["gen_ai.request.max_tokens"] = most
         if (num_choices := getattr(context.body, "n", None) or 1) > 1:
             attributes["gen_ai.request.choice.count"] = num_choices
         if context.last_deltas:

@@ -1,4 +1,4 @@
-"""/tokenize and /detokenize: text to ids and back, in vLLM's form."""
+"""/tokenize and /detokenize: text to ids and back, in vLLM's form; special tokens are spelled out."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict
 from tilestream.server.errors import ApiError, read_json
 from tilestream.server.openapi import json_body
 from tilestream.server.protocol import ChatCompletionRequest, Message, parse_request
+from tilestream.server.tools import tool_use
 
 if TYPE_CHECKING:
     from tilestream.server.http import Server
@@ -49,24 +50,16 @@ def add_token_routes(app: FastAPI, server: Server) -> None:
         fields = await read_json(http)
         text, add_special_tokens, with_strings = _text(server, fields)
         (ids,) = await server.prompt_ids([text], add_special_tokens=add_special_tokens)
-        spelled = [server.tokenizer.token_bytes(token_id).decode(errors="replace") for token_id in ids]
-        return {
-            "count": len(ids),
-            "max_model_len": server.max_model_len,
-            "tokens": ids,
-            "token_strs": spelled if with_strings else None,
-        }
+        spell = server.tokenizer.special_token_bytes
+        strings = [spell(token_id).decode(errors="replace") for token_id in ids] if with_strings else None
+        return {"count": len(ids), "max_model_len": server.max_model_len, "tokens": ids, "token_strs": strings}
 
     @app.post("/detokenize", openapi_extra=json_body(DetokenizeRequest))
     async def detokenize(http: Request) -> dict[str, str]:
         body = parse_request(DetokenizeRequest, await read_json(http))
         server.check_model(body.model)
-        vocab_size = server.tokenizer.vocab_size
-        for i, token_id in enumerate(body.tokens):
-            if not 0 <= token_id < vocab_size:
-                message = f"tokens[{i}] is {token_id}; token ids are 0..{vocab_size - 1}."
-                raise ApiError(400, message, param="tokens")
-        text = b"".join(server.tokenizer.token_bytes(token_id) for token_id in body.tokens)
+        server.check_token_ids(body.tokens, "tokens")
+        text = b"".join(server.tokenizer.special_token_bytes(token_id) for token_id in body.tokens)
         return {"prompt": text.decode(errors="replace")}
 
 
@@ -83,11 +76,6 @@ def _text(server: Server, fields: dict[str, object]) -> tuple[str, bool, bool]:
         raise ApiError(400, "Either prompt or messages, not both.", param="prompt")
     chat = parse_request(ChatCompletionRequest, {name: value for name, value in fields.items() if name not in _HOW})
     server.check_model(chat.model)
-    options = chat.template_options()
-    try:
-        text = server.tokenizer.apply_chat_template(
-            chat.template_messages(), add_generation_prompt=body.add_generation_prompt, **options
-        )
-    except ValueError as error:
-        raise ApiError(400, f"{server.model_name}: {error}", param="messages") from None
+    tools = tool_use(chat, server.tool_format)
+    text = server.chat_text(chat, tools, add_generation_prompt=body.add_generation_prompt)
     return text, body.add_special_tokens is True, body.return_token_strs
