@@ -107,6 +107,11 @@ def test_bad_input(run: Callable[..., Done], arguments: list[str], code: int, wo
     check_one_line_error(run(*arguments), code, *words)
 
 
+def test_an_empty_key_opens_no_server(run: Callable[..., Done], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TILESTREAM_API_KEY", "")
+    check_one_line_error(run("serve", "--port", "0"), 2, "TILESTREAM_API_KEY is set but empty")
+
+
 def test_as_a_process() -> None:
     """What the tests above see is what a shell sees."""
     check_one_line_error(shell(*MODULE, "generate", "--max-tokens", "0", "x"), 2, "--max-tokens")

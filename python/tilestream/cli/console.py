@@ -6,27 +6,45 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bars
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
+Stage = Callable[[int, int, str], None]  # steps done, steps in all, what is being done
 
 
 @contextmanager
 def loading_bar(what: str) -> Iterator[Progress | None]:
-    """A progress bar on stderr while a model loads; None, and nothing printed, when stderr is no terminal."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress as Bar, TextColumn, TimeElapsedColumn
+    """A progress bar while a model loads; None where none is shown."""
+    with _bars("DownloadColumn", "TimeElapsedColumn") as bars:
+        if bars is None:
+            yield None
+            return
+        task = bars.add_task(f"Loading {what}", total=None)
+        yield lambda done, total: bars.update(task, completed=done, total=total)
 
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
-    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(f"Loading {what}", total=None)
 
-        def advance(done_bytes: int, total_bytes: int) -> None:
-            bar.update(task, completed=done_bytes, total=total_bytes)
+@contextmanager
+def stage_bar(what: str) -> Iterator[Stage | None]:
+    """A progress bar of a job in stages; None where none is shown."""
+    with _bars("MofNCompleteColumn", "TimeElapsedColumn") as bars:
+        if bars is None:
+            yield None
+            return
+        task = bars.add_task(what, total=None)
+        yield lambda done, total, stage: bars.update(task, completed=done, total=total, description=f"{stage} of {what}")
 
-        yield advance
+
+@contextmanager
+def progress_bars(totals: dict[str, int]) -> Iterator[list[Callable[[], None]]]:
+    """A bar for each name, and what moves it on by one."""
+    with _bars("MofNCompleteColumn", "TimeRemainingColumn") as bars:
+        if bars is None:
+            yield [lambda: None for _ in totals]
+            return
+        yield [partial(bars.advance, bars.add_task(name, total=total)) for name, total in totals.items()]
 
 
 def note(text: str) -> None:
@@ -35,14 +53,14 @@ def note(text: str) -> None:
 
 
 @contextmanager
-def progress_bars(totals: dict[str, int]) -> Iterator[list[Callable[[], None]]]:
-    """A bar on stderr for each name, and what moves it on by one; nothing is shown when stderr is no terminal."""
+def _bars(*columns: str) -> Iterator[Bars | None]:
+    """rich's progress bars on stderr, with these columns behind name and bar; None when stderr is no terminal."""
     if not sys.stderr.isatty():
-        yield [lambda: None for _ in totals]
+        yield None
         return
+    from rich import progress
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress as Bar, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
-        yield [partial(bar.advance, bar.add_task(name, total=total)) for name, total in totals.items()]
+    shown = [progress.TextColumn("{task.description}"), progress.BarColumn(), *(getattr(progress, name)() for name in columns)]
+    with progress.Progress(*shown, console=Console(stderr=True), transient=True) as bars:
+        yield bars

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -12,6 +9,7 @@ from typing import Annotated
 import typer
 
 from tilestream.cli import options
+from tilestream.cli.console import stage_bar
 
 EPILOG = """[bold]Examples[/]
 
@@ -68,21 +66,6 @@ def command(
     recipe = Recipe(
         method=method.value, group_size=int(group_size.value), int4_share=int4_share, rotate=rotate, num_windows=calib_windows
     )
-    with _bar(model) as progress:
+    with stage_bar(model) as progress:
         share = quantize(model, text, out, recipe, progress)
     print(f"{out}: {share:.1%} of the multiply-adds have INT4 activations; see {out / 'report.md'}")
-
-
-@contextmanager
-def _bar(model: str) -> Iterator[Callable[[int, int, str], None] | None]:
-    """A progress bar on stderr; None, and nothing printed, when stderr is no terminal."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress as Bar, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(f"Quantising {model}", total=None)
-        yield lambda done, total, what: bar.update(task, completed=done, total=total, description=f"{what} of {model}")

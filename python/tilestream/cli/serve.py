@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -146,6 +147,8 @@ def command(
     from tilestream.server.settings import ServerSettings, read_api_keys
     from tilestream.server.telemetry import exporter_class
 
+    if os.environ.get("TILESTREAM_API_KEY") == "":  # a secret that did not load must not open the server to all
+        raise typer.BadParameter("TILESTREAM_API_KEY is set but empty; unset it to serve without keys.")
     settings = ServerSettings(
         api_keys=read_api_keys(api_key or (), api_key_file),
         cors_origins=tuple(cors_origin or ()),

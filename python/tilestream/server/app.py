@@ -62,6 +62,7 @@ def create_app(
         yield
         await asyncio.to_thread(engine.shutdown)
         server.tokenizing.shutdown()
+        server.compiling.shutdown()
         if server.telemetry is not None:
             await asyncio.to_thread(server.telemetry.close)
 

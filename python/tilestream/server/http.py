@@ -79,6 +79,7 @@ class Server:
         }
         self.tool_format = format_of(tokenizer.chat_template)
         self.tokenizing = ThreadPoolExecutor(_TOKENIZING_THREADS, thread_name_prefix="tokenize")
+        self.compiling = ThreadPoolExecutor(1, thread_name_prefix="compile")  # hard grammars hold up one another alone
 
     def check_model(self, name: str | None) -> None:
         if name is not None and name != self.model_name:
@@ -139,7 +140,7 @@ class Server:
         if params.constraint is None and not params.logit_bias:
             return
         try:
-            await asyncio.get_running_loop().run_in_executor(self.tokenizing, self.engine.prepare, params)
+            await asyncio.get_running_loop().run_in_executor(self.compiling, self.engine.prepare, params)
         except ValueError as error:
             name = "logit_bias" if str(error).startswith("logit_bias") else field
             raise ApiError(400, f"{error}.", param=name) from None
