@@ -1,6 +1,6 @@
 """Goodput: the most requests per second of which nine in ten keep both limits, 2 s to the first token and 100 ms for each after it
 
-Poisson arrivals; lengths of `--trace FILE`, requests of up to 2,048 tokens (the Azure conversation trace of 2023 in what is
+Poisson arrivals; lengths of `--lengths FILE`, requests of up to 2,048 tokens (the Azure conversation trace of 2023 in what is
 quoted). Ours is `tilestream serve` over HTTP with a target of 80 ms a step, llama.cpp runs the same Q4_0 file without a server,
 vLLM the same weights in bfloat16 without one (`make bench-vllm`). Rates rise by a quarter until one is too much.
 """
@@ -33,9 +33,9 @@ Load = Callable[[list[Ask]], list[RequestTimes]]
 
 @pytest.fixture(scope="module")
 def lengths(request: pytest.FixtureRequest) -> list[tuple[int, int]]:
-    path = request.config.getoption("--trace")
+    path = request.config.getoption("--lengths")
     if path is None:
-        pytest.skip("wants a trace to draw lengths from: --trace FILE")
+        pytest.skip("wants a trace to draw lengths from: --lengths FILE")
     return trace_lengths(path, MOST_TOKENS)
 
 
