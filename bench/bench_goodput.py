@@ -23,7 +23,7 @@ from tilestream._native import _C
 from tilestream.cli.load import RequestTimes
 
 TTFT_S, TPOT_S, SHARE = 2.0, 0.1, 0.9
-LOAD_S = 60.0
+LOAD_S = 40.0
 FIRST_RATE, GROWTH = 0.4, 1.25
 MOST_TOKENS = 2048
 MAX_SEQS = 16
