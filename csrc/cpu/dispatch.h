@@ -5,18 +5,18 @@
 #include <vector>
 
 // Every op of the backend: (name, parameter struct). Each level defines all of them.
-#define TILESTREAM_CPU_OPS(X)            \
-  X(attention, AttentionParams)          \
-  X(merge_states, MergeStatesParams)     \
-  X(append_kv, AppendKvParams)           \
-  X(gather_kv, GatherKvParams)           \
-  X(quantise, QuantiseParams)            \
-  X(linear, LinearParams)                \
-  X(pack_gguf, PackGgufParams)           \
-  X(pack_weight, PackParams)             \
-  X(embedding, EmbeddingParams)          \
-  X(rms_norm, RmsNormParams)             \
-  X(act_and_mul, ActAndMulParams)        \
+#define TILESTREAM_CPU_OPS(X)                  \
+  X(attention, AttentionParams)                \
+  X(merge_states, MergeStatesParams)           \
+  X(append_kv, AppendKvParams)                 \
+  X(gather_kv, GatherKvParams)                 \
+  X(quantise, QuantiseParams)                  \
+  X(linear, LinearParams)                      \
+  X(pack_gguf, PackGgufParams)                 \
+  X(pack_weight, PackParams)                   \
+  X(embedding, EmbeddingParams)                \
+  X(rms_norm, RmsNormParams)                   \
+  X(act_and_mul, ActAndMulParams)              \
   X(allreduce_rmsnorm, AllReduceRmsNormParams) \
   X(sample, SampleParams)
 
