@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 from tilestream.engine.admission import QueueLimits, checked_prompt
@@ -266,12 +267,15 @@ class Engine:
         return self._finish(request, reason, [token_id], text, logprobs, stop_reason=stop_reason, error=note)
 
     def _fail_step(self, plan: StepPlan, error: Exception) -> list[RequestDelta]:
-        """The runner raised: end the requests of this step; what waits is untouched, and the engine goes on."""
+        """The runner raised: end the requests of this step, and of one launched behind it, which builds on what this one should
+        have left; what waits is untouched, and the engine goes on."""
         logger.error("a step with %d requests failed", len(plan.scheduled), exc_info=error)
         message = f"the step failed: {type(error).__name__}: {error}"
+        self.scheduler.cache.forget_all()  # pages that nobody has written may be among them
+        behind = [] if self._in_flight is None else self._in_flight.plan.scheduled
         return [
             self._finish(item.request, "error", error=message)
-            for item in plan.scheduled
+            for item in chain(plan.scheduled, behind)
             if item.request.state is not RequestState.FINISHED
         ]
 
