@@ -13,6 +13,7 @@ from tilestream.engine.config import EngineConfig
 from tilestream.engine.constraints import ConstraintError
 from tilestream.engine.cost_model import CostModel
 from tilestream.engine.deadlines import Deadlines, deadline_text
+from tilestream.engine.errors import EngineDeadError
 from tilestream.engine.metrics import EngineMetrics, EngineWatch
 from tilestream.engine.output import check_row_count, delta_of, read_token, row_logprobs, take_prompt_scores
 from tilestream.engine.profiler import measure_cost_model
@@ -128,6 +129,8 @@ class Engine:
 
         Returns:
             One delta for every request that got a token or ended; empty when there was nothing to do.
+        Raises:
+            EngineDeadError: the runner can run no step any more.
         """
         begin_s = self.watch.begin_step()
         expired = self._deadlines.take_passed(begin_s)
@@ -266,7 +269,13 @@ class Engine:
         return self._finish(request, reason, [token_id], text, logprobs, stop_reason=stop_reason, error=note)
 
     def _fail_step(self, plan: StepPlan, error: Exception) -> list[RequestDelta]:
-        """The runner raised: end the requests of this step; what waits is untouched, and the engine goes on."""
+        """The runner raised: end the requests of this step; what waits is untouched, and the engine goes on.
+
+        Raises:
+            EngineDeadError: unless the runner said with it that it runs no step any more.
+        """
+        if isinstance(error, EngineDeadError):
+            raise error
         logger.error("a step with %d requests failed", len(plan.scheduled), exc_info=error)
         message = f"the step failed: {type(error).__name__}: {error}"
         return [
