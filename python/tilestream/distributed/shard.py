@@ -64,6 +64,14 @@ class Shard:
             vocabularies=_cut("vocab_size", config.vocab_size, _PANEL_COLUMNS, world_size),
         )
 
+    def q_rows(self, config: ModelConfig) -> range:
+        """Of the query projection; the output projection's columns."""
+        return range(self.q_heads.start * config.head_dim, self.q_heads.stop * config.head_dim)
+
+    def kv_rows(self, config: ModelConfig) -> range:
+        """Of the key projection, and of the value projection."""
+        return range(self.kv_heads.start * config.head_dim, self.kv_heads.stop * config.head_dim)
+
     def local_config(self, config: ModelConfig) -> ModelConfig:
         """The shape of this rank's layers; hidden and vocabulary sizes stay the whole model's."""
         return replace(
