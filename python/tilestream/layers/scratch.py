@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from tilestream.models.config import ModelConfig
 from tilestream.ops.quantise import QuantisedRows
 from tilestream.placement import Placement
 
 if TYPE_CHECKING:
     from tilestream.distributed.communicator import Communicator
+    from tilestream.models.config import ModelConfig
 
 # Rows that go through an MLP together on a CPU: what it writes in between, its widest buffers, then stays in L2.
 _CPU_MLP_ROWS = 128
