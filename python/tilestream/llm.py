@@ -14,8 +14,9 @@ from tilestream.engine.engine import Engine
 from tilestream.engine.errors import QueueFullError
 from tilestream.engine.prefix_groups import SharingCost
 from tilestream.engine.request import FinishReason, RequestDelta, TokenLogprobs
+from tilestream.engine.runner import most_step_tokens
 from tilestream.kv_size import element_bytes, kv_token_bytes
-from tilestream.loading import ModelOptions, load, most_step_tokens
+from tilestream.loading import ModelOptions, load
 from tilestream.sampling_params import SamplingParams
 
 DEFAULT_MODEL = "smollm2-135m-instruct"

@@ -11,7 +11,6 @@ from tilestream._native import _C
 from tilestream.calibrate import use_softmax_ranges
 from tilestream.distributed.communicator import Communicator, connect
 from tilestream.distributed.launch import Place
-from tilestream.engine.batch import padded_decodes
 from tilestream.engine.config import EngineConfig
 from tilestream.engine.errors import EngineDeadError
 from tilestream.engine.runner import ModelRunner
@@ -133,8 +132,3 @@ def load(options: ModelOptions, progress: Callable[[int, int], None] | None = No
     from tilestream.distributed.leader import Leader
 
     return Leader(options, progress)
-
-
-def most_step_tokens(token_budget: int, max_num_seqs: int) -> int:
-    """Tokens of the largest step, padding included."""
-    return max(token_budget, padded_decodes(min(token_budget, max_num_seqs)))

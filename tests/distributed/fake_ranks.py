@@ -67,7 +67,11 @@ class FakeFollower:
         self.drawn = self.exchange.compare(ends(plan, self.kv, size), None)
 
     def clear_pages(self, num_pages: int) -> None:
-        self.kv = {(page, i): 0 for page in range(num_pages) for i in range(self.page_size)}
+        self.kv = cleared(num_pages, self.page_size)
+
+
+def cleared(num_pages: int, page_size: int) -> dict[tuple[int, int], int]:
+    return {(page, i): 0 for page in range(num_pages) for i in range(page_size)}
 
 
 def ends(plan: StepPlan, kv: dict[tuple[int, int], int], page_size: int) -> list[int]:
@@ -94,6 +98,9 @@ class FirstRunner(FakeRunner):
         sampled = super().launch(plan)
         self.exchange.compare(ends(plan, self.kv, self.config.page_size), sampled.token_ids)
         return sampled
+
+    def clear_pages(self, num_pages: int) -> None:
+        self.kv = cleared(num_pages, self.config.page_size)
 
 
 def load(faults: dict[int, tuple[str, int]], place: Place) -> FakePart:

@@ -57,7 +57,7 @@ def _connect(rank: Rank | None) -> Callable[[ModelConfig], Communicator] | None:
     """For load_model; rank None: alone."""
     if rank is None:
         return None
-    return lambda config: rank.connect(scratch_bytes(config, CPU, most_step_tokens(LIMITS))[0])
+    return lambda config: rank.connect(scratch_bytes(config, CPU, most_step_tokens(LIMITS.token_budget, LIMITS.max_num_seqs))[0])
 
 
 def answers(rank: Rank | None, load: Load, prompts: list[list[int]], params: list[SamplingParams]) -> list | None:

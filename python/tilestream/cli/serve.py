@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -77,6 +78,7 @@ def command(
             rich_help_panel="Engine",
         ),
     ] = None,
+    tensor_parallel_size: options.TensorParallelSize = 1,
     num_threads: options.NumThreads = None,
     api_key: Annotated[
         list[str] | None,
@@ -142,6 +144,8 @@ def command(
 
     Ctrl-C or SIGTERM stops it: no new requests, and running answers may end. A second one: at once.
     """
+    options.leave_to_rank_0(tensor_parallel_size)
+    from tilestream.engine.errors import EngineDeadError
     from tilestream.engine.trace import Trace
     from tilestream.server.run import bind, serve
     from tilestream.server.settings import ServerSettings, read_api_keys
@@ -164,7 +168,6 @@ def command(
         raise typer.BadParameter(f"--trace-kernels {trace_kernels} needs --trace FILE")
     trace_file = None if trace is None else Trace(trace)
     from tilestream import LLM
-    from tilestream.engine.async_engine import AsyncEngine
     from tilestream.kernel_trace import KernelProfiler
 
     with loading_bar(model) as progress:
@@ -184,6 +187,7 @@ def command(
             batch_invariant=batch_invariant,
             device=device,
             softmax_ranges=softmax_ranges,
+            tensor_parallel_size=tensor_parallel_size,
             num_threads=num_threads,
             progress=progress,
         )
@@ -193,7 +197,16 @@ def command(
     if trace_kernels:
         trace_file.kernels = KernelProfiler(trace_kernels)
     llm.engine.watch.trace = trace_file
-    engine = AsyncEngine(llm.engine)
-    serve(engine, llm.tokenizer, listener, model_name=name, max_model_len=limits.max_model_len, settings=settings)
+    failed = False
+    try:
+        serve(
+            llm.async_engine, llm.tokenizer, listener, model_name=name, max_model_len=limits.max_model_len, settings=settings
+        )
+    except EngineDeadError:
+        failed = True  # the log says why
     if trace_file is not None:
         trace_file.close()
+    llm.close()
+    if failed:
+        sys.stderr.flush()
+        os._exit(1)  # at once: the engine's thread may be in a kernel that waits for a rank that is gone

@@ -39,9 +39,9 @@ class LaunchedStep:
     scores: tuple[tuple[Request, int], ...] = ()
 
 
-def most_step_tokens(config: EngineConfig) -> int:
-    """Tokens of the largest step, padding included."""
-    return max(config.token_budget, padded_decodes(config.max_running_requests))
+def most_step_tokens(token_budget: int, max_num_seqs: int) -> int:
+    """Tokens of the largest step of an engine with these limits, padding included."""
+    return max(token_budget, padded_decodes(min(token_budget, max_num_seqs)))
 
 
 class ModelRunner:
@@ -95,7 +95,8 @@ class ModelRunner:
             self.shards = VocabularyShards(self.communicator, model.shard.vocabularies)
         if self.overlaps or self.shards is not None:  # what a captured graph and other ranks point into does not move
             num_rows = max(padded_decodes(config.max_running_requests), SCORED_ROWS)
-            model.reserve(most_step_tokens(config), num_rows=num_rows, num_positions=max_len)
+            num_tokens = most_step_tokens(config.token_budget, config.max_num_seqs)
+            model.reserve(num_tokens, num_rows=num_rows, num_positions=max_len)
         self._drawn = torch.zeros(1, dtype=torch.int64, device=placement.device)  # by the step launched last
 
     @torch.inference_mode()
