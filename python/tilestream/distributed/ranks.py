@@ -62,7 +62,7 @@ class Ranks:
         workers: in order of their ranks, from 1 on.
     Attributes:
         world_size: how many ranks there are, this one included.
-        failure: None while all live.
+        failure: None while all live; once it is there, the others are gone.
     """
 
     def __init__(self, workers: list[Worker]) -> None:
@@ -72,7 +72,7 @@ class Ranks:
         self._told: list[Callable[[RankDiedError], None]] = []
         self._answers: dict[int, Any] = {}
         self._changed = threading.Condition()  # guards failure, the answers and who is told
-        self._stopping = False
+        self._stopping = self._ending = False
         self._watcher = threading.Thread(target=self._watch, name="tilestream-ranks", daemon=True)
         self._watcher.start()
         atexit.register(self.close)
@@ -170,11 +170,14 @@ class Ranks:
     def _end(self, text: str) -> None:
         """Nothing goes on: end the others, and say why. Only the first call counts."""
         with self._changed:
-            if self.failure is not None:
+            if self._ending:
+                self._changed.wait_for(lambda: self.failure is not None)
                 return
+            self._ending = True
+        self._kill()
+        with self._changed:
             self.failure = RankDiedError(f"{text}; all ranks end")
             self._changed.notify_all()
-        self._kill()
         for told in self._told:
             told(self.failure)
 
