@@ -147,7 +147,7 @@ def command(
     options.leave_to_rank_0(tensor_parallel_size)
     from tilestream.engine.errors import EngineDeadError
     from tilestream.engine.trace import Trace
-    from tilestream.server.run import bind, serve
+    from tilestream.server.run import bind, log_to_stderr, serve
     from tilestream.server.settings import ServerSettings, read_api_keys
     from tilestream.server.telemetry import exporter_class
 
@@ -170,6 +170,7 @@ def command(
     from tilestream import LLM
     from tilestream.kernel_trace import KernelProfiler
 
+    log_to_stderr()
     with loading_bar(model) as progress:
         llm = LLM(
             model,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import logging.config
 import resource
 import signal
 import socket
@@ -54,6 +55,11 @@ _LOGGING = {
         "tilestream.access": {"handlers": ["access"], "level": "INFO", "propagate": False},
     },
 }
+
+
+def log_to_stderr() -> None:
+    """What is to be logged before serve() does the same."""
+    logging.config.dictConfig(_LOGGING)
 
 
 def bind(host: str, port: int) -> socket.socket:
