@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 from tilestream.engine.admission import QueueLimits, checked_prompt
 from tilestream.engine.config import EngineConfig
@@ -21,19 +20,10 @@ from tilestream.engine.protocols import EngineTokenizer, Runner
 from tilestream.engine.request import FinishReason, Request, RequestDelta, RequestOptions, RequestState, TokenLogprobs
 from tilestream.engine.request_builder import RequestBuilder
 from tilestream.engine.scheduler import Scheduler
-from tilestream.engine.step_plan import SampledTokens, StepPlan
+from tilestream.engine.step_plan import SampledTokens, StepInFlight, StepPlan
 from tilestream.sampling_params import SamplingParams
 
 logger = logging.getLogger("tilestream.engine")
-
-
-@dataclass(frozen=True, slots=True)
-class _Launched:
-    """A step on its way, and what the runner gave for it."""
-
-    plan: StepPlan
-    handle: Any
-    begin_s: float
 
 
 class Engine:
@@ -66,7 +56,7 @@ class Engine:
         self._queue_limits = QueueLimits(config)
         self._requests: dict[str, Request] = {}
         self._deadlines = Deadlines(self._requests)
-        self._in_flight: _Launched | None = None
+        self._in_flight: StepInFlight | None = None
         self._collected_s = 0.0  # when a step was last waited for
         self.watch = EngineWatch()
 
@@ -212,10 +202,10 @@ class Engine:
             if item.request.first_scheduled_s is None:
                 item.request.first_scheduled_s = begin_s
         self.scheduler.launched(plan)
-        self._in_flight = _Launched(plan, launched, begin_s)
+        self._in_flight = StepInFlight(plan, launched, begin_s)
         return []
 
-    def _collect(self, step: _Launched) -> list[RequestDelta]:
+    def _collect(self, step: StepInFlight) -> list[RequestDelta]:
         """Wait for a launched step, and hand out what it gave to those who are still there."""
         try:
             with self.watch.span("collect"):
@@ -269,11 +259,8 @@ class Engine:
         return self._finish(request, reason, [token_id], text, logprobs, stop_reason=stop_reason, error=note)
 
     def _fail_step(self, plan: StepPlan, error: Exception) -> list[RequestDelta]:
-        """The runner raised: end the requests of this step; what waits is untouched, and the engine goes on.
-
-        Raises:
-            EngineDeadError: unless the runner said with it that it runs no step any more.
-        """
+        """The runner raised: end the requests of this step; what waits is untouched, and the engine goes on, unless the error
+        says that it cannot."""
         if isinstance(error, EngineDeadError):
             raise error
         logger.error("a step with %d requests failed", len(plan.scheduled), exc_info=error)
