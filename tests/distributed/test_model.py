@@ -58,7 +58,7 @@ def as_good_logits(ranks: Ranks, load: Load, group: dict) -> None:
     assert (several - one).norm() <= 3 * (one - exact).norm() + 1e-5 * exact.norm()
 
 
-@pytest.fixture(params=[("gloo", 2), ("gloo", 4)], ids=lambda p: f"{p[0]}-{p[1]}")
+@pytest.fixture(params=[(transport, size) for transport in ("collectives", "shared memory") for size in (2, 4)], ids=str)
 def group(request: pytest.FixtureRequest) -> dict:
     """Transport and number of ranks."""
     return dict(zip(("transport", "world_size"), request.param, strict=True))
@@ -94,7 +94,7 @@ def test_default_types(kv_dtype: str, group: dict, ranks: Ranks, hf_model) -> No
 @pytest.mark.parametrize("world_size", [2, 3, 4])
 def test_smollm2(world_size: int, ranks: Ranks) -> None:
     """9 query heads and 3 KV heads."""
-    group = {"world_size": world_size, "transport": "gloo"}
+    group = {"world_size": world_size, "transport": "shared memory"}
     load = Load("smollm2-135m-instruct", {"act_bits": "16"}, kv_dtype="bfloat16")
     same_answers(ranks, load, [GREEDY, *draws(0)[:2]], group)
     as_good_logits(ranks, Load("smollm2-135m-instruct"), group)
