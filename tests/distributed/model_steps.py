@@ -92,9 +92,9 @@ def _item(token_ids: list[int], pages: list[int], *rest: Any) -> ScheduledReques
 
 
 def logits(rank: Rank | None, load: Load, token_ids: list[int]) -> tuple[torch.Tensor, int]:
-    """This rank's logits of all tokens, in two chunks and decodes; and the bytes of its weights."""
+    """This rank's logits of all tokens, of prefill in chunks and the last ones of decodes; and the bytes of its weights."""
     loaded = load_model(load.path, **load.options, connect=_connect(rank))
-    loaded.model.reserve(len(token_ids), num_rows=1, num_positions=len(token_ids))
-    runner, middle, end = PagedRunner(loaded.model), len(token_ids) // 2, len(token_ids) - 3
-    chunks = [token_ids[:middle], token_ids[middle:end], *([token] for token in token_ids[end:])]
+    loaded.model.reserve(most_step_tokens(LIMITS), num_rows=1, num_positions=len(token_ids))
+    runner, end, size = PagedRunner(loaded.model), len(token_ids) - 3, most_step_tokens(LIMITS)
+    chunks = [token_ids[begin : min(begin + size, end)] for begin in range(0, end, size)] + [[token] for token in token_ids[end:]]
     return torch.cat([runner.step({0: chunk}) for chunk in chunks]), loaded.weight_bytes

@@ -86,10 +86,9 @@ class Ranks:
         return [answer for (answer,) in answers[:world_size]]
 
     def close(self) -> None:
-        for order in self._orders:
-            order.send(None)
         for process in self._processes:
-            process.join(10)
+            process.kill()
+            process.join()
 
 
 def _serve(
@@ -99,8 +98,8 @@ def _serve(
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
     groups = {size: dist.new_group(list(range(size))) for size in range(2, world_size + 1)}
-    while (order := orders.recv()) is not None:
-        function, args, size, transport = order
+    while True:
+        function, args, size, transport = orders.recv()
         answer: tuple | str = (None,)
         if rank < size:
             own = Rank(groups[size], transport, from_first, to_others[: size - 1])
@@ -111,4 +110,3 @@ def _serve(
             for communicator in own.communicators:
                 communicator.close()
         orders.send(answer)
-    dist.destroy_process_group()
