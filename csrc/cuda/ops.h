@@ -1,6 +1,7 @@
 // Every op that has a CUDA kernel: (name, parameter struct). csrc/api and the emulator both read this list.
 #pragma once
 
+#include "tilestream/allreduce.h"
 #include "tilestream/append_kv.h"
 #include "tilestream/attention.h"
 #include "tilestream/linear.h"
@@ -8,14 +9,15 @@
 #include "tilestream/quantise.h"
 #include "tilestream/sample.h"
 
-#define TILESTREAM_CUDA_OPS(X)       \
-  X(attention, AttentionParams)      \
-  X(merge_states, MergeStatesParams) \
-  X(append_kv, AppendKvParams)       \
-  X(gather_kv, GatherKvParams)       \
-  X(quantise, QuantiseParams)        \
-  X(linear, LinearParams)            \
-  X(embedding, EmbeddingParams)      \
-  X(rms_norm, RmsNormParams)         \
-  X(act_and_mul, ActAndMulParams)    \
+#define TILESTREAM_CUDA_OPS(X)                 \
+  X(attention, AttentionParams)                \
+  X(merge_states, MergeStatesParams)           \
+  X(append_kv, AppendKvParams)                 \
+  X(gather_kv, GatherKvParams)                 \
+  X(quantise, QuantiseParams)                  \
+  X(linear, LinearParams)                      \
+  X(embedding, EmbeddingParams)                \
+  X(rms_norm, RmsNormParams)                   \
+  X(act_and_mul, ActAndMulParams)              \
+  X(allreduce_rmsnorm, AllReduceRmsNormParams) \
   X(sample, SampleParams)
