@@ -1,6 +1,7 @@
 // Every op that has a CUDA kernel: (name, parameter struct). csrc/api and the emulator both read this list.
 #pragma once
 
+#include "tilestream/allreduce.h"
 #include "tilestream/append_kv.h"
 #include "tilestream/attention.h"
 #include "tilestream/linear.h"
@@ -18,4 +19,5 @@
   X(embedding, EmbeddingParams)      \
   X(rms_norm, RmsNormParams)         \
   X(act_and_mul, ActAndMulParams)    \
-  X(sample, SampleParams)
+  X(sample, SampleParams)            \
+  X(allreduce_rmsnorm, AllReduceRmsNormParams)

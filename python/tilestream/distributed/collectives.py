@@ -10,8 +10,11 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from tilestream import _native  # noqa: F401  (registers torch.ops.tilestream)
+from tilestream.distributed.probe import Member, gather
 from tilestream.engine.errors import RankDiedError
 from tilestream.ops.quantise import QuantisedRows
+
+_ENDING_MS = 100  # from a process's closing of its sockets to its end
 
 
 class Collectives:
@@ -30,6 +33,7 @@ class Collectives:
         backends = dict(pair.split(":") for pair in dist.get_backend_config(group).split(","))
         self.transport = backends[device.type]
         self._group, self._device = group, device
+        self._members = gather(group, Member.this())
         self._ops = torch.ops.tilestream
 
     def empty(self, num_bytes: int) -> torch.Tensor:
@@ -75,6 +79,11 @@ class Collectives:
         try:
             yield
         except RuntimeError as error:
-            raise RankDiedError(
-                f"rank {self.rank} of {self.world_size} lost another rank in {self.transport}: {error}"
-            ) from error
+            raise RankDiedError(f"{self._the_dead()} ({self.transport}: {error})") from error
+
+    def _the_dead(self) -> str:
+        """Of another machine nobody here can say whether a process has ended."""
+        for rank, member in enumerate(self._members):
+            if rank != self.rank and member.host == self._members[self.rank].host and member.ends_within(_ENDING_MS):
+                return f"rank {rank} of {self.world_size} has died: its process has ended"
+        return f"rank {self.rank} of {self.world_size} lost another rank, or waited too long for it"

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Protocol
 
 import torch
 from torch.distributed import ProcessGroup
 
 from tilestream.distributed.collectives import Collectives
+from tilestream.distributed.probe import UnavailableError
+from tilestream.distributed.shared_memory import open_shared_memory
+from tilestream.distributed.symmetric_memory import open_symmetric_memory
 from tilestream.ops.quantise import QuantisedRows
 from tilestream.placement import Placement
+
+logger = logging.getLogger("tilestream.distributed")
 
 
 class Communicator(Protocol):
@@ -90,15 +96,42 @@ def connect(
     timeout_s: float = 30,
     transport: str = "auto",
 ) -> Communicator:
-    """The best communicator that all ranks of `group` can have; called by all of them. One line of the log says which.
+    """The best communicator that all ranks of `group` can have; called by all of them. One line of rank 0's log says which,
+    and why not a better one.
 
     Args:
         group: of torch.distributed, with a backend for the CPU and one for the placement's device; None: all ranks.
         placement: where the model runs.
-        num_bytes: symmetric memory of each rank, for all of empty().
-        timeout_s: a rank that others wait for longer is taken for dead.
-        transport: "auto", or the one to use.
+        num_bytes: symmetric memory of each rank for all of empty(), which rounds each up to 64.
+        timeout_s: a rank that others wait for longer is taken for dead. (Collectives have the group's own.)
+        transport: "auto", or the one that it must be: "multimem", "peer", "shared memory" or "collectives".
     Returns:
         The communicator.
+    Raises:
+        ValueError: transport is not one of these, or not one for the placement.
+        UnavailableError: not all ranks can have that transport; the same text on all of them.
     """
-    return Collectives(group, placement.device)
+    device = placement.device
+    fused = ("shared memory",) if device.type == "cpu" else ("multimem", "peer")
+    allowed = ("auto", *fused, "collectives")
+    if transport not in allowed:
+        raise ValueError(f"transport is {transport!r}; allowed on {device.type}: {', '.join(allowed)}")
+    communicator: Communicator | None = None
+    why = ""
+    if transport != "collectives":
+        try:
+            if device.type == "cpu":
+                communicator = open_shared_memory(group, num_bytes=num_bytes, timeout_s=timeout_s)
+            else:
+                communicator = open_symmetric_memory(group, device, transport, num_bytes=num_bytes, timeout_s=timeout_s)
+        except UnavailableError as error:
+            if transport != "auto":
+                raise UnavailableError(f"the transport {transport} is not to be had: {error}") from None
+            why = f"; not {' or '.join(fused)}: {error}"
+    if communicator is None:
+        communicator = Collectives(group, device)
+    elif transport == "auto" and communicator.transport == "peer":
+        why = "; not multimem: the GPUs have no multicast memory"
+    if communicator.rank == 0:
+        logger.info("%d ranks, joined by %s%s", communicator.world_size, communicator.transport, why)
+    return communicator
