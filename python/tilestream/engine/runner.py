@@ -136,7 +136,12 @@ class ModelRunner:
         step = self.batch.build(plan)
         if self.overlaps:
             self._fill_drawn(step.token_ids)
-        return self.model.forward(step, self.kv_caches)
+        try:
+            return self.model.forward(step, self.kv_caches)
+        except RuntimeError:
+            if self.communicator is not None:  # a replayed program does not say which rank has died
+                self.communicator.check()
+            raise
 
     def _logits_of(self, first_row: int, num_rows: int) -> torch.Tensor | None:
         """Whole logits of some tokens of the step; None on ranks that have no use for them."""
