@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from tilestream.engine.async_engine import AsyncEngine
+from tilestream.engine.batch import largest_step
 from tilestream.engine.config import EngineConfig
 from tilestream.engine.engine import Engine
 from tilestream.engine.errors import QueueFullError
 from tilestream.engine.prefix_groups import SharingCost
 from tilestream.engine.request import FinishReason, RequestDelta, TokenLogprobs
-from tilestream.engine.runner import most_step_tokens
 from tilestream.kv_size import element_bytes, kv_token_bytes
 from tilestream.loading import ModelOptions, load
 from tilestream.sampling_params import SamplingParams
@@ -119,7 +119,7 @@ class LLM:
             batch_invariant=batch_invariant,
             softmax_ranges=softmax_ranges,
             num_threads=num_threads,
-            most_tokens=most_step_tokens(token_budget, max_num_seqs),
+            most_tokens=largest_step(token_budget, max_num_seqs),
             tensor_parallel_size=tensor_parallel_size,
         )
         self._model = load(options, progress)

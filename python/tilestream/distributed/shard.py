@@ -74,6 +74,8 @@ class Shard:
 
     def local_config(self, config: ModelConfig) -> ModelConfig:
         """The shape of this rank's layers; hidden and vocabulary sizes stay the whole model's."""
+        if self.world_size == 1:
+            return config
         return replace(
             config,
             num_qo_heads=len(self.q_heads),
