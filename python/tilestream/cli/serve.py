@@ -221,16 +221,16 @@ def command(
     if trace_kernels:
         trace_file.kernels = KernelProfiler(trace_kernels)
     llm.engine.watch.trace = trace_file
-    failed = False
     try:
         serve(
             llm.async_engine, llm.tokenizer, listener, model_name=name, max_model_len=limits.max_model_len, settings=settings
         )
-    except EngineDeadError:
-        failed = True  # the log says why
+        failed = False
+    except EngineDeadError:  # the log says why
+        failed = True
     if trace_file is not None:
         trace_file.close()
-    llm.close()
     if failed:
         sys.stderr.flush()
         os._exit(1)  # at once: the engine's thread may be in a kernel that waits for a rank that is gone
+    llm.close()
