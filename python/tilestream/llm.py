@@ -6,51 +6,23 @@ import itertools
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
 
 from tilestream.engine.async_engine import AsyncEngine
+from tilestream.engine.batch import largest_step
 from tilestream.engine.config import EngineConfig
 from tilestream.engine.engine import Engine
 from tilestream.engine.errors import QueueFullError
 from tilestream.engine.prefix_groups import SharingCost
-from tilestream.engine.request import FinishReason, RequestDelta, TokenLogprobs
-from tilestream.engine.runner import most_step_tokens
+from tilestream.engine.request import RequestDelta
 from tilestream.kv_size import element_bytes, kv_token_bytes
 from tilestream.loading import ModelOptions, load
+from tilestream.request_output import RequestOutput
 from tilestream.sampling_params import SamplingParams
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 
 Prompt = str | Sequence[int]
-
-
-@dataclass(frozen=True, slots=True)
-class RequestOutput:
-    """A finished request.
-
-    Args:
-        prompt: as given, None for token ids.
-        prompt_token_ids, token_ids: the prompt's and the answer's tokens.
-        text: the answer.
-        logprobs: one entry per answer token, when asked for; prompt_logprobs: per prompt token but the first.
-        finish_reason: "stop", "length", "abort" or "error"; stop_reason: the stop string or token, if any.
-        error: a sentence, with finish_reason "error".
-        num_cached_tokens: prompt tokens whose KV was found in the prefix cache.
-        ttft_s: seconds from the request's arrival to its first token; e2e_s: to its end.
-    """
-
-    prompt: str | None
-    prompt_token_ids: list[int]
-    text: str
-    token_ids: list[int]
-    logprobs: list[TokenLogprobs] | None
-    prompt_logprobs: list[TokenLogprobs] | None
-    finish_reason: FinishReason
-    stop_reason: str | int | None
-    error: str | None
-    num_cached_tokens: int
-    ttft_s: float | None
-    e2e_s: float | None
 
 
 class LLM:
@@ -119,7 +91,7 @@ class LLM:
             batch_invariant=batch_invariant,
             softmax_ranges=softmax_ranges,
             num_threads=num_threads,
-            most_tokens=most_step_tokens(token_budget, max_num_seqs),
+            most_tokens=largest_step(token_budget, max_num_seqs),
             tensor_parallel_size=tensor_parallel_size,
         )
         self._model = load(options, progress)
@@ -132,27 +104,30 @@ class LLM:
         self.config = m
         self.weight_bytes = self._model.weight_bytes
         self.kv_token_bytes = kv_token_bytes(m, options.kv_dtype)
-        engine_config = EngineConfig(
-            kv_cache_tokens=kv_cache_tokens,
-            max_model_len=min(m.max_position, capacity) if max_model_len is None else max_model_len,
-            page_size=page_size,
-            max_num_seqs=max_num_seqs,
-            token_budget=token_budget,
-            tbt_ms=tbt_ms,
-            policy=policy,
-            max_queued_requests=max_queued_requests,
-            max_queued_tokens=max_queued_tokens,
-            enable_prefix_caching=enable_prefix_caching,
-            batch_invariant=batch_invariant,
-            seed=seed,
-        )
-        if engine_config.max_model_len > m.max_position:
-            raise ValueError(f"max_model_len is {max_model_len}; this model's positions end at {m.max_position}")
-        self.engine = Engine(self._model.build(engine_config), loaded.tokenizer, engine_config)
-        local, device = loaded.model.config, loaded.model.placement.device
-        self.engine.scheduler.prefix_groups.cost = SharingCost.of(
-            device.type, local.num_qo_heads, local.num_kv_heads, local.head_dim, element_bytes(options.kv_dtype)
-        )
+        with ExitStack() as undo:
+            undo.callback(self._model.close)
+            engine_config = EngineConfig(
+                kv_cache_tokens=kv_cache_tokens,
+                max_model_len=min(m.max_position, capacity) if max_model_len is None else max_model_len,
+                page_size=page_size,
+                max_num_seqs=max_num_seqs,
+                token_budget=token_budget,
+                tbt_ms=tbt_ms,
+                policy=policy,
+                max_queued_requests=max_queued_requests,
+                max_queued_tokens=max_queued_tokens,
+                enable_prefix_caching=enable_prefix_caching,
+                batch_invariant=batch_invariant,
+                seed=seed,
+            )
+            if engine_config.max_model_len > m.max_position:
+                raise ValueError(f"max_model_len is {max_model_len}; this model's positions end at {m.max_position}")
+            self.engine = Engine(self._model.build(engine_config), loaded.tokenizer, engine_config)
+            local, device = loaded.model.config, loaded.model.placement.device
+            self.engine.scheduler.prefix_groups.cost = SharingCost.of(
+                device.type, local.num_qo_heads, local.num_kv_heads, local.head_dim, element_bytes(options.kv_dtype)
+            )
+            undo.pop_all()
         self._ids = itertools.count()
         self._unread: dict[str, deque[RequestDelta]] = {}  # what steps gave for each request of generate() and stream()
         self._async_engine: AsyncEngine | None = None
@@ -209,7 +184,7 @@ class LLM:
                 del self._unread[request_id]
             for request_id in unfinished:  # only after an interruption
                 self.engine.abort(request_id)
-        return [_output(p, t, deltas[i]) for p, t, i in zip(batch, token_ids, ids, strict=True)]
+        return [RequestOutput.of(p, t, deltas[i]) for p, t, i in zip(batch, token_ids, ids, strict=True)]
 
     def chat(self, messages: Sequence[dict], params: SamplingParams | None = None) -> RequestOutput:
         """Answer a conversation, through the model's chat template.
@@ -278,22 +253,3 @@ class LLM:
 
 def _is_one_prompt(prompts: Prompt | Sequence[Prompt]) -> bool:
     return isinstance(prompts, str) or (len(prompts) > 0 and all(isinstance(p, int) for p in prompts))
-
-
-def _output(prompt: Prompt, token_ids: list[int], deltas: Sequence[RequestDelta]) -> RequestOutput:
-    last = deltas[-1]
-    logprobs = [entry for delta in deltas for entry in delta.logprobs or ()]
-    return RequestOutput(
-        prompt=prompt if isinstance(prompt, str) else None,
-        prompt_token_ids=token_ids,
-        text="".join(delta.text for delta in deltas),
-        token_ids=[token for delta in deltas for token in delta.token_ids],
-        logprobs=logprobs if any(delta.logprobs is not None for delta in deltas) else None,
-        prompt_logprobs=next((d.prompt_logprobs for d in deltas if d.prompt_logprobs is not None), None),
-        finish_reason=last.finish_reason,
-        stop_reason=last.stop_reason,
-        error=last.error,
-        num_cached_tokens=last.num_cached_tokens,
-        ttft_s=None if last.first_token_s is None else last.first_token_s - last.arrival_s,
-        e2e_s=None if last.finish_s is None else last.finish_s - last.arrival_s,
-    )

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
+
 from tilestream._native import _C
 from tilestream.calibrate import use_softmax_ranges
 from tilestream.distributed.communicator import Communicator, connect
@@ -72,6 +74,8 @@ class ModelOptions:
         self._set_num_threads(place)
         device = f"cuda:{place.local_rank}" if place is not None and self.device == "cuda" else self.device
         placement = Placement.of(device, batch_invariant=self.batch_invariant)
+        if place is not None and placement.device.type == "cuda":
+            torch.cuda.set_device(placement.device)
 
         def connect_ranks(config: ModelConfig) -> Communicator:
             shared_bytes, _ = scratch_bytes(config, placement, self.most_tokens)

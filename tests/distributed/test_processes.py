@@ -214,6 +214,13 @@ def test_a_rank_that_does_not_come(monkeypatch: pytest.MonkeyPatch, code: str, w
     assert psutil.Process().children() == []
 
 
+def test_rank_0_does_not_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(RankDiedError, match="rank 0 of 2 has not come to 127.0.0.1:1 within 1 s; rank 1 ends"):
+        launch.find_rank_0(launch.Torchrun.find(2), timeout_s=1)
+
+
 def test_torchruns_number_of_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"RANK": "0", "WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)

@@ -195,15 +195,17 @@ def command(
 
     # What cannot be is told now, not after the model is loaded.
     exporter_class()
+    listener = bind(host, port)
     if replicas is not None:
         if trace is not None:
             raise typer.BadParameter("--trace is of one engine; it cannot be had with --replicas.")
         from tilestream.replicas.deployment import ReplicaOptions, serve_replicas
 
+        host, port = listener.getsockname()[:2]
+        listener.close()
         one = ReplicaOptions(llm=llm_options, model_name=served_model_name, settings=settings)
         serve_replicas(one, replicas, host=host, port=port)
         return
-    listener = bind(host, port)
     if trace_kernels and trace is None:
         raise typer.BadParameter(f"--trace-kernels {trace_kernels} needs --trace FILE")
     trace_file = None if trace is None else Trace(trace)
@@ -219,16 +221,16 @@ def command(
     if trace_kernels:
         trace_file.kernels = KernelProfiler(trace_kernels)
     llm.engine.watch.trace = trace_file
-    failed = False
     try:
         serve(
             llm.async_engine, llm.tokenizer, listener, model_name=name, max_model_len=limits.max_model_len, settings=settings
         )
-    except EngineDeadError:
-        failed = True  # the log says why
+        failed = False
+    except EngineDeadError:  # the log says why
+        failed = True
     if trace_file is not None:
         trace_file.close()
-    llm.close()
     if failed:
         sys.stderr.flush()
         os._exit(1)  # at once: the engine's thread may be in a kernel that waits for a rank that is gone
+    llm.close()

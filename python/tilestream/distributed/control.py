@@ -161,7 +161,7 @@ class StepReader:
         return plan
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Tokens:
     """A request's tokens on a rank that knows those of one step alone."""
 

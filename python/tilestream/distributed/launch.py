@@ -28,6 +28,7 @@ _JOIN_S = 120  # from the first rank's coming to the last one's
 _POLL_S = 0.2
 _COLLECTIVE_S = 600  # longer than one rank loads after another; a death is noticed at once in other ways
 LOOPBACK = "127.0.0.1"
+_LOOPBACK_INTERFACE = "lo0" if sys.platform == "darwin" else "lo"
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,9 +103,13 @@ def gather(
     import torch.distributed as dist
 
     if dist.is_initialized():
-        raise ValueError("torch.distributed is initialised in this process already; one tensor-parallel model has it to itself")
+        raise ValueError(
+            "torch.distributed is in use in this process, and a tensor-parallel model has it to itself; close() the LLM that uses it"
+        )
     torchrun = Torchrun.find(world_size)
     place = Place(0, world_size, 0, world_size) if torchrun is None else torchrun.place
+    if torchrun is None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", _LOOPBACK_INTERFACE)  # the others inherit it
     key = secrets.token_bytes(32)
     host = LOOPBACK if torchrun is None or _is_loopback(torchrun.host) else ""
     listener = Listener(host, key)

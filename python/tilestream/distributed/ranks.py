@@ -175,6 +175,7 @@ class Ranks:
                 return
             self._ending = True
         self._kill()
+        _abort_nccl()
         with self._changed:
             self.failure = RankDiedError(f"{text}; all ranks end")
             self._changed.notify_all()
@@ -239,6 +240,14 @@ class Ranks:
         with suppress(OSError):
             while living:
                 self._hear(living, [], [], None)
+
+
+def _abort_nccl() -> None:
+    """Collectives that wait for ranks that are gone return now. (Those of gloo see it themselves.)"""
+    import torch.distributed as dist
+
+    if dist.is_initialized() and "nccl" in dist.get_backend_config():
+        dist.distributed_c10d._abort_process_group()
 
 
 def in_words(error: BaseException) -> str:

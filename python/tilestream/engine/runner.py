@@ -7,7 +7,7 @@ from itertools import groupby
 
 import torch
 
-from tilestream.engine.batch import BatchBuilder, SamplingBuilder, padded_decodes
+from tilestream.engine.batch import BatchBuilder, SamplingBuilder, largest_step, padded_decodes
 from tilestream.engine.config import EngineConfig
 from tilestream.engine.logits import edit_logits, token_logprobs
 from tilestream.engine.request import Request
@@ -39,9 +39,9 @@ class LaunchedStep:
     scores: tuple[tuple[Request, int], ...] = ()
 
 
-def most_step_tokens(token_budget: int, max_num_seqs: int) -> int:
-    """Tokens of the largest step of an engine with these limits, padding included."""
-    return max(token_budget, padded_decodes(min(token_budget, max_num_seqs)))
+def most_step_tokens(config: EngineConfig) -> int:
+    """Tokens of the largest step, padding included."""
+    return largest_step(config.token_budget, config.max_num_seqs)
 
 
 class ModelRunner:
@@ -95,8 +95,7 @@ class ModelRunner:
             self.shards = VocabularyShards(self.communicator, model.shard.vocabularies)
         if self.overlaps or self.shards is not None:  # what a captured graph and other ranks point into does not move
             num_rows = max(padded_decodes(config.max_running_requests), SCORED_ROWS)
-            num_tokens = most_step_tokens(config.token_budget, config.max_num_seqs)
-            model.reserve(num_tokens, num_rows=num_rows, num_positions=max_len)
+            model.reserve(most_step_tokens(config), num_rows=num_rows, num_positions=max_len)
         self._drawn = torch.zeros(1, dtype=torch.int64, device=placement.device)  # by the step launched last
 
     @torch.inference_mode()
@@ -140,8 +139,8 @@ class ModelRunner:
         try:
             return self.model.forward(step, self.kv_caches)
         except RuntimeError:
-            if self.communicator is not None:
-                self.communicator.check()  # says it better, if a rank does not come
+            if self.communicator is not None:  # a replayed program does not say which rank has died
+                self.communicator.check()
             raise
 
     def _logits_of(self, first_row: int, num_rows: int) -> torch.Tensor | None:

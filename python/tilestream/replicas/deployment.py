@@ -26,8 +26,11 @@ from tilestream.server.settings import ServerSettings
 
 _APPLICATION = "tilestream"
 _HEALTH_S = 2  # between two looks at a replica; one that has failed is started anew
+_NO_LIMIT = 1 << 20
 _OBJECTS_BYTES = 200 << 20  # of Ray's store on a machine of our own: requests and answers are small
-_FORWARDED = ("type", "asgi", "http_version", "method", "scheme", "path", "raw_path", "query_string", "root_path", "headers", "client", "server")
+_FORWARDED = (
+    "type", "asgi", "http_version", "method", "scheme", "path", "raw_path", "query_string", "root_path", "headers", "client", "server",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,7 +135,7 @@ class Ingress:
                 yield message.get("body", b"")
 
         response = StreamingResponse(rest(), status_code=start["status"])
-        response.raw_headers = list(start["headers"])
+        response.raw_headers = [(name, value) for name, value in start["headers"] if name != b"x-request-id"]  # Ray adds it
         return response
 
 
@@ -186,5 +189,10 @@ def _application(options: ReplicaOptions, num_replicas: int) -> serve.Applicatio
         graceful_shutdown_timeout_s=options.settings.drain_timeout_s,
         request_router_config=RequestRouterConfig(request_router_class=PrefixRouter),
     )
-    ingress = serve.deployment(Ingress, max_ongoing_requests=1 << 20, ray_actor_options={"num_cpus": 0})
+    ingress = serve.deployment(
+        Ingress,
+        max_ongoing_requests=_NO_LIMIT,
+        ray_actor_options={"num_cpus": 0},
+        graceful_shutdown_timeout_s=options.settings.drain_timeout_s,
+    )
     return ingress.bind(replicas.bind(options))
