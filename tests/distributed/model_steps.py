@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from tilestream.distributed import Communicator
+from tilestream.distributed.weave import SplitRule
 from tilestream.engine.config import EngineConfig
 from tilestream.engine.engine import Engine
 from tilestream.engine.runner import ModelRunner, most_step_tokens
@@ -32,12 +33,14 @@ class Load:
     """A model, options of load_model, and how it is run.
 
     overlaps: steps are launched before the one before is read, as on a GPU.
+    split_rule: of several ranks, which steps run in two halves.
     """
 
     path: Path | str
     options: dict[str, Any] = field(default_factory=dict)
     kv_dtype: str = "float32"
     overlaps: bool = False
+    split_rule: SplitRule | None = None
 
 
 class SendingRunner(ModelRunner):
@@ -65,6 +68,8 @@ def answers(rank: Rank | None, load: Load, prompts: list[list[int]], params: lis
     loaded = load_model(load.path, **load.options, connect=_connect(rank))
     runner = (ModelRunner if rank is None else SendingRunner)(loaded.model, LIMITS, kv_dtype=load.kv_dtype)
     runner.overlaps = load.overlaps
+    if rank is not None:
+        runner.split_rule = load.split_rule
     if rank is not None and rank.from_first is not None:
         while (message := rank.from_first.recv()) is not None:
             items, prefix_groups, draws = message
