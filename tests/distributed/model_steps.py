@@ -1,7 +1,8 @@
-"""What ranks do with a model in tests: rank 0 has the engine and sends its steps to the others."""
+"""What ranks do with a model in tests: rank 0 has the engine and tells the others its steps."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +10,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from tilestream.distributed import Communicator
+import torch.distributed as dist
+from tilestream.distributed import Communicator, connect
 from tilestream.distributed.weave import SplitRule
 from tilestream.engine.config import EngineConfig
 from tilestream.engine.engine import Engine
@@ -22,10 +24,46 @@ from tilestream.models.config import ModelConfig
 from tilestream.placement import CPU
 from tilestream.sampling_params import SamplingParams
 
-from tests.distributed.ranks import Rank
 from tests.models.helpers import PagedRunner
 
 LIMITS = EngineConfig(kv_cache_tokens=2048, max_model_len=256, page_size=16, token_budget=24, max_num_seqs=8, seed=0)
+
+
+@functools.cache
+def group_of(world_size: int) -> dist.ProcessGroup:
+    """Of the first ranks; made by all of them."""
+    return dist.new_group(list(range(world_size)))
+
+
+@dataclass(frozen=True)
+class Group:
+    """The first world_size ranks, joined by `transport`. Only these do anything."""
+
+    world_size: int
+    transport: str
+
+    def run(self, rank: int, function: Callable, *args: Any) -> Any:
+        group = group_of(self.world_size)
+        return function(Member(rank, group, self.transport), *args) if rank < self.world_size else None
+
+
+@dataclass(frozen=True)
+class Member:
+    """A rank in its group."""
+
+    rank: int
+    group: dist.ProcessGroup
+    transport: str
+
+    def connect(self, config: ModelConfig) -> Communicator:
+        num_bytes = scratch_bytes(config, CPU, most_step_tokens(LIMITS))[0]
+        return connect(self.group, CPU, num_bytes=num_bytes, transport=self.transport)
+
+    def from_first(self, message: Any = None) -> Any:
+        """Rank 0's message, on all ranks."""
+        box = [message]
+        dist.broadcast_object_list(box, 0, self.group)
+        return box[0]
 
 
 @dataclass
@@ -43,39 +81,32 @@ class Load:
     split_rule: SplitRule | None = None
 
 
-class SendingRunner(ModelRunner):
+class TellingRunner(ModelRunner):
     """Rank 0's: the others get each step before it runs."""
 
-    rank: Rank
+    member: Member
 
     def launch(self, plan: StepPlan):
         items = [
             (item.request.token_ids, item.request.pages, item.start, item.num_new_tokens, item.samples) for item in plan.scheduled
         ]
-        self.rank.send((items, plan.prefix_groups, draw_plan(plan)))
+        self.member.from_first((items, plan.prefix_groups, draw_plan(plan)))
         return super().launch(plan)
 
 
-def _connect(rank: Rank | None) -> Callable[[ModelConfig], Communicator] | None:
-    """For load_model; rank None: alone."""
-    if rank is None:
-        return None
-    return lambda config: rank.connect(scratch_bytes(config, CPU, most_step_tokens(LIMITS))[0])
-
-
-def answers(rank: Rank | None, load: Load, prompts: list[list[int]], params: list[SamplingParams]) -> list | None:
-    """(tokens, logprobs, prompt's logprobs) of each prompt, in one engine; None on ranks that follow."""
-    loaded = load_model(load.path, **load.options, connect=_connect(rank))
-    runner = (ModelRunner if rank is None else SendingRunner)(loaded.model, LIMITS, kv_dtype=load.kv_dtype)
+def answers(member: Member | None, load: Load, prompts: list[list[int]], params: list[SamplingParams]) -> list | None:
+    """(tokens, logprobs, prompt's logprobs) of each prompt, in one engine; None on ranks that follow. No member: alone."""
+    loaded = load_model(load.path, **load.options, connect=member and member.connect)
+    runner = (TellingRunner if member else ModelRunner)(loaded.model, LIMITS, kv_dtype=load.kv_dtype)
     runner.overlaps = load.overlaps
-    if rank is not None:
+    if member:
         runner.split_rule = load.split_rule
-    if rank is not None and rank.from_first is not None:
-        while (message := rank.from_first.recv()) is not None:
+    if member and member.rank > 0:
+        while (message := member.from_first()) is not None:
             items, prefix_groups, draws = message
             runner.follow(StepPlan([_item(*item) for item in items], prefix_groups), draws)
-        return None
-    runner.rank = rank
+        return loaded.model.communicator.close()
+    runner.member = member
     engine = Engine(runner, loaded.tokenizer, LIMITS)
     for i, (token_ids, each) in enumerate(zip(prompts, params, strict=True)):
         engine.add_request(str(i), token_ids, each)
@@ -87,8 +118,9 @@ def answers(rank: Rank | None, load: Load, prompts: list[list[int]], params: lis
             tokens += delta.token_ids
             logprobs += delta.logprobs or []
             prompt_logprobs += delta.prompt_logprobs or []
-    if rank is not None:
-        rank.send(None)
+    if member:
+        member.from_first(None)
+        loaded.model.communicator.close()
     return results
 
 
@@ -96,10 +128,13 @@ def _item(token_ids: list[int], pages: list[int], *rest: Any) -> ScheduledReques
     return ScheduledRequest(SimpleNamespace(token_ids=token_ids, pages=pages), *rest)
 
 
-def logits(rank: Rank | None, load: Load, token_ids: list[int]) -> tuple[torch.Tensor, int]:
+def logits(member: Member | None, load: Load, token_ids: list[int]) -> tuple[torch.Tensor, int]:
     """This rank's logits of all tokens, of prefill in chunks and the last ones of decodes; and the bytes of its weights."""
-    loaded = load_model(load.path, **load.options, connect=_connect(rank))
+    loaded = load_model(load.path, **load.options, connect=member and member.connect)
     loaded.model.reserve(most_step_tokens(LIMITS), num_rows=1, num_positions=len(token_ids))
     runner, end, size = PagedRunner(loaded.model), len(token_ids) - 3, most_step_tokens(LIMITS)
     chunks = [token_ids[begin : min(begin + size, end)] for begin in range(0, end, size)] + [[token] for token in token_ids[end:]]
-    return torch.cat([runner.step({0: chunk}) for chunk in chunks]), loaded.weight_bytes
+    result = torch.cat([runner.step({0: chunk}) for chunk in chunks])
+    if member:
+        loaded.model.communicator.close()
+    return result, loaded.weight_bytes

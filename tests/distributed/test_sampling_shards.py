@@ -82,12 +82,13 @@ def test_tokens_are_those_of_whole_rows(world_size: int, top_ks: tuple[int, ...]
     ).tokens
     parts = vocabularies(world_size)
 
-    def of_rank(communicator) -> torch.Tensor:
+    def of_rank(communicator) -> torch.Tensor | None:
         shards, ids = VocabularyShards(communicator, parts), parts[communicator.rank]
-        return sample_candidates(shards.candidates(logits[:, ids.start : ids.stop], max(1, *top_ks)), s)
+        return shards.candidates(logits[:, ids.start : ids.stop], max(1, *top_ks))
 
-    for got in Gathering(world_size).run(of_rank):
-        assert torch.equal(got, want)
+    keys, *others = Gathering(world_size).run(of_rank)
+    assert others == [None] * (world_size - 1)
+    assert torch.equal(sample_candidates(keys, s), want)
     assert (want >= 0).any() and (want == -1).any()
 
 

@@ -12,9 +12,11 @@ from tilestream.layers.embedding import Embedding
 from tilestream.layers.linear import Linear
 from tilestream.models.checkpoint import QuantisedTensor, RawTensor
 from tilestream.models.errors import ModelLoadError
+from tilestream.models.gguf_reader import GgufFile
 from tilestream.models.weights import WeightLoader
 from tilestream.ops import PackedFormat
 
+from tests.models.gguf_files import finish
 from tests.models.test_weights import K, N, _blocks
 
 ROWS, HALVES = range(32, 67), [range(0, 256), range(256, K)]
@@ -118,3 +120,23 @@ def test_biases_come_once() -> None:
     stacked = loader.stacked(["w", "w"], [N, N], K, rows=rows)
     assert torch.equal(stacked.bias, bias[:64])
     assert torch.equal(values_of(stacked), tensor.values[:64])
+
+
+def test_blocks_that_the_mlp_is_cut_by(tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
+    for layer, kind in enumerate((Type.Q8_0, Type.Q6_K)):
+        writer.add_tensor(f"blk.{layer}.ffn_down.weight", _blocks(kind), raw_dtype=kind)
+    finish(writer)
+    file = GgufFile(tmp_path / "model.gguf")
+    assert WeightLoader(file, "auto", None, 0).block(["blk.0.ffn_down"]) == 32
+    assert WeightLoader(file, "auto", None, 0).block(["blk.0.ffn_down", "blk.1.ffn_down"]) == 256
+    assert WeightLoader(file, "bfloat16", None, 0).block(["blk.0.ffn_down", "blk.1.ffn_down"]) == 1
+
+
+def test_progress_is_of_the_checkpoint() -> None:
+    """Whatever part of it a rank takes."""
+    tensor, steps = RawTensor(Type.F32, torch.randn(N, K).view(torch.uint8), K), []
+    loader = WeightLoader(Held(tensor), "auto", lambda done, total: steps.append((done, total)), 8 * N * K)
+    loader.linear("w", N, K, rows=ROWS)
+    loader.linear("w", N, K, columns=HALVES[0])
+    assert steps == [(4 * N * K, 8 * N * K), (8 * N * K, 8 * N * K)]

@@ -17,7 +17,7 @@ from tilestream.models import load_model
 from tilestream.placement import CPU
 
 from tests.distributed.model_steps import LIMITS, Load
-from tests.distributed.ranks import Ranks
+from tilestream.testing.ranks import Ranks
 from tests.distributed.test_model import GREEDY, PROMPTS, draws, fmpq, group, ranks, same_answers  # noqa: F401
 
 # Every step of two tokens or more, in its middle, whatever is there.

@@ -22,7 +22,7 @@ from tilestream.engine.sampling_shards import (
 )
 from tilestream.engine.step_plan import PromptScores, SampledTokens, StepPlan
 from tilestream.engine.step_split import split_step
-from tilestream.ops import AttentionPlanner, KvCache, sample
+from tilestream.ops import KvCache, sample
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,44 +69,18 @@ class ModelRunner:
             )  # fmt: skip
             for _ in range(m.num_layers)
         ]
-        max_len = min(config.max_model_len, config.capacity_tokens)
-
-        def batch_builder(num_taken_sms: int = 0) -> BatchBuilder:
-            planners = {
-                window_left: AttentionPlanner(
-                    m.num_qo_heads,
-                    m.num_kv_heads,
-                    m.head_dim,
-                    page_size=config.page_size,
-                    window_left=window_left,
-                    batch_invariant=config.batch_invariant,
-                    device=placement.device,
-                    kv_dtype=kv_dtype,
-                    num_taken_sms=num_taken_sms,
-                )
-                for window_left in sorted(set(m.window_left))
-            }
-            return BatchBuilder(
-                planners,
-                page_size=config.page_size,
-                max_pages_per_seq=-(-max_len // config.page_size),
-                max_num_seqs=config.max_running_requests,
-                max_num_tokens=config.token_budget,
-                placement=placement,
-            )
-
-        self.batch = batch_builder()
+        self.batch = BatchBuilder.of(model, config, kv_dtype)
         self.sampling, self.few_sampling = SamplingBuilder(placement.device), SamplingBuilder(placement.device)
         self.communicator, self.shards = model.communicator, None
         self.split_rule: SplitRule | None = None  # which steps run in two halves
         if self.communicator is not None:
             self.shards = VocabularyShards(self.communicator, model.shard.vocabularies)
-            self.halves = [batch_builder(COMMUNICATION_BLOCKS) for _ in range(2)]
+            self.halves = [BatchBuilder.of(model, config, kv_dtype, num_taken_sms=COMMUNICATION_BLOCKS) for _ in range(2)]
             if self.overlaps:  # on a CPU the halves would only come one after the other
                 self.split_rule = split_rule(m, self.communicator, placement.device)
         if self.overlaps or self.shards is not None:  # what a captured graph and other ranks point into does not move
             num_rows = max(padded_decodes(config.max_running_requests), SCORED_ROWS)
-            model.reserve(most_step_tokens(config), num_rows=num_rows, num_positions=max_len)
+            model.reserve(most_step_tokens(config), num_rows=num_rows, num_positions=config.max_request_tokens)
         self._drawn = torch.zeros(1, dtype=torch.int64, device=placement.device)  # by the step launched last
 
     @torch.inference_mode()
@@ -151,7 +125,12 @@ class ModelRunner:
         step = self.batch.build(plan)
         if self.overlaps:
             self._fill_drawn(step.token_ids)
-        return self.model.forward(step, self.kv_caches)
+        try:
+            return self.model.forward(step, self.kv_caches)
+        except RuntimeError:
+            if self.communicator is not None:  # a replayed program does not say which rank has died
+                self.communicator.check()
+            raise
 
     def _forward_halves(self, plans: tuple[StepPlan, StepPlan]) -> torch.Tensor:
         halves = [builder.build(plan) for builder, plan in zip(self.halves, plans, strict=True)]

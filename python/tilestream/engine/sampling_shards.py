@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 MOST_CANDIDATES = 256  # of a rank and row; beyond it, and without top_k, rows are gathered whole
 SCORED_ROWS = 32  # prompt tokens whose logits are held at a time: 4 to 20 MB
+_BLOCK = 32  # logits that are looked at by their largest first
 _ID_BITS = (1 << 31) - 1
 
 
@@ -105,8 +106,9 @@ class VocabularyShards:
         self._first_id = vocabularies[communicator.rank].start
         self._most_ids = max(map(len, vocabularies))
 
-    def candidates(self, logits: torch.Tensor, num: int) -> torch.Tensor:
-        """The `num` largest logits of each row and rank: [num_rows, world_size * num] keys, in the order of their ids.
+    def candidates(self, logits: torch.Tensor, num: int) -> torch.Tensor | None:
+        """On rank 0 the `num` largest logits of each row and rank: [num_rows, world_size * num] keys, in the order of their
+        ids. None on others.
 
         Args:
             logits: [num_rows, this rank's tokens], float32.
@@ -115,19 +117,26 @@ class VocabularyShards:
             values, ids = logits.max(1, keepdim=True)  # the first of equal ones
             keys = _keys(values, ids + self._first_id)
         else:
-            ids = torch.arange(self._first_id, self._first_id + logits.size(1), device=logits.device)
-            keys = _keys(logits, ids).topk(min(num, logits.size(1))).values
-            keys = pad(keys, (0, num - keys.size(1)), value=_NOTHING)
-        gathered = self._communicator.all_gather(keys).transpose(0, 1).flatten(1)
+            # The k largest are in the k blocks with the largest ones.
+            blocks = _wide(logits, -(-logits.size(1) // _BLOCK) * _BLOCK, -torch.inf).unflatten(1, (-1, _BLOCK))
+            within, numbers = (torch.arange(n, device=logits.device) for n in (_BLOCK, blocks.size(1)))
+            chosen = _ids(_keys(blocks.amax(2), numbers).topk(min(num, blocks.size(1))).values).unsqueeze(2)
+            values = blocks.gather(1, chosen.expand(-1, -1, _BLOCK))
+            keys = _keys(values, chosen * _BLOCK + within + self._first_id).flatten(1)
+            keys = _wide(keys.topk(min(num, keys.size(1))).values, num, _NOTHING)
+        gathered = self._communicator.all_gather(keys)
+        if self._communicator.rank > 0:
+            return None
+        gathered = gathered.transpose(0, 1).flatten(1)
         return gathered.gather(1, _ids(gathered).argsort(1))
 
     def whole(self, logits: torch.Tensor) -> torch.Tensor | None:
-        """Rows of all tokens, [num_rows, vocab_size], on rank 0; None on others.
+        """On rank 0 the rows of all tokens, [num_rows, vocab_size]. None on others.
 
         Args:
             logits: as above.
         """
-        gathered = self._communicator.all_gather(pad(logits, (0, self._most_ids - logits.size(1))))
+        gathered = self._communicator.all_gather(_wide(logits, self._most_ids, 0.0))
         if self._communicator.rank > 0:
             return None
         parts = [part[:, : len(ids)] for part, ids in zip(gathered, self._vocabularies, strict=True)]
@@ -145,6 +154,10 @@ def sample_candidates(keys: torch.Tensor, s: SamplingInputs) -> torch.Tensor:
     ).tokens
     ids = _ids(keys).gather(1, places.clamp(min=0).unsqueeze(1)).squeeze(1)
     return ids.where(places >= 0, -1)
+
+
+def _wide(x: torch.Tensor, num_columns: int, value: float) -> torch.Tensor:
+    return pad(x, (0, num_columns - x.size(1)), value=value) if x.size(1) < num_columns else x
 
 
 # A key is a logit and its token's id in an int64, in the order of draws: larger logits first, of equal ones lower ids.

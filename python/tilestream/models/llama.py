@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from tilestream.distributed.shard import Shard
 from tilestream.distributed.two_streams import TwoStreams
 from tilestream.layers.attention import Attention
 from tilestream.layers.embedding import Embedding
@@ -24,23 +23,61 @@ from tilestream.layers.linear import Linear
 from tilestream.layers.mlp import GatedMlp
 from tilestream.layers.norm import RmsNorm
 from tilestream.layers.program import LayerPrograms
-from tilestream.layers.rope import RopeConfig, RopeTable
+from tilestream.layers.rope import RopeTable
 from tilestream.layers.scratch import Scratch, ScratchPool
 from tilestream.models.config import ModelConfig
-from tilestream.models.decoder_layer import DecoderLayer, rows_for
-from tilestream.models.weights import WeightLoader
 from tilestream.ops.kv_cache import KvCache
 from tilestream.ops.quantise import QuantisedRows
 from tilestream.placement import Placement
 
 if TYPE_CHECKING:
     from tilestream.distributed.communicator import Communicator
+    from tilestream.distributed.shard import Shard
     from tilestream.engine.batch import StepInputs
 
 # On a CPU steps of up to this many tokens are replayed from a program: in larger ones the kernels take so long that the
 # Python between them does not show.
 _MAX_PROGRAM_TOKENS = 64
 _FIRST_ROPE_ROWS = 1024  # tokens; doubled whenever a longer sequence comes
+
+
+class DecoderLayer:
+    """One layer. With post norms (Gemma) each branch is normalised again before it joins the residual stream."""
+
+    def __init__(
+        self,
+        attention: Attention,
+        mlp: GatedMlp,
+        *,
+        attn_norm: RmsNorm,
+        mlp_norm: RmsNorm,
+        post_attn_norm: RmsNorm | None,
+        post_mlp_norm: RmsNorm | None,
+    ) -> None:
+        self.attention, self.mlp = attention, mlp
+        self.attn_norm, self.mlp_norm = attn_norm, mlp_norm
+        self.post_attn_norm, self.post_mlp_norm = post_attn_norm, post_mlp_norm
+
+    def stages(self, buf: Scratch, step: StepInputs, cache: KvCache) -> Iterator[None]:
+        """The layer, which yields where norms, in which ranks communicate, and computation take turns."""
+        x, residual, channel = buf.x, buf.residual, buf.channel
+        normed = self.attn_norm.add(x, residual, _rows_for(self.attention.qkv, buf), channel=channel)
+        yield
+        self.attention(normed, buf, step, cache)
+        yield
+        if self.post_attn_norm is not None:
+            self.post_attn_norm(x, channel=channel)
+        normed = self.mlp_norm.add(x, residual, _rows_for(self.mlp.gate_up, buf), channel=channel)
+        yield
+        self.mlp(normed, buf)
+        yield
+        if self.post_mlp_norm is not None:
+            self.post_mlp_norm(x, channel=channel)
+
+
+def _rows_for(reader: Linear | StackedLinear, buf: Scratch) -> QuantisedRows | None:
+    """Where a norm writes the integers that `reader` takes; None if it takes floats."""
+    return buf.x_int8.with_k4(reader.k4) if reader.takes_int8 and buf.x_int8 is not None else None
 
 
 def _rows_of(x: torch.Tensor | QuantisedRows, rows: torch.Tensor) -> torch.Tensor | QuantisedRows:
@@ -119,10 +156,10 @@ class LlamaModel:
 
     @torch.inference_mode()
     def forward_halves(self, halves: Sequence[StepInputs], kv_caches: Sequence[KvCache]) -> torch.Tensor:
-        """Run one step in two halves, in which the one communicates while the other computes: forward() of both together.
+        """Run one step in two halves, of which one communicates while the other computes: forward() of both together.
 
         Args:
-            halves: the step's tokens in their order (tilestream.engine.step_split); of ranks, so there is a communicator.
+            halves: the step's tokens in their order (tilestream.engine.step_split). Only ranks have such steps.
             kv_caches: one per layer.
         """
         self._reach(max(half.max_position for half in halves))
@@ -178,18 +215,18 @@ class LlamaModel:
                 self._project(buf.x, buf.residual, logits)
 
     def _stages(self, buf: Scratch, step: StepInputs, kv_caches: Sequence[KvCache]) -> Iterator[None]:
-        """The layers, which yield where communication and computation take turns, communication first and last. What ranks
-        have of the final norm's rows they need together, so there all rows get it."""
+        """The layers, which yield where communication and computation take turns; communication is first and last. Several
+        ranks do the final norm here, too, of all rows, for they do it together."""
         if self.communicator is not None and self.config.post_norms:  # norms that add get a whole x there
             self.communicator.allreduce_rmsnorm(buf.x, None, None, eps=self.norm.eps, channel=buf.channel)
         for layer, cache in zip(self.layers, kv_caches, strict=True):
             yield from layer.stages(buf, step, cache)
         if self.communicator is not None:
-            self.norm.add(buf.x, buf.residual, rows_for(self.lm_head, buf), channel=buf.channel)
+            self.norm.add(buf.x, buf.residual, _rows_for(self.lm_head, buf), channel=buf.channel)
 
     def _normed(self, buf: Scratch) -> torch.Tensor | QuantisedRows:
         """Where ranks' final norm has left its rows."""
-        return rows_for(self.lm_head, buf) or buf.x
+        return _rows_for(self.lm_head, buf) or buf.x
 
     def _project(self, x: torch.Tensor, residual: torch.Tensor, logits: torch.Tensor) -> None:
         """Final norm and output projection: only of rows that are wanted, for the vocabulary is the widest matrix."""
@@ -221,77 +258,3 @@ class LlamaModel:
         for rope in self._ropes:
             rope.grow(self._rope_rows)
         self._programs.clear()
-
-
-def build_model(config: ModelConfig, weights: WeightLoader, communicator: Communicator | None = None) -> LlamaModel:
-    """Assemble a model, or a rank's part of it, from a checkpoint's weights.
-
-    Args:
-        config: the whole model's shape.
-        weights: reads and packs tensors; names are GGUF's.
-        communicator: of the ranks; None: there is one.
-    Raises:
-        ModelLoadError: a tensor is missing, surplus, or of another shape than `config` implies; or it cannot be cut for so
-            many ranks.
-    """
-    rank, world_size = (0, 1) if communicator is None else (communicator.rank, communicator.world_size)
-    block = weights.block([f"blk.{i}.ffn_down" for i in range(config.num_layers)]) if world_size > 1 else 1
-    shard = Shard.of(config, rank, world_size, block=block)
-    hidden, eps = config.hidden_size, config.rms_eps
-    ropes = {rope: RopeTable(rope, weights.placement.device) for rope in map(config.layer_rope, range(config.num_layers))}
-    tokens = shard.vocabulary
-    table = weights.linear("token_embd", config.vocab_size, hidden, rows=tokens)
-    layers = [_build_layer(config, weights, i, ropes, shard, communicator) for i in range(config.num_layers)]
-    norm = RmsNorm(weights.vector("output_norm.weight", hidden), eps, None if config.post_norms else communicator)
-    lm_head = table if config.tied_embeddings else weights.linear("output", config.vocab_size, hidden, rows=tokens)
-    weights.check_all_used()
-    embedding = Embedding(table.weight, config.embedding_scale, tokens if world_size > 1 else None)
-    return LlamaModel(
-        shard.local_config(config), embedding, layers, norm, lm_head, list(ropes.values()), weights.placement, shard, communicator
-    )
-
-
-def _build_layer(
-    config: ModelConfig,
-    weights: WeightLoader,
-    layer_idx: int,
-    ropes: dict[RopeConfig, RopeTable],
-    shard: Shard,
-    communicator: Communicator | None,
-) -> DecoderLayer:
-    hidden, inner, prefix = config.hidden_size, config.intermediate_size, f"blk.{layer_idx}."
-    q_rows, kv_rows = shard.q_rows(config), shard.kv_rows(config)
-    # The norm that follows attention and MLP directly adds what ranks have of their results.
-    branch_end, branch_begin = (communicator, None) if config.post_norms else (None, communicator)
-
-    def norm(name: str, size: int, communicator: Communicator | None = None) -> RmsNorm:
-        return RmsNorm(weights.vector(f"{prefix}{name}.weight", size), config.rms_eps, communicator)
-
-    attention = Attention(
-        weights.stacked(
-            [prefix + "attn_q", prefix + "attn_k", prefix + "attn_v"],
-            [config.qo_size, config.kv_size, config.kv_size],
-            hidden,
-            rows=[q_rows, kv_rows, kv_rows],
-        ),
-        weights.linear(prefix + "attn_output", hidden, config.qo_size, columns=q_rows),
-        q_norm=norm("attn_q_norm", config.head_dim) if config.qk_norm else None,
-        k_norm=norm("attn_k_norm", config.head_dim) if config.qk_norm else None,
-        rope=ropes[config.layer_rope(layer_idx)],
-        window_left=config.window_left[layer_idx],
-        sm_scale=config.sm_scale,
-        logits_soft_cap=config.logits_soft_cap,
-    )
-    mlp = GatedMlp(
-        weights.stacked([prefix + "ffn_gate", prefix + "ffn_up"], [inner, inner], hidden, rows=[shard.columns] * 2),
-        weights.linear(prefix + "ffn_down", hidden, inner, columns=shard.columns),
-        config.activation,
-    )
-    return DecoderLayer(
-        attention,
-        mlp,
-        attn_norm=norm("attn_norm", hidden, branch_begin),
-        mlp_norm=norm("ffn_norm", hidden, branch_begin),
-        post_attn_norm=norm("post_attention_norm", hidden, branch_end) if config.post_norms else None,
-        post_mlp_norm=norm("post_ffw_norm", hidden, branch_end) if config.post_norms else None,
-    )

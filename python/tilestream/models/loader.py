@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tilestream.models.build import build_model
 from tilestream.models.checkpoint import Checkpoint
 from tilestream.models.config import ModelConfig
 from tilestream.models.config_gguf import config_from_gguf
@@ -20,7 +21,7 @@ from tilestream.models.gguf_tokenizer import tokenizer_from_gguf
 from tilestream.models.hf_checkpoint import HfCheckpoint, read_json
 from tilestream.models.hf_quantised import quantisation_of
 from tilestream.models.hf_tokenizer import tokenizer_from_hf
-from tilestream.models.llama import LlamaModel, build_model
+from tilestream.models.llama import LlamaModel
 from tilestream.models.tokenizer import Tokenizer
 from tilestream.models.weights import ACT_BITS, DTYPES, Progress, WeightLoader
 from tilestream.placement import CPU, Placement
