@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,6 +24,7 @@ from tilestream.models.config import ModelConfig
 from tilestream.placement import CPU
 from tilestream.sampling_params import SamplingParams
 
+from bench import tune_weave
 from tests.models.helpers import PagedRunner
 
 LIMITS = EngineConfig(kv_cache_tokens=2048, max_model_len=256, page_size=16, token_budget=24, max_num_seqs=8, seed=0)
@@ -138,3 +139,10 @@ def logits(member: Member | None, load: Load, token_ids: list[int]) -> tuple[tor
     if member:
         loaded.model.communicator.close()
     return result, loaded.weight_bytes
+
+
+def cut_times(member: Member, path: Path, rule: SplitRule) -> tune_weave.Times:
+    """What bench/tune_weave.py measures, of ranks on a CPU."""
+    model = load_model(path, dtype="float32", connect=member.connect).model
+    limits = replace(LIMITS, page_size=tune_weave.PAGE_SIZE)
+    return tune_weave.measure(ModelRunner(model, limits, kv_dtype="float32"), rule, (8, 24), rounds=2)

@@ -16,7 +16,8 @@ from tilestream.engine.runner import ModelRunner
 from tilestream.models import load_model
 from tilestream.placement import CPU
 
-from tests.distributed.model_steps import LIMITS, Load
+from bench import tune_weave
+from tests.distributed.model_steps import LIMITS, Group, Load, cut_times
 from tilestream.testing.ranks import Ranks
 from tests.distributed.test_model import GREEDY, PROMPTS, draws, fmpq, group, ranks, same_answers  # noqa: F401
 
@@ -25,18 +26,18 @@ EVERYWHERE = SplitRule(Tiling(num_sms=1, rows=1, columns=64), (Gemm(64, 64),), m
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3"])  # gemma3: norms after attention and MLP, and windows
-def test_split_steps_on_ranks(name: str, group: dict, ranks: Ranks, hf_model) -> None:  # noqa: F811
+def test_split_steps_on_ranks(name: str, group: Group, ranks: Ranks, hf_model) -> None:  # noqa: F811
     same_answers(ranks, Load(hf_model(name)[1], {"dtype": "float32"}, split_rule=EVERYWHERE), [GREEDY] * 4, group)
 
 
 @pytest.mark.parametrize("overlaps", [False, True])
-def test_draws_of_split_steps(overlaps: bool, group: dict, ranks: Ranks, hf_model) -> None:  # noqa: F811
+def test_draws_of_split_steps(overlaps: bool, group: Group, ranks: Ranks, hf_model) -> None:  # noqa: F811
     load = Load(hf_model("qwen3")[1], {"dtype": "float32"}, overlaps=overlaps, split_rule=EVERYWHERE)
     same_answers(ranks, load, draws(5), group)
 
 
 @pytest.mark.parametrize("act_bits", ["4", "8"])
-def test_split_steps_of_4_bit_weights(act_bits: str, group: dict, ranks: Ranks, fmpq: Path) -> None:  # noqa: F811
+def test_split_steps_of_4_bit_weights(act_bits: str, group: Group, ranks: Ranks, fmpq: Path) -> None:  # noqa: F811
     same_answers(ranks, Load(fmpq, {"act_bits": act_bits}, split_rule=EVERYWHERE), [GREEDY] * 4, group)
 
 
@@ -178,3 +179,18 @@ def test_a_half_that_fails_fails_the_step() -> None:
 
     with pytest.raises(ValueError, match="a kernel failed"):
         TwoStreams(CPU.device).run([failing(), failing()])
+
+
+def test_cuts_are_measured(ranks: Ranks, hf_model) -> None:  # noqa: F811
+    first, second, *_ = ranks.call(Group(2, "shared memory").run, cut_times, hf_model("llama")[1], EVERYWHERE)
+    assert first == second  # of the slowest rank
+    assert first.keys() == {8, 24}
+    for row in first.values():
+        assert row.keys() == {tune_weave.WHOLE, *tune_weave.OFFSETS} and min(row.values()) > 0
+
+
+def test_the_best_cuts() -> None:
+    whole, late = {tune_weave.WHOLE: 1.0}, dict.fromkeys(tune_weave.OFFSETS, 2.0)
+    times = {512: whole | late | {0: 0.9}, 1024: whole | late, 2048: whole | late | {128: 0.8, 0: 0.9}, 4096: whole | late | {-128: 0.9}}
+    assert tune_weave.best(times) == {"min_tokens": 2048, "offsets": {"2048": 128, "4096": -128}}
+    assert tune_weave.best({512: whole | late}) == {"min_tokens": tune_weave.NEVER, "offsets": {}}
