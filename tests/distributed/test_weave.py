@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
-import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tilestream.distributed.weave import (
@@ -14,15 +15,14 @@ from tilestream.distributed.weave import (
     Gemm,
     SplitRule,
     Tiling,
-    linears,
+    agreed_rule,
+    layer_gemms,
     measured_rules,
     middle_of,
-    rule_for,
     shape_key,
     split_point,
 )
-from tilestream.models.config import ModelConfig
-from tilestream.models.config_hf import read_hf_config
+from tilestream.placement import CPU
 
 LLAMA_70B_TP8 = (Gemm(1280, 8192), Gemm(8192, 1024), Gemm(7168, 8192), Gemm(8192, 3584))
 
@@ -41,12 +41,12 @@ def test_waves_are_counted() -> None:
 
 
 def test_a_cut_that_loses_no_wave_is_found() -> None:
-    """14 waves and one row of tiles: the middle would make 8 + 8 of them."""
+    """In the middle both halves begin a wave that they do not fill."""
     gemm, tiling = Gemm(7168, 8192), Tiling(num_sms=128)
-    num_tokens = 8192 + 128
-    assert tiling.num_waves(num_tokens, gemm) == 15
-    assert lost(num_tokens, 4224, (gemm,), tiling) == [0] and lost(num_tokens, 4352, (gemm,), tiling) == [1]
-    assert split_point(num_tokens, (gemm,), tiling) == 4224
+    assert tiling.num_waves(6144, gemm) == 11 and tiling.num_waves(3072, gemm) == 6
+    assert tiling.num_waves(3328, gemm) == 6 and tiling.num_waves(6144 - 3328, gemm) == 5
+    assert lost(6144, 3200, (gemm,), tiling) == [1]
+    assert split_point(6144, (gemm,), tiling) == 3328
 
 
 def test_the_middle_of_equals() -> None:
@@ -87,29 +87,35 @@ def test_measured_offsets_go_first() -> None:
     assert rule.first_tokens(3) == 2  # each half keeps a token
 
 
-def config_70b(tmp_path: Path) -> ModelConfig:
-    path = tmp_path / "config.json"
-    path.write_text(
-        json.dumps(
-            {
-                "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 128256, "hidden_size": 8192,
-                "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8,
-                "rms_norm_eps": 1e-5, "max_position_embeddings": 8192, "rope_theta": 500000.0, "hidden_act": "silu",
-                "tie_word_embeddings": False,
-            }
-        )
-    )  # fmt: skip
-    return read_hf_config(path)
+RANK_OF_70B = SimpleNamespace(hidden_size=8192, qo_size=1024, kv_size=128, intermediate_size=3584)
+
+
+class Ranks:
+    """Seven ranks like this one, and a last one that gathers what it is told, call by call; None: the same."""
+
+    world_size = 8
+
+    def __init__(self, last: list[list[int] | None]) -> None:
+        self.last = [*last, None, None]
+
+    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
+        last = self.last.pop(0)
+        return torch.stack([x] * 7 + [x if last is None else torch.tensor(last)])
 
 
 def test_the_table_is_by_device_and_shape(tmp_path: Path) -> None:
     table = tmp_path / "splits.json"
-    shape = "8192x28672 heads 64/8x128 tp8"
-    table.write_text(json.dumps({"GPU A": {shape: {"min_tokens": 2048, "offsets": {"4096": 128}}}}))
-    rule = rule_for("GPU A", shape, LLAMA_70B_TP8, Tiling(124), table)
+    measured = {"min_tokens": 2048, "offsets": {"4096": 128}}
+    table.write_text(json.dumps({"GPU A": {shape_key(8192, 8192, 28672, 8): measured}}))
+    rule = agreed_rule(RANK_OF_70B, Ranks([]), CPU.device, "GPU A", 132, table)
+    assert rule == SplitRule(Tiling(124), LLAMA_70B_TP8, min_tokens=2048, offsets={4096: 128})
     assert rule.first_tokens(2047) == 0 and rule.first_tokens(4096) == 2048 + 128
-    for device, key in (("GPU B", shape), ("GPU A", "another")):
-        assert rule_for(device, key, LLAMA_70B_TP8, Tiling(124), table) == SplitRule(Tiling(124), LLAMA_70B_TP8)
+    by_waves = SplitRule(Tiling(124), LLAMA_70B_TP8)
+    assert agreed_rule(RANK_OF_70B, Ranks([]), CPU.device, "GPU B", 132, table) == by_waves
+    # The last rank has measured nothing; or it has another GPU, and a larger part of the MLP.
+    assert agreed_rule(RANK_OF_70B, Ranks([None, [1]]), CPU.device, "GPU A", 132, table) == by_waves
+    other = agreed_rule(RANK_OF_70B, Ranks([[1024, 128, 4096, 78], None]), CPU.device, "GPU A", 132, table)
+    assert other == SplitRule(Tiling(70), layer_gemms(8192, 1024, 128, 4096))
 
 
 def test_the_shipped_table_can_be_read() -> None:

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tilestream.distributed.weave import Gemm, Tiling
+from tilestream.distributed.weave import Gemm, Tiling, layer_gemms
 
 _FOLDER = Path(__file__).parent
 BUILT_IN = {"h100x8-llama3-70b": _FOLDER / "overlap_h100x8_llama3_70b.json"}
@@ -96,7 +96,7 @@ class OverlapCosts:
 
     def gemm(self, name: str, num_tokens: int) -> Work:
         """By the tile that is fastest on all SMs, as a library chooses it."""
-        gemm = self._gemms()[name]
+        gemm = dict(zip(("qkv", "o", "gate_up", "down"), self.gemms(), strict=True))[name]
         return min((self._tiled(name, gemm, num_tokens, tile) for tile in self.tiles), key=self._alone_s)
 
     def attention(self, start: int, num_tokens: int, num_sms: int) -> Work:
@@ -124,14 +124,7 @@ class OverlapCosts:
         return _interpolated(points, num_tokens), _interpolated(self.norm, num_tokens)
 
     def gemms(self) -> tuple[Gemm, ...]:
-        return tuple(self._gemms().values())
-
-    def _gemms(self) -> dict[str, Gemm]:
-        hidden, inner = self.hidden_size, self.intermediate_size
-        return {
-            "qkv": Gemm(self.qo_size + 2 * self.kv_size, hidden), "o": Gemm(hidden, self.qo_size),
-            "gate_up": Gemm(2 * inner, hidden), "down": Gemm(hidden, inner),
-        }  # fmt: skip
+        return layer_gemms(self.hidden_size, self.qo_size, self.kv_size, self.intermediate_size)
 
     def _tiled(self, name: str, gemm: Gemm, num_tokens: int, tile: tuple[int, int, float]) -> Work:
         rows, columns, share = tile

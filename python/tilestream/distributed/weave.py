@@ -9,11 +9,16 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Sequence
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from tilestream.models.config import ModelConfig
+import torch
+
+if TYPE_CHECKING:
+    from tilestream.distributed.communicator import Communicator
+    from tilestream.models.config import ModelConfig
 
 TABLE = Path(__file__).parent / "weave_splits.json"
 
@@ -83,13 +88,9 @@ def split_point(num_tokens: int, gemms: tuple[Gemm, ...], tiling: Tiling) -> int
     return min(cuts, key=lambda first: (lost(first), abs(2 * first - num_tokens), -first), default=-(-num_tokens // 2))
 
 
-def linears(config: ModelConfig) -> tuple[Gemm, ...]:
-    """The GEMMs of one layer, q, k and v as one, gate and up as one. `config`: of one rank (shard.py)."""
-    hidden, inner = config.hidden_size, config.intermediate_size
-    return (
-        Gemm(config.qo_size + 2 * config.kv_size, hidden), Gemm(hidden, config.qo_size), Gemm(2 * inner, hidden),
-        Gemm(hidden, inner),
-    )  # fmt: skip
+def layer_gemms(hidden: int, qo: int, kv: int, inner: int) -> tuple[Gemm, ...]:
+    """The linears of a layer with outputs of these sizes: q, k and v as one, o, gate and up as one, down."""
+    return Gemm(qo + 2 * kv, hidden), Gemm(hidden, qo), Gemm(2 * inner, hidden), Gemm(hidden, inner)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,12 +119,6 @@ class SplitRule:
         return min(max(middle_of(num_tokens, self.tiling.rows) + self.offsets[nearest], 1), num_tokens - 1)
 
 
-def shape_key(config: ModelConfig, world_size: int) -> str:
-    """What the table calls a model on so many ranks, whose shape as a whole is `config`'s."""
-    heads = f"{config.num_qo_heads}/{config.num_kv_heads}x{config.head_dim}"
-    return f"{config.hidden_size}x{config.intermediate_size} heads {heads} tp{world_size}"
-
-
 def measured_rules(table: Path = TABLE) -> dict[str, dict[str, dict]]:
     """The table: device name -> shape_key -> min_tokens and offsets, as SplitRule takes them."""
     devices = json.loads(table.read_text())
@@ -136,6 +131,37 @@ def measured_rules(table: Path = TABLE) -> dict[str, dict[str, dict]]:
     }
 
 
-def rule_for(device_name: str, shape: str, gemms: Sequence[Gemm], tiling: Tiling, table: Path = TABLE) -> SplitRule:
-    """The rule for a model's shape on a device: as measured, else by waves."""
-    return SplitRule(tiling, tuple(gemms), **measured_rules(table).get(device_name, {}).get(shape, {}))
+def split_rule(config: ModelConfig, communicator: Communicator, device: torch.device, table: Path = TABLE) -> SplitRule:
+    """The one rule of all ranks, who call this together: by the largest of their shards and the fewest SMs; as measured where all
+    of them have the same measurement, else by waves.
+
+    Args:
+        config: of this rank's layers.
+        device: of the model, a GPU.
+    """
+    properties = torch.cuda.get_device_properties(device)
+    return agreed_rule(config, communicator, device, properties.name, properties.multi_processor_count, table)
+
+
+def agreed_rule(
+    config: ModelConfig, communicator: Communicator, device: torch.device, device_name: str, num_sms: int, table: Path = TABLE
+) -> SplitRule:
+    """split_rule() on a device of this name and so many SMs."""
+
+    def gather(*numbers: int) -> list[list[int]]:
+        return communicator.all_gather(torch.tensor(numbers, device=device)).tolist()
+
+    sizes = gather(config.qo_size, config.kv_size, config.intermediate_size, num_sms)
+    qo, kv, inner, _ = (max(column) for column in zip(*sizes, strict=True))
+    fewest_sms = min(row[3] for row in sizes)
+    shape = shape_key(config.hidden_size, sum(row[0] for row in sizes), sum(row[2] for row in sizes), communicator.world_size)
+    measured = measured_rules(table).get(device_name, {}).get(shape, {})
+    if len(set(map(tuple, gather(zlib.crc32(repr(measured).encode()))))) > 1:
+        measured = {}
+    tiling = Tiling.beside(COMMUNICATION_BLOCKS, fewest_sms)
+    return SplitRule(tiling, layer_gemms(config.hidden_size, qo, kv, inner), **measured)
+
+
+def shape_key(hidden: int, qo: int, inner: int, world_size: int) -> str:
+    """What the table calls a model of these sizes, as a whole, on so many ranks."""
+    return f"hidden {hidden}, heads {qo}, inner {inner}, tp {world_size}"

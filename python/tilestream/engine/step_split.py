@@ -18,12 +18,13 @@ def split_step(plan: StepPlan, num_first: int) -> tuple[StepPlan, StepPlan]:
 
     Args:
         plan: a step.
-        num_first: tokens of the first half, 1..plan.num_tokens - 1.
+        num_first: tokens of the first half.
     Raises:
         ValueError: a half would be empty.
     """
-    if not 0 < num_first < plan.num_tokens:
-        raise ValueError(f"num_first is {num_first}; a step of {plan.num_tokens} tokens is cut at 1..{plan.num_tokens - 1}")
+    num_tokens = sum(item.num_new_tokens for item in plan.scheduled)  # a rank that follows has no counts
+    if not 0 < num_first < num_tokens:
+        raise ValueError(f"num_first is {num_first}; a step of {num_tokens} tokens is cut at 1..{num_tokens - 1}")
     first, second = StepPlan(), StepPlan()
     left = num_first
     num_whole = 0  # requests that are in the first half alone
