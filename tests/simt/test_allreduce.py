@@ -181,10 +181,10 @@ def check(group: Group, num_tokens_of_calls: list[int], seed: int, *, with_resid
 @each_world
 def test_against_float64(world_size: int, multicast: bool, dtype: torch.dtype, seed: int) -> None:
     """Rows of a warp, not of whole vectors, of 256 threads, and longer than these hold; one token and odd numbers of them."""
-    for hidden, num_tokens in ((64, [1, 33]), (1003, [world_size - 1, 1, 5]), (1536, [9]), (4096 * (8 // dtype.itemsize) + 264, [1])):
-        for with_residual in (False, True):
-            with make_group(world_size, max(num_tokens), hidden, dtype, multicast=multicast) as group:
-                check(group, num_tokens, seed, with_residual=with_residual)
+    longest = 4096 * 8 // dtype.itemsize + 264
+    for i, (hidden, num_tokens) in enumerate(((64, [1, 33]), (1003, [5, world_size - 1]), (1536, [9]), (longest, [1]))):
+        with make_group(world_size, max(num_tokens), hidden, dtype, multicast=multicast) as group:
+            check(group, num_tokens, seed, with_residual=(i + seed) % 2 == 0)
 
 
 @each_seed
@@ -197,7 +197,7 @@ def test_many_tokens(world_size: int, multicast: bool, seed: int) -> None:
 
 
 @each_transport
-@each_world
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5, 8])
 def test_plain_all_reduce(world_size: int, multicast: bool) -> None:
     for dtype, num_tokens, hidden in ((torch.float16, 5, 520), (torch.bfloat16, 3, 2048), (torch.float32, 2, 33)):
         with make_group(world_size, num_tokens, hidden, dtype, multicast=multicast) as group:
