@@ -6,6 +6,7 @@
 
 #include "api/program.h"
 #include "cpu/common/cpus.h"
+#include "cpu/common/rank_signals.h"
 #include "cpu/common/thread_pool.h"
 #include "cpu/dispatch.h"
 #include "tilestream/attention_tiles.h"
@@ -38,6 +39,10 @@ PYBIND11_MODULE(_C, m) {
         tilestream::cpu::set_num_threads(num);
       },
       pybind11::arg("num"));
+  m.attr("signal_bytes") = tilestream::kSignalBytes;  // of a rank's block (allreduce.h), and what the words in it mean
+  m.attr("pid_offset") = tilestream::cpu::kPidOffset;
+  m.attr("fault_offset") = tilestream::cpu::kFaultOffset;
+  m.def("fault_text", &tilestream::cpu::fault_text, pybind11::arg("fault"), pybind11::arg("world_size"), pybind11::arg("timeout_ms"));
   using tilestream::AttentionTile;
   pybind11::class_<AttentionTile>(m, "AttentionTile", "A row of the table of the Hopper attention's tiles (attention_tiles.h).")
       .def_readonly("wide_groups", &AttentionTile::wide_groups)

@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <stdexcept>
 
+#include "tilestream/allreduce.h"
 #include "tilestream/append_kv.h"
 #include "tilestream/attention.h"
 #include "tilestream/linear.h"

@@ -17,6 +17,7 @@
   X(embedding, EmbeddingParams)          \
   X(rms_norm, RmsNormParams)             \
   X(act_and_mul, ActAndMulParams)        \
+  X(allreduce_rmsnorm, AllReduceRmsNormParams) \
   X(sample, SampleParams)
 
 namespace tilestream::cpu {

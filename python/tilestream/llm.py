@@ -8,19 +8,15 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from tilestream._native import _C
-from tilestream.calibrate import use_softmax_ranges
 from tilestream.engine.async_engine import AsyncEngine
 from tilestream.engine.config import EngineConfig
 from tilestream.engine.engine import Engine
 from tilestream.engine.errors import QueueFullError
 from tilestream.engine.prefix_groups import SharingCost
 from tilestream.engine.request import FinishReason, RequestDelta, TokenLogprobs
-from tilestream.engine.runner import ModelRunner
-from tilestream.kv_size import default_kv_cache_tokens, element_bytes, kv_token_bytes
-from tilestream.models import load_model
-from tilestream.ops.kv_cache import KV_DTYPES
-from tilestream.placement import Placement
+from tilestream.engine.runner import most_step_tokens
+from tilestream.kv_size import element_bytes, kv_token_bytes
+from tilestream.loading import ModelOptions, load
 from tilestream.sampling_params import SamplingParams
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
@@ -74,7 +70,10 @@ class LLM:
         act_bits: of the activations that meet quantised weights: "auto", "4", "8" or "16": see load_model.
         softmax_ranges: a file of tilestream.calibrate, from which layers get the maximum that decodes on CUDA weigh by;
             None: the online softmax.
-        num_threads: CPU threads; None: TILESTREAM_NUM_THREADS, or one for every core this process may use.
+        tensor_parallel_size: ranks that have a part of the model each, on GPUs of their own or sharing the CPU: processes that
+            this one starts, or that torchrun has started; there other ranks than 0 do not return from here.
+        num_threads: CPU threads; None: TILESTREAM_NUM_THREADS, or one for every core this process may use. Of each rank: then
+            an even share of the cores.
         progress: called with (done, total) bytes while loading.
     Attributes:
         name, tokenizer, config, engine: of the model that was loaded.
@@ -82,6 +81,7 @@ class LLM:
     Raises:
         ModelLoadError: the model cannot be found or read, with the file and what is wrong.
         ValueError: an option that is not allowed, with its value and what is.
+        RankDiedError: a rank has died, or has not come; from here on any call that runs steps may raise it.
     """
 
     def __init__(
@@ -105,28 +105,33 @@ class LLM:
         batch_invariant: bool = False,
         seed: int | None = None,
         softmax_ranges: str | os.PathLike | None = None,
+        tensor_parallel_size: int = 1,
         num_threads: int | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
-        if num_threads is not None:
-            _C.set_num_threads(num_threads)
-        if kv_dtype == "auto":
-            kv_dtype = "float32" if dtype == "float32" else "bfloat16"
-        if kv_dtype not in KV_DTYPES:
-            raise ValueError(f"kv_dtype is {kv_dtype!r}; supported: auto, {', '.join(KV_DTYPES)}")
-        placement = Placement.of(device, batch_invariant=batch_invariant)
-        loaded = load_model(os.fspath(model), dtype=dtype, act_bits=act_bits, progress=progress, placement=placement)
-        if softmax_ranges is not None:
-            use_softmax_ranges(loaded.model, softmax_ranges, kv_dtype=kv_dtype)
-        m = loaded.model.config
+        options = ModelOptions(
+            model=os.fspath(model),
+            device=device,
+            dtype=dtype,
+            kv_dtype=("float32" if dtype == "float32" else "bfloat16") if kv_dtype == "auto" else kv_dtype,
+            act_bits=act_bits,
+            page_size=page_size,
+            batch_invariant=batch_invariant,
+            softmax_ranges=softmax_ranges,
+            num_threads=num_threads,
+            most_tokens=most_step_tokens(token_budget, max_num_seqs),
+            tensor_parallel_size=tensor_parallel_size,
+        )
+        self._model = load(options, progress)
+        loaded, m = self._model.loaded, self._model.loaded.config
         if kv_cache_tokens is None:
-            kv_cache_tokens = default_kv_cache_tokens(m, kv_dtype, page_size, placement.device)
+            kv_cache_tokens = self._model.room_tokens
         capacity = kv_cache_tokens // max(1, page_size) * page_size
         self.name = loaded.name
         self.tokenizer = loaded.tokenizer
         self.config = m
-        self.weight_bytes = loaded.weight_bytes
-        self.kv_token_bytes = kv_token_bytes(m, kv_dtype)
+        self.weight_bytes = self._model.weight_bytes
+        self.kv_token_bytes = kv_token_bytes(m, options.kv_dtype)
         engine_config = EngineConfig(
             kv_cache_tokens=kv_cache_tokens,
             max_model_len=min(m.max_position, capacity) if max_model_len is None else max_model_len,
@@ -143,10 +148,10 @@ class LLM:
         )
         if engine_config.max_model_len > m.max_position:
             raise ValueError(f"max_model_len is {max_model_len}; this model's positions end at {m.max_position}")
-        runner = ModelRunner(loaded.model, engine_config, kv_dtype=kv_dtype)
-        self.engine = Engine(runner, loaded.tokenizer, engine_config)
+        self.engine = Engine(self._model.build(engine_config), loaded.tokenizer, engine_config)
+        local, device = loaded.model.config, loaded.model.placement.device
         self.engine.scheduler.prefix_groups.cost = SharingCost.of(
-            placement.device.type, m.num_qo_heads, m.num_kv_heads, m.head_dim, element_bytes(kv_dtype)
+            device.type, local.num_qo_heads, local.num_kv_heads, local.head_dim, element_bytes(options.kv_dtype)
         )
         self._ids = itertools.count()
         self._unread: dict[str, deque[RequestDelta]] = {}  # what steps gave for each request of generate() and stream()
@@ -160,7 +165,14 @@ class LLM:
         """
         if self._async_engine is None:
             self._async_engine = AsyncEngine(self.engine)
+            self._model.on_failure(self._async_engine.fail)
         return self._async_engine
+
+    def close(self) -> None:
+        """End the other ranks, where there are some. The end of the process does it, too."""
+        if self._async_engine is not None:
+            self._async_engine.shutdown()
+        self._model.close()
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None

@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "cpu/common/cpus.h"
+#include "cpu/common/pause.h"
 
 namespace tilestream::cpu {
 namespace {
@@ -27,14 +28,6 @@ constexpr int kSpinsBeforeSleep = 4000;
 // A thread that waits for another's work yields sooner: the other may need this very CPU.
 constexpr int kSpinsBeforeYield = 400;
 constexpr int kMaxThreads = 256;
-
-inline void pause_cpu() {
-#if defined(__x86_64__)
-  __builtin_ia32_pause();
-#elif defined(__aarch64__)
-  asm volatile("yield");
-#endif
-}
 
 // An environment variable's whole number, or `otherwise` where it is not set.
 int read_environment(const char* name, int lowest, int highest, int otherwise) {

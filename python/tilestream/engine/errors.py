@@ -39,3 +39,7 @@ class QueueFullError(RuntimeError):
 
 class EngineDeadError(RuntimeError):
     """The engine's thread has ended (shutdown or a fault in the engine itself): no request can run."""
+
+
+class RankDiedError(EngineDeadError):
+    """A rank of a tensor-parallel group has died or does not answer; the text names it."""

@@ -4,6 +4,9 @@
 
 Families differ in data, not in code: biases, per-head norms, post norms, windows, RoPE and scales come from the
 configuration and from which weights a checkpoint has.
+
+Ranks of a tensor-parallel group have parts of it (tilestream.distributed.shard): attention, MLP and embedding then leave
+parts of a sum in x, which the next norm adds.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from tilestream.distributed.shard import Shard
 from tilestream.layers.attention import Attention
 from tilestream.layers.embedding import Embedding
 from tilestream.layers.linear import Linear
@@ -28,6 +32,7 @@ from tilestream.ops.quantise import QuantisedRows
 from tilestream.placement import Placement
 
 if TYPE_CHECKING:
+    from tilestream.distributed.communicator import Communicator
     from tilestream.engine.batch import StepInputs
 
 # On a CPU steps of up to this many tokens are replayed from a program: in larger ones the kernels take so long that the
@@ -70,14 +75,22 @@ def _rows_for(reader: Linear | StackedLinear, buf: Scratch) -> QuantisedRows | N
     return buf.x_int8.with_k4(reader.k4) if reader.takes_int8 and buf.x_int8 is not None else None
 
 
+def _rows_of(x: torch.Tensor | QuantisedRows, rows: torch.Tensor) -> torch.Tensor | QuantisedRows:
+    if isinstance(x, QuantisedRows):
+        return QuantisedRows(*(tensor.index_select(0, rows) for tensor in (x.q, x.scale, x.sum)))
+    return x.index_select(0, rows)
+
+
 class LlamaModel:
     """A decoder-only language model over a paged KV cache.
 
     Args:
-        config: shapes and switches.
+        config: shapes and switches; of this rank's layers, where there are several.
         embedding, layers, norm, lm_head: the parts, in the order a token meets them.
         ropes: the RoPE tables that the layers share.
         placement: where the parts are.
+        shard: which part of the whole model this is.
+        communicator: of its ranks; None: there is one.
     """
 
     def __init__(
@@ -89,12 +102,15 @@ class LlamaModel:
         lm_head: Linear,
         ropes: Sequence[RopeTable],
         placement: Placement,
+        shard: Shard,
+        communicator: Communicator | None = None,
     ) -> None:
-        self.config, self.placement = config, placement
+        self.config, self.placement, self.shard, self.communicator = config, placement, shard, communicator
         self._ropes, self._rope_rows = list(ropes), 0
         self.embedding, self.layers, self.norm, self.lm_head = embedding, list(layers), norm, lm_head
-        self._scratch = ScratchPool(config, placement)
+        self._scratch = ScratchPool(config, placement, communicator)
         self._programs = LayerPrograms(placement.device)
+        self._replays = communicator is None or communicator.replays
         self._logits: torch.Tensor | None = None
         self._ran: Scratch | None = None  # what the last step left behind
 
@@ -116,7 +132,7 @@ class LlamaModel:
             step: see StepInputs.
             kv_caches: one per layer.
         Returns:
-            [num_rows, vocab_size] float32, overwritten by the next call.
+            [num_rows, vocab_size] float32, overwritten by the next call; of this rank's tokens alone, where there are several.
         """
         self._reach(step.max_position)
         num_tokens, rows = step.token_ids.size(0), step.logits_rows
@@ -124,7 +140,8 @@ class LlamaModel:
         self.embedding(step.token_ids, buf.x)
         buf.residual.zero_()
         # On a GPU decode steps, which are padded to few sizes.
-        if rows is None if self.placement.asynchronous else num_tokens <= _MAX_PROGRAM_TOKENS:
+        is_small = rows is None if self.placement.asynchronous else num_tokens <= _MAX_PROGRAM_TOKENS
+        if is_small and self._replays:
             self._programs.run(self._run_layers, buf, step, kv_caches, logits)
         else:
             self._run_layers(buf, step, kv_caches, logits)
@@ -138,10 +155,13 @@ class LlamaModel:
         Args:
             rows: [num_rows], int64.
         """
-        logits = self._head_rows(rows.size(0))
+        logits, buf = self._head_rows(rows.size(0)), self._ran
+        if self.communicator is not None:  # the final norm is done
+            self._to_logits(_rows_of(_rows_for(self.lm_head, buf) or buf.x, rows), logits)
+            return self._finish(logits)
         x, residual = self._last[:, : rows.size(0)]
-        torch.index_select(self._ran.x, 0, rows, out=x)
-        torch.index_select(self._ran.residual, 0, rows, out=residual)
+        torch.index_select(buf.x, 0, rows, out=x)
+        torch.index_select(buf.residual, 0, rows, out=residual)
         self._project(x, residual, logits)
         return self._finish(logits)
 
@@ -156,29 +176,38 @@ class LlamaModel:
         self, buf: Scratch, step: StepInputs, kv_caches: Sequence[KvCache], logits: torch.Tensor
     ) -> None:
         """The layers and, where every token's logits are wanted, the projection to them: what a program records, so nothing
-        but our own ops stands here."""
+        but our own ops stands here. What ranks have of the final norm's rows they need together, so all rows get it."""
+        x, residual, all_rows = buf.x, buf.residual, step.logits_rows is None
+        if self.communicator is not None and self.config.post_norms:  # norms that add get a whole x there
+            self.communicator.allreduce_rmsnorm(x, None, None, eps=self.norm.eps)
         for layer, cache in zip(self.layers, kv_caches, strict=True):
             layer(buf, step, cache)
-        if step.logits_rows is None:
-            self._project(buf.x, buf.residual, logits)
+        if self.communicator is not None:
+            normed = self.norm.add(x, residual, _rows_for(self.lm_head, buf))
+            if all_rows:
+                self._to_logits(normed, logits)
+        elif all_rows:
+            self._project(x, residual, logits)
 
     def _project(self, x: torch.Tensor, residual: torch.Tensor, logits: torch.Tensor) -> None:
         """Final norm and output projection: only of rows that are wanted, for the vocabulary is the widest matrix."""
-        num_rows = x.size(0)
-        normed = self.norm.add(x, residual, None if self._last_int8 is None else self._last_int8[:num_rows])
-        self.lm_head(normed, logits if self._narrow_logits is None else self._narrow_logits[:num_rows])
+        int8 = None if self._last_int8 is None else self._last_int8[: x.size(0)]
+        self._to_logits(self.norm.add(x, residual, int8), logits)
+
+    def _to_logits(self, normed: torch.Tensor | QuantisedRows, logits: torch.Tensor) -> None:
+        self.lm_head(normed, logits if self._narrow_logits is None else self._narrow_logits[: logits.size(0)])
 
     def _head_rows(self, num_rows: int) -> torch.Tensor:
         """Float32 logits of num_rows, and room for all that comes between the layers and them."""
         if self._logits is None or self._logits.size(0) < num_rows:
             config, device, dtype = self.config, self.placement.device, self.placement.dtype
-            self._logits = torch.empty(num_rows, config.vocab_size, device=device)
+            self._logits = torch.empty(num_rows, self.lm_head.n, device=device)
             self._last = torch.empty(2, num_rows, config.hidden_size, dtype=dtype, device=device)
             self._last_int8 = self._narrow_logits = None
             if self.lm_head.takes_int8:
                 self._last_int8 = QuantisedRows.empty(num_rows, config.hidden_size, device=device)
             elif dtype != torch.float32:  # a linear of floats gives what it takes
-                self._narrow_logits = torch.empty(num_rows, config.vocab_size, dtype=dtype, device=device)
+                self._narrow_logits = torch.empty(num_rows, self.lm_head.n, dtype=dtype, device=device)
         return self._logits[:num_rows]
 
     def _reach(self, position: int) -> None:
@@ -192,41 +221,58 @@ class LlamaModel:
         self._programs.clear()
 
 
-def build_model(config: ModelConfig, weights: WeightLoader) -> LlamaModel:
-    """Assemble a model from a checkpoint's weights.
+def build_model(config: ModelConfig, weights: WeightLoader, communicator: Communicator | None = None) -> LlamaModel:
+    """Assemble a model, or a rank's part of it, from a checkpoint's weights.
 
     Args:
-        config: the model's shape.
+        config: the whole model's shape.
         weights: reads and packs tensors; names are GGUF's.
+        communicator: of the ranks; None: there is one.
     Raises:
-        ModelLoadError: a tensor is missing, surplus, or of another shape than `config` implies.
+        ModelLoadError: a tensor is missing, surplus, or of another shape than `config` implies; or it cannot be cut for so
+            many ranks.
     """
+    rank, world_size = (0, 1) if communicator is None else (communicator.rank, communicator.world_size)
+    block = weights.block([f"blk.{i}.ffn_down" for i in range(config.num_layers)]) if world_size > 1 else 1
+    shard = Shard.of(config, rank, world_size, block=block)
     hidden, eps = config.hidden_size, config.rms_eps
     ropes = {rope: RopeTable(rope, weights.placement.device) for rope in map(config.layer_rope, range(config.num_layers))}
-    table = weights.linear("token_embd", config.vocab_size, hidden)
-    layers = [_build_layer(config, weights, i, ropes) for i in range(config.num_layers)]
-    norm = RmsNorm(weights.vector("output_norm.weight", hidden), eps)
-    lm_head = table if config.tied_embeddings else weights.linear("output", config.vocab_size, hidden)
+    tokens = shard.vocabulary
+    table = weights.linear("token_embd", config.vocab_size, hidden, rows=tokens)
+    layers = [_build_layer(config, weights, i, ropes, shard, communicator) for i in range(config.num_layers)]
+    norm = RmsNorm(weights.vector("output_norm.weight", hidden), eps, None if config.post_norms else communicator)
+    lm_head = table if config.tied_embeddings else weights.linear("output", config.vocab_size, hidden, rows=tokens)
     weights.check_all_used()
-    embedding = Embedding(table.weight, config.embedding_scale)
-    return LlamaModel(config, embedding, layers, norm, lm_head, list(ropes.values()), weights.placement)
+    embedding = Embedding(table.weight, config.embedding_scale, tokens if world_size > 1 else None)
+    return LlamaModel(
+        shard.local_config(config), embedding, layers, norm, lm_head, list(ropes.values()), weights.placement, shard, communicator
+    )
 
 
 def _build_layer(
-    config: ModelConfig, weights: WeightLoader, layer_idx: int, ropes: dict[RopeConfig, RopeTable]
+    config: ModelConfig,
+    weights: WeightLoader,
+    layer_idx: int,
+    ropes: dict[RopeConfig, RopeTable],
+    shard: Shard,
+    communicator: Communicator | None,
 ) -> DecoderLayer:
-    hidden, inner, eps, prefix = config.hidden_size, config.intermediate_size, config.rms_eps, f"blk.{layer_idx}."
+    hidden, inner, prefix = config.hidden_size, config.intermediate_size, f"blk.{layer_idx}."
+    q_rows, kv_rows = shard.q_rows(config), shard.kv_rows(config)
+    # The norm that follows attention and MLP directly adds what ranks have of their results.
+    branch_end, branch_begin = (communicator, None) if config.post_norms else (None, communicator)
 
-    def norm(name: str, size: int) -> RmsNorm:
-        return RmsNorm(weights.vector(f"{prefix}{name}.weight", size), eps)
+    def norm(name: str, size: int, communicator: Communicator | None = None) -> RmsNorm:
+        return RmsNorm(weights.vector(f"{prefix}{name}.weight", size), config.rms_eps, communicator)
 
     attention = Attention(
         weights.stacked(
             [prefix + "attn_q", prefix + "attn_k", prefix + "attn_v"],
             [config.qo_size, config.kv_size, config.kv_size],
             hidden,
+            rows=[q_rows, kv_rows, kv_rows],
         ),
-        weights.linear(prefix + "attn_output", hidden, config.qo_size),
+        weights.linear(prefix + "attn_output", hidden, config.qo_size, columns=q_rows),
         q_norm=norm("attn_q_norm", config.head_dim) if config.qk_norm else None,
         k_norm=norm("attn_k_norm", config.head_dim) if config.qk_norm else None,
         rope=ropes[config.layer_rope(layer_idx)],
@@ -235,15 +281,15 @@ def _build_layer(
         logits_soft_cap=config.logits_soft_cap,
     )
     mlp = GatedMlp(
-        weights.stacked([prefix + "ffn_gate", prefix + "ffn_up"], [inner, inner], hidden),
-        weights.linear(prefix + "ffn_down", hidden, inner),
+        weights.stacked([prefix + "ffn_gate", prefix + "ffn_up"], [inner, inner], hidden, rows=[shard.columns] * 2),
+        weights.linear(prefix + "ffn_down", hidden, inner, columns=shard.columns),
         config.activation,
     )
     return DecoderLayer(
         attention,
         mlp,
-        attn_norm=norm("attn_norm", hidden),
-        mlp_norm=norm("ffn_norm", hidden),
-        post_attn_norm=norm("post_attention_norm", hidden) if config.post_norms else None,
-        post_mlp_norm=norm("post_ffw_norm", hidden) if config.post_norms else None,
+        attn_norm=norm("attn_norm", hidden, branch_begin),
+        mlp_norm=norm("ffn_norm", hidden, branch_begin),
+        post_attn_norm=norm("post_attention_norm", hidden, branch_end) if config.post_norms else None,
+        post_mlp_norm=norm("post_ffw_norm", hidden, branch_end) if config.post_norms else None,
     )

@@ -12,6 +12,7 @@ from tilestream.ops.activation import (
     silu_and_mul,
     silu_and_mul_quant,
 )
+from tilestream.ops.allreduce import allreduce_rmsnorm, rank_table
 from tilestream.ops.append_kv import append_kv, gather_kv
 from tilestream.ops.attention import attention, merge_states
 from tilestream.ops.kv_cache import KvCache
@@ -32,6 +33,7 @@ __all__ = [
     "Penalties",
     "QuantisedRows",
     "SampleOutput",
+    "allreduce_rmsnorm",
     "append_kv",
     "attention",
     "embedding",
@@ -45,6 +47,7 @@ __all__ = [
     "pack_gguf",
     "pack_weight",
     "quantise",
+    "rank_table",
     "rms_norm",
     "sample",
     "silu_and_mul",

@@ -23,6 +23,7 @@ OPS = (
     "gelu_tanh_and_mul_quant",
     "quantise",
     "sample",
+    "allreduce_rmsnorm",
 )
 
 for _name in OPS:
