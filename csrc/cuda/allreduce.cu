@@ -1,18 +1,20 @@
 // All-reduce over the ranks, residual addition, RMS norm and quantisation in one pass (tilestream/allreduce.h).
 //
-// At most 16 blocks, so that the other stream keeps nearly all SMs. A block of 512 threads takes 2 of the rank's own rows
-// at once, 256 threads each, or 16 of a warp each, as norm.cu does, whose bits a row's norm has. Its part of each rank's
-// row comes by peer loads, up to 16 vectors of a thread under way, or summed by the switch (multimem); in registers it
-// gets the residual, the norm and maybe the quantisation, and the result goes to every rank by stores, or by the switch.
-// What a thread cannot hold (a row beyond 8,192 two-byte elements) it gets again. No row is touched by two blocks, so
-// two barriers do (allreduce_barrier.cuh): everyone's x is there; everyone's results are.
+// At most 16 blocks, so that the other stream keeps nearly all SMs. A block of 512 threads takes 2 of the rank's
+// own rows at once, 256 threads each, or 16 of a warp each, as norm.cu does, whose bits a row's norm has. Each
+// rank's part of a row comes by peer loads, up to 16 vectors of a thread under way, or summed by the switch
+// (multimem); in registers it gets the residual, the norm and maybe the quantisation, and the result goes to every
+// rank by stores, or by the switch. What a thread cannot hold (a row beyond 8,192 two-byte elements) it gets
+// again. No row is touched by two blocks, so two barriers do (allreduce_barrier.cuh): everyone's x is there;
+// everyone's results are.
 //
-// Bound by the link. Of S = num_tokens * hidden * bytes and W ranks a GPU's link carries, each way, 2 S (W - 1) / W by
-// peer accesses and S (W + 1) / W through the switch, against 2 S / W read and written of the residual in its own memory.
-// 1,024 tokens of 8,192 bf16 on 8 H100s (450 GB/s each way): 65 us and 42 us; TokenWeave measured 75 us through the
-// switch, as long as the sum alone takes. Under way are 16 blocks * 512 threads * 64 bytes = 512 KB through the switch
-// (up to 2 MB from peers), where 450 GB/s with a round trip of 1.5 us (an estimate) ask for 675 KB. Few tokens cost two
-// barriers and a round trip of loads, 5 us (an estimate). 128 bytes of shared memory; up to 128 registers.
+// Bound by the link. Of S = num_tokens * hidden * bytes and W ranks a GPU's link carries, each way,
+// 2 S (W - 1) / W by peer accesses and S (W + 1) / W through the switch, against 2 S / W of the residual, read and
+// written in its own memory. 1,024 tokens of 8,192 bf16 on 8 H100s (450 GB/s each way): 65 us and 42 us;
+// TokenWeave measured 75 us through the switch, as long as the sum alone takes. Under way are 16 blocks * 512
+// threads * 64 bytes = 512 KB through the switch (up to 2 MB from peers), where 450 GB/s with a round trip of
+// 1.5 us (an estimate) ask for 675 KB. Few tokens cost two barriers and a round trip of loads, 5 us (an
+// estimate). 128 bytes of shared memory; at most 128 registers.
 #include <type_traits>
 
 #include "cuda/allreduce_barrier.cuh"
@@ -27,17 +29,17 @@ namespace tilestream::cuda {
 namespace {
 
 constexpr int kBlockThreads = 512;
-constexpr int kLongRowThreads = 256;            // of a row's norm the order of the sum, and so the bits, are norm.cu's
+constexpr int kLongRowThreads = 256;  // norm.cu's, and so is the order of the sum of a row's squares
 constexpr int64_t kWarpRowElements = 1024;
 constexpr int kHeldVecs = 4;
-constexpr int kVecsUnderWay = 16;               // of 4 registers
-constexpr int kMulticast = 1;                   // for kSources: the switch is the one source of the sum, and takes the result
+constexpr int kVecsUnderWay = 16;     // of 4 registers
+constexpr int kMulticast = 1;         // as kSources: the switch alone, which also takes the result
 
 struct SharedStorage {
   float partials[2][kBlockThreads / kWarpSize];  // of a row and of the next, which may begin while others read
 };
 
-// Sixteen bytes of the row: of rank `s`, or of all as the switch adds them. They stay packed until all are there.
+// Sixteen bytes at `offset`: rank s's, or all ranks' as the switch adds them.
 template <class T, int kSources>
 __device__ __forceinline__ uint4 load_words(const Ranks& ranks, int s, int64_t offset) {
   if constexpr (kSources != kMulticast) {
@@ -85,7 +87,8 @@ __device__ __forceinline__ void add_ranks(const AllReduceRmsNormParams& p, int64
 #pragma unroll
       for (int s = 0; s < kSources; ++s) {
         words[j][s] = make_uint4(0, 0, 0, 0);
-        if (s < p.ranks.world_size && at < p.hidden) words[j][s] = load_words<T, kSources>(p.ranks, s, row + at * int(sizeof(T)));
+        if (s < p.ranks.world_size && at < p.hidden)
+          words[j][s] = load_words<T, kSources>(p.ranks, s, row + at * int(sizeof(T)));
       }
     }
 #pragma unroll
@@ -101,7 +104,8 @@ __device__ __forceinline__ void add_ranks(const AllReduceRmsNormParams& p, int64
     static_assert(kNum == 1);
 #pragma unroll 1
     for (int s = 0; s < p.ranks.world_size; ++s) {
-      const Vec<T> part = load_vec<false>(reinterpret_cast<const T*>(p.ranks.memory[s] + row) + i, int(p.hidden) - i);
+      const auto* const of_rank = reinterpret_cast<const T*>(p.ranks.memory[s] + row);
+      const Vec<T> part = load_vec<false>(of_rank + i, int(p.hidden) - i);
 #pragma unroll
       for (int k = 0; k < Vec<T>::kSize; ++k) sums[0][k] += to_float(part.at[k]);
     }
@@ -119,8 +123,8 @@ __device__ __forceinline__ uint4 load_residual(const AllReduceRmsNormParams& p, 
 
 // Adds the residual, rounded as it is stored, which this also does.
 template <class T, bool kAligned>
-__device__ __forceinline__ void add_residual(const AllReduceRmsNormParams& p, int64_t token, int i, const uint4& residual,
-                                             float (&sum)[Vec<T>::kSize]) {
+__device__ __forceinline__ void add_residual(const AllReduceRmsNormParams& p, int64_t token, int i,
+                                             const uint4& residual, float (&sum)[Vec<T>::kSize]) {
   if (p.residual == nullptr || (kAligned && i >= p.hidden)) return;
   Vec<T> v = reinterpret_cast<const Vec<T>&>(residual);
 #pragma unroll
@@ -153,11 +157,11 @@ __device__ __forceinline__ void load_sums(const AllReduceRmsNormParams& p, int64
 __device__ __forceinline__ float row_sum(float v, unsigned row_threads, float* partials) {
   v = warp_sum(v);
   if (row_threads == kWarpSize) return v;
-  const unsigned team = threadIdx.x / kLongRowThreads, warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+  const unsigned row = threadIdx.x / kLongRowThreads, lane = threadIdx.x % kWarpSize;
   constexpr unsigned kWarps = kLongRowThreads / kWarpSize;
-  if (lane == 0) partials[warp] = v;
-  ptx::bar_sync(1 + int(team), kLongRowThreads);
-  return warp_sum(lane < kWarps ? partials[team * kWarps + lane] : 0.0f);
+  if (lane == 0) partials[threadIdx.x / kWarpSize] = v;
+  ptx::bar_sync(1 + int(row), kLongRowThreads);
+  return warp_sum(lane < kWarps ? partials[row * kWarps + lane] : 0.0f);
 }
 
 // Scaled elements from i on, to every rank. The whole warp takes part.
@@ -199,10 +203,12 @@ __device__ __forceinline__ void store_scaled(const AllReduceRmsNormParams& p, in
 
 // kSources: kMulticast, or the most ranks whose memory it reads.
 template <class T, int kSources, bool kAligned>
-__global__ void __launch_bounds__(kBlockThreads, 1) allreduce_rmsnorm_kernel(const __grid_constant__ AllReduceRmsNormParams p) {
+__global__ void __launch_bounds__(kBlockThreads, 1)
+    allreduce_rmsnorm_kernel(const __grid_constant__ AllReduceRmsNormParams p) {
   if constexpr (kSources != kMulticast || ptx::kHasMultimem) {
     constexpr bool kAlias = kSources == kMulticast;
-    constexpr int kAtOnce = !kAligned ? 1 : kSources * kHeldVecs <= kVecsUnderWay ? kHeldVecs : kVecsUnderWay / kSources;
+    constexpr int kMostAtOnce = kAligned ? kVecsUnderWay / kSources : 1;
+    constexpr int kAtOnce = kMostAtOnce < kHeldVecs ? kMostAtOnce : kHeldVecs;
     constexpr int kSize = Vec<T>::kSize;
     const unsigned count = signals_of(p.ranks, p.ranks.rank).past[blockIdx.x];
     if (!meet<kAlias>(p.ranks, count + 1)) return;
@@ -214,8 +220,8 @@ __global__ void __launch_bounds__(kBlockThreads, 1) allreduce_rmsnorm_kernel(con
     const int end = int(p.hidden) + int(threadIdx.x % kWarpSize) * kSize;
     const TokenRange own = tokens_of(p.num_tokens, p.ranks.rank, p.ranks.world_size);
     int parity = 0;
-    for (int token = int(own.begin) + int(blockIdx.x * rows_per_block + threadIdx.x / row_threads); token < int(own.end);
-         token += int(gridDim.x * rows_per_block), parity ^= 1) {
+    const int first_token = int(own.begin) + int(blockIdx.x * rows_per_block + threadIdx.x / row_threads);
+    for (int token = first_token; token < int(own.end); token += int(gridDim.x * rows_per_block), parity ^= 1) {
       float held[kHeldVecs][kSize], later[1][kSize];
       float squares = 0.0f;
 #pragma unroll
@@ -227,20 +233,24 @@ __global__ void __launch_bounds__(kBlockThreads, 1) allreduce_rmsnorm_kernel(con
         load_sums<T, kSources, kAligned, 1>(p, token, i, step, later, squares);
 
       float inverse = 1.0f;
-      if (p.weight != nullptr)
-        inverse = rsqrtf(row_sum(squares, row_threads, dynamic_smem<SharedStorage>().partials[parity]) / float(p.hidden) + p.eps);
+      if (p.weight != nullptr) {
+        const float total = row_sum(squares, row_threads, dynamic_smem<SharedStorage>().partials[parity]);
+        inverse = rsqrtf(total / float(p.hidden) + p.eps);
+      }
 
-      // `first`, in a way that hides it: or else the compiler would keep what follows from it in registers all the time.
+      // `first`, in a way that hides it: what follows from it would be kept in registers from row to row.
       const int begin = __shfl_sync(kFullMask, first, threadIdx.x % kWarpSize);
 #pragma unroll
       for (int j = 0; j < kHeldVecs; ++j) {
-        if (begin + j * step < end) store_scaled<T, kSources, kAligned>(p, token, begin + j * step, held[j], inverse);
+        const int i = begin + j * step;
+        if (i < end) store_scaled<T, kSources, kAligned>(p, token, i, held[j], inverse);
       }
       for (int i = first + kHeldVecs * step; i < end; i += step) {
         if (p.residual != nullptr) {
-          const uint4 stored = load_residual<T, kAligned>(p, token, i);
+          const uint4 words = load_residual<T, kAligned>(p, token, i);
+          const auto& stored = reinterpret_cast<const Vec<T>&>(words);
 #pragma unroll
-          for (int k = 0; k < kSize; ++k) later[0][k] = to_float(reinterpret_cast<const Vec<T>&>(stored).at[k]);
+          for (int k = 0; k < kSize; ++k) later[0][k] = to_float(stored.at[k]);
         } else {
           add_ranks<T, kSources, kAligned, 1>(p, token, i, step, later);
         }
@@ -258,8 +268,8 @@ template <class T, int kSources, bool kAligned>
 void launch_rows(const AllReduceRmsNormParams& p, Stream stream) {
   const int64_t rows = ceil_div(p.num_tokens, p.ranks.world_size);
   const int64_t row_threads = p.hidden <= kWarpRowElements ? kWarpSize : kLongRowThreads;
-  const int64_t grid = rows < kMaxRankBlocks ? rows : kMaxRankBlocks, rows_of_block = ceil_div(rows, grid);
-  const int64_t block = rows_of_block * row_threads < kBlockThreads ? rows_of_block * row_threads : kBlockThreads;
+  const int64_t grid = rows < kMaxRankBlocks ? rows : kMaxRankBlocks, threads = ceil_div(rows, grid) * row_threads;
+  const int64_t block = threads < kBlockThreads ? threads : kBlockThreads;
   launch(allreduce_rmsnorm_kernel<T, kSources, kAligned>,
          {.grid = unsigned(grid), .block = unsigned(block), .smem_bytes = sizeof(SharedStorage), .stream = stream}, p);
 }
@@ -271,7 +281,8 @@ void allreduce_rmsnorm(const AllReduceRmsNormParams& p, Stream stream) {
   with_element(p.dtype, [&](auto element) {
     using T = decltype(element);
     const bool aligned = rows_aligned(p.ranks.memory[p.ranks.rank] + p.x, sizeof(T), p.hidden) &&
-                         rows_aligned(p.residual, sizeof(T), p.residual_row_stride) && rows_aligned(p.weight, sizeof(float));
+                         rows_aligned(p.residual, sizeof(T), p.residual_row_stride) &&
+                         rows_aligned(p.weight, sizeof(float));
     if (!aligned) return launch_rows<T, kMaxRanks, false>(p, stream);
     if (p.ranks.multicast != nullptr) return launch_rows<T, kMulticast, true>(p, stream);
     if (p.ranks.world_size <= 2) return launch_rows<T, 2, true>(p, stream);

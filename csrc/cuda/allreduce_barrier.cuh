@@ -1,16 +1,18 @@
 // How the ranks of an all-reduce wait for each other: signals between their blocks of one number.
 //
-// A block tells the block of its number on every rank, itself among them, how far it has come, and waits until each of
-// those has told it the same. How far is a count of barriers: two a call, kept from call to call in the rank's own
-// memory, so a replayed CUDA graph counts on, calls with fewer blocks leave the others' counts as they are, and nothing is
-// ever reset. Whoever is ahead may overwrite its word before the other has looked: more is as good as enough.
+// A block tells the block of its number on every rank, itself among them, how far it has come, and waits until
+// each of those has told it the same. How far is a count of barriers: two a call, kept from call to call in the
+// rank's own memory, so a replayed CUDA graph counts on, calls with fewer blocks leave the others' counts as they
+// are, and nothing is ever reset. Whoever is ahead may overwrite its word before the other has looked: more is as
+// good as enough.
 //
-// Each word is written by one block alone, with release after everything that its block did, and read with acquire: one
-// trip through NVLink a barrier, about 1 us (an estimate) beside the fence that waits for the block's own stores.
+// Each word is written by one block alone, with release after everything that its block did, and read with
+// acquire: one trip through NVLink a barrier, about 1 us (an estimate), behind a fence that waits for the block's
+// own stores.
 //
-// Blocks wait for others on other GPUs, so each has to become resident whatever else waits: no block waits for another
-// of its own launch, and both channels together are 2 * kMaxRankBlocks blocks, which fit beside each other on any GPU. What
-// else runs there ends by itself.
+// Blocks wait for others on other GPUs, so each has to become resident whatever else waits: no block waits for
+// another of its own launch, both channels together are 2 * kMaxRankBlocks blocks, which fit on any GPU beside
+// each other, and what else runs there ends by itself.
 #pragma once
 
 #include "cuda/ptx/memory.cuh"
@@ -45,9 +47,9 @@ __device__ __forceinline__ bool wait_for(const Ranks& ranks, int rank, unsigned 
   return true;
 }
 
-// Until every rank's block of this number has come as far as `count`, and what they did before is seen here. False, for the
-// whole block, if a rank has not come, now or in an earlier call: then nothing of the others' memory may be touched.
-// kAlias: what it orders went, or will go, through the multicast address.
+// Until every rank's block of this number has come as far as `count`, and what they did before is seen here.
+// False, for the whole block, if a rank has not come, now or in an earlier call: then nothing of the others'
+// memory may be touched. kAlias: what it orders went, or will go, through the multicast address.
 template <bool kAlias>
 __device__ __forceinline__ bool meet(const Ranks& ranks, unsigned count) {
   __syncthreads();
