@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from tilestream.engine.config import EngineConfig
 from tilestream.engine.cost_model import CostModel
 from tilestream.engine.engine import Engine
+from tilestream.engine.errors import EngineDeadError
 from tilestream.engine.request import RequestDelta
 from tilestream.engine.step_budget import TILE_TOKENS
 from tilestream.engine.step_plan import SampledTokens, StepPlan
@@ -81,6 +82,7 @@ class FakeRunner:
         self.engine: Engine | None = None
         self.fail_with: Exception | None = None  # raised once, by launch()
         self.fail_collect_with: Exception | None = None  # raised once, by collect()
+        self.is_broken = False
         self.on_run: Callable[[StepPlan], None] = lambda plan: None
         self.plans: list[StepPlan] = []
 
@@ -115,6 +117,10 @@ class FakeRunner:
             error, self.fail_collect_with = self.fail_collect_with, None
             raise error
         return launched
+
+    def check(self) -> None:
+        if self.is_broken:
+            raise EngineDeadError("broken for good")
 
     def _read(self, pages: list[int], position: int) -> int:
         page_size = self.config.page_size

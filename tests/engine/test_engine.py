@@ -6,7 +6,7 @@ import time
 
 import pytest
 from tilestream.engine.engine import Engine
-from tilestream.engine.errors import PromptTooLongError, QueueFullError
+from tilestream.engine.errors import EngineDeadError, PromptTooLongError, QueueFullError
 from tilestream.engine.request import RequestOptions
 from tilestream.sampling_params import SamplingParams
 
@@ -225,6 +225,13 @@ def test_a_failing_step_ends_its_requests_only() -> None:
     engine.scheduler.check_invariants()
     assert engine.scheduler.pool.num_owned_pages == 0
     assert tokens_of(run_all(engine)["c"]) == expected_output(HELLO, GREEDY, 0, 8)
+
+
+def test_a_runner_that_is_broken_for_good_ends_the_engine() -> None:
+    engine = two_running()
+    engine.runner.fail_with, engine.runner.is_broken = RuntimeError("illegal address"), True
+    with pytest.raises(EngineDeadError, match="broken for good"):
+        engine.step()
 
 
 def test_what_a_failed_step_should_have_computed_is_shared_with_nobody() -> None:

@@ -261,9 +261,10 @@ class Engine:
 
     def _fail_step(self, plan: StepPlan, error: Exception) -> list[RequestDelta]:
         """The runner raised: end the requests of this step, and of one launched behind it, which builds on what this one should
-        have left; what waits is untouched, and the engine goes on, unless the error says that it cannot."""
+        have left; what waits is untouched, and the engine goes on, unless the error or the runner says that it cannot."""
         if isinstance(error, EngineDeadError):
             raise error
+        self.runner.check()
         logger.error("a step with %d requests failed", len(plan.scheduled), exc_info=error)
         message = f"the step failed: {type(error).__name__}: {error}"
         self.scheduler.cache.forget_all()  # pages that nobody has written may be among them
