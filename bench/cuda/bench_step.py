@@ -21,8 +21,8 @@ from tilestream.engine.request import Request
 from tilestream.engine.runner import ModelRunner
 from tilestream.engine.step_plan import StepPlan
 from tilestream.layers.rope import RopeConfig
+from tilestream.models.build import build_model
 from tilestream.models.config import ModelConfig
-from tilestream.models.llama import build_model
 from tilestream.ops import PackedFormat
 from tilestream.placement import Placement
 

@@ -45,14 +45,22 @@ class RandomWeights:
     def vector(self, name: str, size: int) -> torch.Tensor:
         return torch.ones(size, device=self.placement.device)
 
-    def linear(self, name: str, n: int, k: int) -> Linear:
+    def block(self, names: Sequence[str]) -> int:
+        return 1
+
+    def linear(
+        self, name: str, n: int, k: int, *, rows: range | None = None, columns: range | None = None
+    ) -> Linear:
+        n, k = len(rows or range(n)), len(columns or range(k))
         weight, _ = random_weight(n, k, self._format, self.placement.device)
         if name != "token_embd":
             self.num_bytes += weight.data.nbytes
         return Linear(weight)
 
-    def stacked(self, names: Sequence[str], sizes: Sequence[int], k: int) -> Linear:
-        return self.linear(" ".join(names), sum(sizes), k)
+    def stacked(
+        self, names: Sequence[str], sizes: Sequence[int], k: int, *, rows: Sequence[range] | None = None
+    ) -> Linear:
+        return self.linear(" ".join(names), sum(map(len, rows)) if rows else sum(sizes), k)
 
     def check_all_used(self) -> None:
         pass

@@ -42,6 +42,7 @@ class RandomModel:
         vocab_size=VOCAB_SIZE, num_layers=0, num_qo_heads=1, num_kv_heads=1, head_dim=64, window_left=(), max_position=10_000
     )
     placement = CPU
+    communicator = None
 
     def forward(self, step, kv_caches) -> torch.Tensor:
         self._step = step

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tilestream.engine import runner as runner_module
+from tilestream.engine import sampling_shards
 from tilestream.engine.engine import Engine
 from tilestream.engine.logits import token_logprobs
 from tilestream.engine.request import TokenLogprobs
@@ -91,7 +91,7 @@ def test_a_prompt_that_is_preempted_halfway_is_scored_once() -> None:
 
 
 def test_few_rows_of_logits_are_held(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner_module, "_SCORED_ROWS", 8)
+    monkeypatch.setattr(sampling_shards, "SCORED_ROWS", 8)
     engine, sizes = make_engine(), []
     logits_of = engine.runner.model.logits_of
     engine.runner.model.logits_of = lambda rows: sizes.append(rows.size(0)) or logits_of(rows)

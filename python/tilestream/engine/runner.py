@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 
-from tilestream.engine.batch import BatchBuilder, SamplingBuilder, padded_decodes
+from tilestream.distributed.weave import COMMUNICATION_BLOCKS, SplitRule, split_rule
+from tilestream.engine.batch import BatchBuilder, SamplingBuilder, largest_step, padded_decodes
 from tilestream.engine.config import EngineConfig
+from tilestream.engine.errors import EngineDeadError
 from tilestream.engine.logits import edit_logits, token_logprobs
 from tilestream.engine.request import Request
+from tilestream.engine.sampling_shards import (
+    SCORED_ROWS,
+    DrawPlan,
+    VocabularyShards,
+    draw_plan,
+    sample_candidates,
+    scored_chunks,
+)
 from tilestream.engine.step_plan import PromptScores, SampledTokens, StepPlan
-from tilestream.ops import AttentionPlanner, KvCache, sample
-
-_SCORED_ROWS = 32  # prompt tokens whose logits are held at a time: 4 to 20 MB
+from tilestream.engine.step_split import split_step
+from tilestream.ops import KvCache, sample
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,11 +42,18 @@ class LaunchedStep:
     scores: tuple[tuple[Request, int], ...] = ()
 
 
+def most_step_tokens(config: EngineConfig) -> int:
+    """Tokens of the largest step, padding included."""
+    return largest_step(config.token_budget, config.max_num_seqs)
+
+
 class ModelRunner:
     """Owns the KV cache and runs StepPlans on a model, where its placement says.
 
+    Of a model that is cut among ranks each has a runner: rank 0's launches steps, which the others follow.
+
     Args:
-        model: config, placement, forward(step, kv_caches) and logits_of(rows) (tilestream.models).
+        model: config, placement, communicator and shard, forward(step, kv_caches) and logits_of(rows) (tilestream.models).
         config: the engine's limits.
         kv_dtype: float32, float16, bfloat16, fp8, int8 or int4.
     """
@@ -53,46 +70,106 @@ class ModelRunner:
             )  # fmt: skip
             for _ in range(m.num_layers)
         ]
-        planners = {
-            window_left: AttentionPlanner(
-                m.num_qo_heads,
-                m.num_kv_heads,
-                m.head_dim,
-                page_size=config.page_size,
-                window_left=window_left,
-                batch_invariant=config.batch_invariant,
-                device=placement.device,
-                kv_dtype=kv_dtype,
-            )
-            for window_left in sorted(set(m.window_left))
-        }
-        max_len = min(config.max_model_len, config.capacity_tokens)
-        self.batch = BatchBuilder(
-            planners,
-            page_size=config.page_size,
-            max_pages_per_seq=-(-max_len // config.page_size),
-            max_num_seqs=config.max_running_requests,
-            max_num_tokens=config.token_budget,
-            placement=placement,
-        )
-        self.sampling = SamplingBuilder(placement.device)
-        if self.overlaps:  # what a captured graph points into does not move
-            decodes = padded_decodes(config.max_running_requests)
-            num_rows = max(decodes, _SCORED_ROWS)
-            model.reserve(max(config.token_budget, decodes), num_rows=num_rows, num_positions=max_len)
+        self.batch = BatchBuilder.of(model, config, kv_dtype)
+        self.sampling, self.few_sampling = SamplingBuilder(placement.device), SamplingBuilder(placement.device)
+        self.communicator, self.shards = model.communicator, None
+        self.split_rule: SplitRule | None = None  # which steps run in two halves
+        if self.communicator is not None:
+            self.shards = VocabularyShards(self.communicator, model.shard.vocabularies)
+            self.halves = [BatchBuilder.of(model, config, kv_dtype, num_taken_sms=COMMUNICATION_BLOCKS) for _ in range(2)]
+            if self.overlaps:  # on a CPU the halves would only come one after the other
+                self.split_rule = split_rule(m, self.communicator, placement.device)
+        if self.overlaps or self.shards is not None:  # what a captured graph and other ranks point into does not move
+            num_rows = max(padded_decodes(config.max_running_requests), SCORED_ROWS)
+            model.reserve(most_step_tokens(config), num_rows=num_rows, num_positions=config.max_request_tokens)
         self._drawn = torch.zeros(1, dtype=torch.int64, device=placement.device)  # by the step launched last
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> LaunchedStep:
         """Start one step: it computes its tokens' KV, and draws a token for each request that is up to date."""
+        logits = self._forward(plan)
+        requests = [item.request for item in plan.scheduled if item.samples]
+        drawn = ()
+        if requests:
+            logits = logits[: len(requests)]
+            if self.shards is None:
+                drawn = self._draw(logits, requests)
+            else:
+                drawn = self._draw_of_shards(logits, requests, draw_plan(plan))
+            self._drawn = drawn[0]
+        scores, scored = self._score_prompts(plan)  # after the draw: it overwrites the logits
+        return _to_host(drawn + scored, scores, self.model.placement.device)
+
+    @torch.inference_mode()
+    def follow(self, plan: StepPlan, draws: DrawPlan) -> None:
+        """This rank's part of a step that rank 0 launches.
+
+        Args:
+            plan: that step; of its requests only token ids and pages count.
+            draws: draw_plan() of it, from rank 0, which knows the requests.
+        """
+        logits = self._forward(plan)
+        num_rows = len(draws.few) + len(draws.whole)
+        if num_rows:
+            self._gather(logits[:num_rows], draws)
+            if self.overlaps:
+                self._drawn = self.shards.of_rank_0(torch.zeros(num_rows, dtype=torch.int64, device=logits.device))
+        for first_row, num in draws.scored:
+            self._logits_of(first_row, num)
+        self.communicator.check()
+
+    def _forward(self, plan: StepPlan) -> torch.Tensor:
+        if self.split_rule is not None:
+            num_first = self.split_rule.first_tokens(sum(item.num_new_tokens for item in plan.scheduled))
+            if num_first:
+                return self._forward_halves(split_step(plan, num_first))
         step = self.batch.build(plan)
         if self.overlaps:
             self._fill_drawn(step.token_ids)
-        logits = self.model.forward(step, self.kv_caches)
-        requests = [item.request for item in plan.scheduled if item.samples]
-        drawn = self._draw(logits[: len(requests)], requests) if requests else ()
-        scores, scored = self._score_prompts(plan)  # after the draw: it overwrites the logits
-        return _to_host(drawn + scored, scores, self.model.placement.device)
+        try:
+            return self.model.forward(step, self.kv_caches)
+        except RuntimeError:
+            if self.communicator is not None:  # a replayed program does not say which rank has died
+                self.communicator.check()
+            raise
+
+    def _forward_halves(self, plans: tuple[StepPlan, StepPlan]) -> torch.Tensor:
+        halves = [builder.build(plan) for builder, plan in zip(self.halves, plans, strict=True)]
+        if self.overlaps:
+            for half in halves:
+                self._fill_drawn(half.token_ids)
+        return self.model.forward_halves(halves, self.kv_caches)
+
+    def _logits_of(self, first_row: int, num_rows: int) -> torch.Tensor | None:
+        """Whole logits of some tokens of the step; None on ranks that have no use for them."""
+        rows = torch.arange(first_row, first_row + num_rows).to(self.model.placement.device, non_blocking=True)
+        logits = self.model.logits_of(rows)
+        return logits if self.shards is None else self.shards.whole(logits)
+
+    def _gather(self, logits: torch.Tensor, draws: DrawPlan) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """What rank 0 needs of the others' logits: candidates of the rows that are drawn from few, and other rows whole."""
+        few = whole = None
+        if draws.few:
+            few = self.shards.candidates(_rows(logits, draws.few), draws.num_candidates)
+        if draws.whole:
+            whole = self.shards.whole(_rows(logits, draws.whole))
+        return few, whole
+
+    def _draw_of_shards(
+        self, logits: torch.Tensor, requests: list[Request], draws: DrawPlan
+    ) -> tuple[torch.Tensor, ...]:
+        few, whole = self._gather(logits, draws)
+        drawn = ()
+        if whole is not None:
+            drawn = self._draw(whole, [requests[row] for row in draws.whole])
+            drawn = tuple(_spread(tensor, draws.whole, len(requests)) for tensor in drawn)
+        if few is not None:
+            tokens = sample_candidates(few, self.few_sampling.build([requests[row] for row in draws.few]))
+            tokens = _spread(tokens, draws.few, len(requests))
+            drawn = (tokens + drawn[0], *drawn[1:]) if drawn else (tokens,)  # each has zeros where the other has rows
+        if self.overlaps:  # every rank has to know what the next step begins with
+            self.shards.of_rank_0(drawn[0])
+        return drawn
 
     def _draw(self, logits: torch.Tensor, requests: list[Request]) -> tuple[torch.Tensor, ...]:
         edited = [(row, request) for row, request in enumerate(requests) if request.edits_logits]
@@ -114,7 +191,6 @@ class ModelRunner:
             penalties=s.penalties,
             num_top_logprobs=s.num_top_logprobs,
         )
-        self._drawn = drawn.tokens
         if drawn.logprobs is None:
             return (drawn.tokens,)
         reported = drawn.logprobs, drawn.top_ids, drawn.top_logprobs
@@ -126,29 +202,25 @@ class ModelRunner:
 
     def _score_prompts(self, plan: StepPlan) -> tuple[tuple[tuple[Request, int], ...], tuple[torch.Tensor, ...]]:
         """Logprobs of the prompt tokens that follow those of this step, for requests that want them."""
-        scores, tensors, first_row = [], [], 0
-        for item in plan.scheduled:
-            request, begin = item.request, item.start
-            if request.lacks_prompt_logprobs:
-                end = min(begin + item.num_new_tokens, request.num_prompt_tokens - 1)
-                pieces = []
-                for start in range(begin, end, _SCORED_ROWS):
-                    rows = torch.arange(start, min(start + _SCORED_ROWS, end)) + (first_row - begin)
-                    tokens = torch.tensor(request.token_ids[start + 1 : min(start + _SCORED_ROWS, end) + 1])
-                    device = self.model.placement.device
-                    logits = self.model.logits_of(rows.to(device, non_blocking=True))
-                    num_top = request.params.prompt_logprobs
-                    pieces.append(token_logprobs(logits, tokens.to(device, non_blocking=True), num_top))
-                if pieces:
-                    scores.append((request, begin + 1))
-                    tensors += [torch.cat(parts) for parts in zip(*pieces, strict=True)]
-            first_row += item.num_new_tokens
+        device = self.model.placement.device
+        scores, tensors = [], []
+        for request, chunks in groupby(scored_chunks(plan), key=lambda chunk: chunk.request):
+            pieces = []
+            for chunk in chunks:
+                end = chunk.start + chunk.num_rows
+                tokens = torch.tensor(request.token_ids[chunk.start + 1 : end + 1]).to(device, non_blocking=True)
+                logits = self._logits_of(chunk.first_row, chunk.num_rows)
+                pieces.append((chunk.start + 1, token_logprobs(logits, tokens, request.params.prompt_logprobs)))
+            scores.append((request, pieces[0][0]))
+            tensors += [torch.cat(parts) for parts in zip(*(piece for _, piece in pieces), strict=True)]
         return tuple(scores), tuple(tensors)
 
     def collect(self, launched: LaunchedStep) -> SampledTokens:
         """Wait for a step, and read what it has drawn."""
         if launched.copied is not None:
             launched.copied.synchronize()
+        if self.communicator is not None:
+            self.communicator.check()
         values = [tensor.tolist() for tensor in launched.tensors]
         num_drawn = len(values) - 3 * len(launched.scores)
         scores = [
@@ -158,6 +230,15 @@ class ModelRunner:
         sampled = SampledTokens(*values[:num_drawn]) if num_drawn else SampledTokens([])
         sampled.prompt_scores = scores
         return sampled
+
+    def check(self) -> None:
+        """See Runner. A GPU that has failed once, by a bad address say, fails whatever it is asked for afterwards."""
+        if not self.overlaps:
+            return
+        try:
+            torch.cuda.synchronize(self.model.placement.device)
+        except RuntimeError as error:
+            raise EngineDeadError(f"the GPU has failed for good: {str(error).partition(chr(10))[0]}") from error
 
     def clear_pages(self, num_pages: int) -> None:
         """Set the first so many KV pages to zero, in memory of their own: what was never written has none."""
@@ -174,6 +255,23 @@ class ModelRunner:
         rows = (-1 - token_ids).clamp_(min=0, max=self._drawn.size(0) - 1)
         torch.where(token_ids < 0, self._drawn[rows], token_ids, out=token_ids)
         token_ids.clamp_(min=0)
+
+
+def _rows(logits: torch.Tensor, rows: tuple[int, ...]) -> torch.Tensor:
+    return logits if len(rows) == logits.size(0) else logits[_indices(rows, logits)]
+
+
+def _spread(tensor: torch.Tensor, rows: tuple[int, ...], num_rows: int) -> torch.Tensor:
+    """[num_rows, ...] with these rows, and zeros elsewhere."""
+    if len(rows) == num_rows:
+        return tensor
+    spread = tensor.new_zeros(num_rows, *tensor.shape[1:])
+    spread[_indices(rows, tensor)] = tensor
+    return spread
+
+
+def _indices(rows: tuple[int, ...], tensor: torch.Tensor) -> torch.Tensor:
+    return torch.tensor(rows).to(tensor.device, non_blocking=True)
 
 
 def _to_host(

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from tilestream.ops.quantise import QuantisedRows
+
+if TYPE_CHECKING:
+    from tilestream.distributed.communicator import Communicator
 
 
 class RmsNorm:
@@ -13,24 +18,29 @@ class RmsNorm:
     Args:
         weight: [hidden] float32; Gemma's stored offset of 1 is already added.
         eps: added to the mean square.
+        communicator: of the ranks whose x, parts of a sum, are added first; None: x is whole.
     """
 
-    def __init__(self, weight: torch.Tensor, eps: float) -> None:
-        self.weight, self.eps = weight, eps
+    def __init__(self, weight: torch.Tensor, eps: float, communicator: Communicator | None = None) -> None:
+        self.weight, self.eps, self.communicator = weight, eps, communicator
         self._norm = torch.ops.tilestream.rms_norm.default
         self._add_norm = torch.ops.tilestream.fused_add_rms_norm.default
         self._add_norm_quant = torch.ops.tilestream.fused_add_rms_norm_quant.default
 
-    def __call__(self, x: torch.Tensor) -> None:
-        """Normalises x, [num_tokens, hidden] or [num_tokens, num_heads, hidden], in place."""
+    def __call__(self, x: torch.Tensor, *, channel: int = 0) -> None:
+        """Normalises x, [num_tokens, hidden] or [num_tokens, num_heads, hidden], in place. channel: of the communicator."""
+        if self.communicator is not None:
+            return self.communicator.allreduce_rmsnorm(x, None, self.weight, eps=self.eps, channel=channel)
         self._norm(x, self.weight, x, eps=self.eps)
 
     def add(
-        self, x: torch.Tensor, residual: torch.Tensor, int8: QuantisedRows | None = None
+        self, x: torch.Tensor, residual: torch.Tensor, int8: QuantisedRows | None = None, *, channel: int = 0
     ) -> torch.Tensor | QuantisedRows:
         """residual += x; norm(residual) is written into `int8` where that is given, else over x, and returned."""
-        if int8 is None:
+        if self.communicator is not None:
+            self.communicator.allreduce_rmsnorm(x, residual, self.weight, eps=self.eps, int8=int8, channel=channel)
+        elif int8 is None:
             self._add_norm(x, residual, self.weight, eps=self.eps)
-            return x
-        self._add_norm_quant(x, residual, self.weight, int8.q, int8.scale, int8.sum, eps=self.eps)
-        return int8
+        else:
+            self._add_norm_quant(x, residual, self.weight, int8.q, int8.scale, int8.sum, eps=self.eps)
+        return x if int8 is None else int8

@@ -2,20 +2,54 @@
 
 from __future__ import annotations
 
+import copy
+from typing import TYPE_CHECKING
+
 import torch
 
-from tilestream.models.config import ModelConfig
 from tilestream.ops.quantise import QuantisedRows
 from tilestream.placement import Placement
+
+if TYPE_CHECKING:
+    from tilestream.distributed.communicator import Communicator
+    from tilestream.models.config import ModelConfig
 
 # Rows that go through an MLP together on a CPU: what it writes in between, its widest buffers, then stays in L2.
 _CPU_MLP_ROWS = 128
 _ALIGNMENT_BYTES = 64
 
 
+class _Memory:
+    """Cuts buffers from `base`, one after another.
+
+    num_bytes: that they take.
+    """
+
+    def __init__(self, base: torch.Tensor) -> None:
+        self._base, self.num_bytes = base, 0
+
+    def take(self, rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
+        """The next [rows, width] buffer, at a 64-byte boundary."""
+        begin, num_bytes = self.num_bytes, rows * width * dtype.itemsize
+        self.num_bytes = begin + -(-num_bytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+        return self._base[begin : begin + num_bytes].view(dtype).view(rows, width)
+
+    def take_int8(self, rows: int, width: int) -> QuantisedRows | None:
+        if width % 32 != 0:
+            return None
+        return QuantisedRows(
+            self.take(rows, width, torch.int8),
+            self.take(rows, -(-width // 128), torch.float32),
+            self.take(rows, width // 32, torch.int32),
+        )
+
+
 class Scratch:
     """Views for one number of tokens, into buffers shared by all layers and all steps. Floats are of the placement's dtype.
 
+    Args:
+        shared: memory for x and x_int8, which all ranks see; its layout is the same on all of them.
+        base: memory for the others.
     Attributes:
         x, residual: [num_tokens, hidden].
         qkv: [num_tokens, qo_size + 2 * kv_size]; q, k, v are its [num_tokens, heads, head_dim] views.
@@ -24,64 +58,76 @@ class Scratch:
         gate_up, act: [mlp_rows, 2 * intermediate] and [mlp_rows, intermediate].
         x_int8, heads_int8, act_int8: as x, heads_flat and act, for the linears that take integers; None where the width is no
             multiple of 32.
-        num_bytes: of all of them.
+        channel: of the communicator, for its norms.
+        num_shared_bytes, num_bytes: of all of them, in either memory.
     """
 
-    def __init__(self, config: ModelConfig, placement: Placement, base: torch.Tensor, num_tokens: int) -> None:
-        self._base, self._dtype, self.num_bytes = base, placement.dtype, 0
+    def __init__(
+        self, config: ModelConfig, placement: Placement, shared: torch.Tensor, base: torch.Tensor, num_tokens: int
+    ) -> None:
+        seen, own, dtype = _Memory(shared), _Memory(base), placement.dtype
         most_rows = _CPU_MLP_ROWS if placement.device.type == "cpu" else num_tokens
         self.mlp_rows = -(-num_tokens // -(-num_tokens // most_rows))
-        self.x = self._take(num_tokens, config.hidden_size)
-        self.residual = self._take(num_tokens, config.hidden_size)
-        self.qkv = self._take(num_tokens, config.qo_size + 2 * config.kv_size)
-        self.heads_flat = self._take(num_tokens, config.qo_size)
-        self.gate_up = self._take(self.mlp_rows, 2 * config.intermediate_size)
-        self.act = self._take(self.mlp_rows, config.intermediate_size)
-        self.x_int8 = self._take_int8(num_tokens, config.hidden_size)
-        self.heads_int8 = self._take_int8(num_tokens, config.qo_size)
-        self.act_int8 = self._take_int8(self.mlp_rows, config.intermediate_size)
+        self.x = seen.take(num_tokens, config.hidden_size, dtype)
+        self.x_int8 = seen.take_int8(num_tokens, config.hidden_size)
+        self.residual = own.take(num_tokens, config.hidden_size, dtype)
+        self.qkv = own.take(num_tokens, config.qo_size + 2 * config.kv_size, dtype)
+        self.heads_flat = own.take(num_tokens, config.qo_size, dtype)
+        self.gate_up = own.take(self.mlp_rows, 2 * config.intermediate_size, dtype)
+        self.act = own.take(self.mlp_rows, config.intermediate_size, dtype)
+        self.heads_int8 = own.take_int8(num_tokens, config.qo_size)
+        self.act_int8 = own.take_int8(self.mlp_rows, config.intermediate_size)
+        self.channel = 0
+        self.num_shared_bytes, self.num_bytes = seen.num_bytes, own.num_bytes
         head_dim, qo, kv = config.head_dim, config.qo_size, config.kv_size
         self.q = self.qkv[:, :qo].unflatten(1, (-1, head_dim))
         self.k = self.qkv[:, qo : qo + kv].unflatten(1, (-1, head_dim))
         self.v = self.qkv[:, qo + kv :].unflatten(1, (-1, head_dim))
         self.heads = self.heads_flat.unflatten(1, (-1, head_dim))
 
-    def _take(self, rows: int, width: int, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """The next [rows, width] buffer, at a 64-byte boundary."""
-        dtype = dtype or self._dtype
-        begin, num_bytes = self.num_bytes, rows * width * dtype.itemsize
-        self.num_bytes = begin + -(-num_bytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
-        return self._base[begin : begin + num_bytes].view(dtype).view(rows, width)
+    def part(self, begin: int, end: int, *, channel: int) -> Scratch:
+        """That of tokens [begin, end), in the same memory. The MLP's buffers are those of all parts, which use them in turn."""
+        part = copy.copy(self)
+        for name in ("x", "residual", "qkv", "q", "k", "v", "heads", "heads_flat", "x_int8", "heads_int8"):
+            rows = getattr(self, name)
+            setattr(part, name, None if rows is None else rows[begin:end])
+        part.mlp_rows, part.channel = min(self.mlp_rows, end - begin), channel
+        return part
 
-    def _take_int8(self, rows: int, width: int) -> QuantisedRows | None:
-        if width % 32 != 0:
-            return None
-        return QuantisedRows(
-            self._take(rows, width, torch.int8),
-            self._take(rows, -(-width // 128), torch.float32),
-            self._take(rows, width // 32, torch.int32),
-        )
+
+def scratch_bytes(config: ModelConfig, placement: Placement, num_tokens: int) -> tuple[int, int]:
+    """What a Scratch takes of shared memory and of its own, found by laying one out in no memory."""
+    nowhere = torch.empty(1 << 62, dtype=torch.uint8, device="meta")
+    scratch = Scratch(config, placement, nowhere, nowhere, num_tokens)
+    return scratch.num_shared_bytes, scratch.num_bytes
 
 
 class ScratchPool:
-    """Hands out a Scratch per number of tokens; the memory below grows and never shrinks."""
+    """Hands out a Scratch per number of tokens; the memory below grows and never shrinks.
 
-    def __init__(self, config: ModelConfig, placement: Placement) -> None:
+    Args:
+        communicator: gives the memory that all ranks see; None: there is one rank.
+    """
+
+    def __init__(self, config: ModelConfig, placement: Placement, communicator: Communicator | None = None) -> None:
         self._config, self._placement = config, placement
-        self._base = torch.empty(0, dtype=torch.uint8, device=placement.device)
+        self._empty_shared = self._empty if communicator is None else communicator.empty
+        self._shared = self._base = self._empty(0)
         self._views: dict[int, Scratch] = {}
 
     def get(self, num_tokens: int) -> Scratch:
         views = self._views.get(num_tokens)
         if views is None:
-            need = self._num_bytes(num_tokens)
-            if self._base.numel() < need:
-                self._base = torch.empty(need, dtype=torch.uint8, device=self._placement.device)
+            shared_bytes, num_bytes = scratch_bytes(self._config, self._placement, num_tokens)
+            if self._shared.numel() < shared_bytes:  # on all ranks, or on none: they run the same steps
+                self._shared = self._empty_shared(shared_bytes)
                 self._views.clear()
-            views = self._views[num_tokens] = Scratch(self._config, self._placement, self._base, num_tokens)
+            if self._base.numel() < num_bytes:
+                self._base = self._empty(num_bytes)
+                self._views.clear()
+            views = Scratch(self._config, self._placement, self._shared, self._base, num_tokens)
+            self._views[num_tokens] = views
         return views
 
-    def _num_bytes(self, num_tokens: int) -> int:
-        """What a Scratch takes, found by laying one out in no memory."""
-        nowhere = torch.empty(1 << 62, dtype=torch.uint8, device="meta")
-        return Scratch(self._config, self._placement, nowhere, num_tokens).num_bytes
+    def _empty(self, num_bytes: int) -> torch.Tensor:
+        return torch.empty(num_bytes, dtype=torch.uint8, device=self._placement.device)

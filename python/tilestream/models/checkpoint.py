@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import torch
-from gguf import GGMLQuantizationType
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.quants import dequantize
 
 from tilestream.ops.linear import PackedFormat
+
+_GROUP_K, _SCALE_K = 32, 128  # of csrc/include/tilestream/quantise.h: what k and k4 are multiples of
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +37,22 @@ class RawTensor:
     @property
     def num_bytes(self) -> int:
         return self.rows.numel()
+
+    @property
+    def block(self) -> int:
+        """Columns that stay together."""
+        return GGML_QUANT_SIZES[self.type][0]
+
+    @property
+    def values(self) -> torch.Tensor:
+        """[num_rows, num_columns] float32."""
+        return torch.from_numpy(dequantize(self.rows.numpy(), self.type))
+
+    def part(self, rows: range, columns: range) -> RawTensor:
+        """These rows and columns, whole blocks, in the same memory."""
+        block, block_bytes = GGML_QUANT_SIZES[self.type]
+        bounds = slice(columns.start // block * block_bytes, columns.stop // block * block_bytes)
+        return RawTensor(self.type, self.rows[rows.start : rows.stop, bounds], len(columns))
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +87,33 @@ class QuantisedTensor:
     def num_bytes(self) -> int:
         """In the file, nearly."""
         return self.q.numel() * self.bits // 8
+
+    @property
+    def block(self) -> int:
+        """Columns that stay together."""
+        return _GROUP_K
+
+    def part(self, rows: range, columns: range) -> QuantisedTensor:
+        """These rows and columns, whole blocks. Where a cut falls inside a group, groups become finer."""
+        begin, end, lines = columns.start, columns.stop, slice(rows.start, rows.stop)
+        if self.group >= self.num_columns:
+            group, scales = len(columns), slice(0, 1)
+            repeats = 1
+        else:
+            group = math.gcd(self.group, begin)
+            repeats, scales = self.group // group, slice(begin // group, -(-end // group))
+
+        def of(values: torch.Tensor) -> torch.Tensor:
+            return values[lines].repeat_interleave(repeats, 1)[:, scales].contiguous()
+
+        return QuantisedTensor(
+            self.q[lines, begin:end].contiguous(),
+            of(self.scale),
+            None if self.zero is None else of(self.zero),
+            group,
+            self.bits,
+            max(0, min(self.k4 - begin, len(columns))) // _SCALE_K * _SCALE_K,
+        )
 
     @property
     def packed_format(self) -> PackedFormat:

