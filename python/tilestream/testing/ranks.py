@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import pickle
 import time
@@ -71,6 +72,6 @@ class Ranks:
 
     def close(self) -> None:
         for process, pipe in zip(self.processes, self._pipes, strict=True):
-            if process.is_alive():
+            with contextlib.suppress(BrokenPipeError):  # it was killed
                 pipe.send_bytes(b"")
             process.join(_TIMEOUT_S)
