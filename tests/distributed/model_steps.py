@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from tilestream.distributed import Communicator, connect
+from tilestream.distributed.weave import SplitRule
 from tilestream.engine.config import EngineConfig
 from tilestream.engine.engine import Engine
 from tilestream.engine.runner import ModelRunner, most_step_tokens
@@ -23,6 +24,7 @@ from tilestream.models.config import ModelConfig
 from tilestream.placement import CPU
 from tilestream.sampling_params import SamplingParams
 
+from bench import tune_weave
 from tests.models.helpers import PagedRunner
 
 LIMITS = EngineConfig(kv_cache_tokens=2048, max_model_len=256, page_size=16, token_budget=24, max_num_seqs=8, seed=0)
@@ -70,12 +72,14 @@ class Load:
     """A model, options of load_model, and how it is run.
 
     overlaps: steps are launched before the one before is read, as on a GPU.
+    split_rule: of several ranks, which steps run in two halves.
     """
 
     path: Path | str
     options: dict[str, Any] = field(default_factory=dict)
     kv_dtype: str = "float32"
     overlaps: bool = False
+    split_rule: SplitRule | None = None
 
 
 class TellingRunner(ModelRunner):
@@ -96,6 +100,8 @@ def answers(member: Member | None, load: Load, prompts: list[list[int]], params:
     loaded = load_model(load.path, **load.options, connect=member and member.connect)
     runner = (TellingRunner if member else ModelRunner)(loaded.model, LIMITS, kv_dtype=load.kv_dtype)
     runner.overlaps = load.overlaps
+    if member:
+        runner.split_rule = load.split_rule
     if member and member.rank > 0:
         while (message := member.from_first()) is not None:
             items, prefix_groups, draws = message
@@ -134,3 +140,10 @@ def logits(member: Member | None, load: Load, token_ids: list[int]) -> tuple[tor
     if member:
         loaded.model.communicator.close()
     return result, loaded.weight_bytes
+
+
+def cut_times(member: Member, path: Path, rule: SplitRule) -> tune_weave.Times:
+    """What bench/tune_weave.py measures, of ranks on a CPU."""
+    model = load_model(path, dtype="float32", connect=member.connect).model
+    limits = replace(LIMITS, page_size=tune_weave.PAGE_SIZE)
+    return tune_weave.measure(ModelRunner(model, limits, kv_dtype="float32"), rule, (8, 24), rounds=2)

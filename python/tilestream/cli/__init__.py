@@ -1,4 +1,4 @@
-"""The `tilestream` command: generate | serve | batch | bench | plan | simulate | quantize | info.
+"""The `tilestream` command: generate | serve | batch | bench | plan | simulate | overlap | quantize | info.
 
 Each command is a module that imports what it needs when it runs, so that `generate` never waits for a
 web framework, and `--help` for torch.
@@ -12,7 +12,7 @@ from typing import Annotated
 
 import tilestream
 import typer
-from tilestream.cli import batch, bench, generate, info, plan, quantize, serve, simulate
+from tilestream.cli import batch, bench, generate, info, overlap, plan, quantize, serve, simulate
 
 app = typer.Typer(
     name="tilestream",
@@ -33,7 +33,7 @@ tilestream info""",
     add_completion=False,
     rich_markup_mode="rich",
 )
-for module in (generate, serve, batch, bench, plan, simulate, quantize, info):
+for module in (generate, serve, batch, bench, plan, simulate, overlap, quantize, info):
     app.command(name=module.__name__.rpartition(".")[2], epilog=module.EPILOG)(module.command)
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from tilestream.engine.config import EngineConfig
 from tilestream.engine.request import Request
 from tilestream.engine.step_plan import StepPlan
 from tilestream.ops import AttentionPlan, AttentionPlanner, Penalties
@@ -71,6 +72,33 @@ class BatchBuilder:
         self.table = self.block_table.host.view(max_num_seqs, max_pages_per_seq).numpy()
         self.device = placement.device
         self.rows = [_Row() for _ in range(max_num_seqs)]
+
+    @staticmethod
+    def of(model, config: EngineConfig, kv_dtype: str, *, num_taken_sms: int = 0) -> BatchBuilder:
+        """For a model and its engine's limits; num_taken_sms: of a GPU, that other kernels have meanwhile."""
+        m, placement = model.config, model.placement
+        planners = {
+            window_left: AttentionPlanner(
+                m.num_qo_heads,
+                m.num_kv_heads,
+                m.head_dim,
+                page_size=config.page_size,
+                window_left=window_left,
+                batch_invariant=config.batch_invariant,
+                device=placement.device,
+                kv_dtype=kv_dtype,
+                num_taken_sms=num_taken_sms,
+            )
+            for window_left in sorted(set(m.window_left))
+        }
+        return BatchBuilder(
+            planners,
+            page_size=config.page_size,
+            max_pages_per_seq=-(-config.max_request_tokens // config.page_size),
+            max_num_seqs=config.max_running_requests,
+            max_num_tokens=config.token_budget,
+            placement=placement,
+        )
 
     def build(self, step: StepPlan) -> StepInputs:
         """The tensors of `step`, in the order of step.scheduled."""

@@ -74,6 +74,11 @@ class EngineConfig:
         return self.num_pages * self.page_size
 
     @property
+    def max_request_tokens(self) -> int:
+        """Of the longest request that fits."""
+        return min(self.max_model_len, self.capacity_tokens)
+
+    @property
     def max_running_requests(self) -> int:
         """Every running request must get its token each step, so no more run than the budget has tokens."""
         return min(self.max_num_seqs, self.token_budget)

@@ -148,7 +148,7 @@ def _fits(case: _Case, config: EngineConfig) -> bool:
     longest = max(case.context + 1 if case.num_decodes else 0, case.start + case.chunk)
     num_pages = case.num_decodes * _num_pages(case.context + 1, config) + _num_pages(case.start + case.chunk, config)
     return (
-        longest < min(config.max_model_len, config.capacity_tokens)
+        longest < config.max_request_tokens
         and num_pages <= config.num_pages
         and case.num_decodes + case.chunk <= config.token_budget
         and case.num_decodes + (case.chunk > 0) <= config.max_running_requests

@@ -7,6 +7,7 @@ from itertools import groupby
 
 import torch
 
+from tilestream.distributed.weave import COMMUNICATION_BLOCKS, SplitRule, split_rule
 from tilestream.engine.batch import BatchBuilder, SamplingBuilder, largest_step, padded_decodes
 from tilestream.engine.config import EngineConfig
 from tilestream.engine.logits import edit_logits, token_logprobs
@@ -20,7 +21,8 @@ from tilestream.engine.sampling_shards import (
     scored_chunks,
 )
 from tilestream.engine.step_plan import PromptScores, SampledTokens, StepPlan
-from tilestream.ops import AttentionPlanner, KvCache, sample
+from tilestream.engine.step_split import split_step
+from tilestream.ops import KvCache, sample
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,35 +69,18 @@ class ModelRunner:
             )  # fmt: skip
             for _ in range(m.num_layers)
         ]
-        planners = {
-            window_left: AttentionPlanner(
-                m.num_qo_heads,
-                m.num_kv_heads,
-                m.head_dim,
-                page_size=config.page_size,
-                window_left=window_left,
-                batch_invariant=config.batch_invariant,
-                device=placement.device,
-                kv_dtype=kv_dtype,
-            )
-            for window_left in sorted(set(m.window_left))
-        }
-        max_len = min(config.max_model_len, config.capacity_tokens)
-        self.batch = BatchBuilder(
-            planners,
-            page_size=config.page_size,
-            max_pages_per_seq=-(-max_len // config.page_size),
-            max_num_seqs=config.max_running_requests,
-            max_num_tokens=config.token_budget,
-            placement=placement,
-        )
+        self.batch = BatchBuilder.of(model, config, kv_dtype)
         self.sampling, self.few_sampling = SamplingBuilder(placement.device), SamplingBuilder(placement.device)
         self.communicator, self.shards = model.communicator, None
+        self.split_rule: SplitRule | None = None  # which steps run in two halves
         if self.communicator is not None:
             self.shards = VocabularyShards(self.communicator, model.shard.vocabularies)
+            self.halves = [BatchBuilder.of(model, config, kv_dtype, num_taken_sms=COMMUNICATION_BLOCKS) for _ in range(2)]
+            if self.overlaps:  # on a CPU the halves would only come one after the other
+                self.split_rule = split_rule(m, self.communicator, placement.device)
         if self.overlaps or self.shards is not None:  # what a captured graph and other ranks point into does not move
             num_rows = max(padded_decodes(config.max_running_requests), SCORED_ROWS)
-            model.reserve(most_step_tokens(config), num_rows=num_rows, num_positions=max_len)
+            model.reserve(most_step_tokens(config), num_rows=num_rows, num_positions=config.max_request_tokens)
         self._drawn = torch.zeros(1, dtype=torch.int64, device=placement.device)  # by the step launched last
 
     @torch.inference_mode()
@@ -133,6 +118,10 @@ class ModelRunner:
         self.communicator.check()
 
     def _forward(self, plan: StepPlan) -> torch.Tensor:
+        if self.split_rule is not None:
+            num_first = self.split_rule.first_tokens(sum(item.num_new_tokens for item in plan.scheduled))
+            if num_first:
+                return self._forward_halves(split_step(plan, num_first))
         step = self.batch.build(plan)
         if self.overlaps:
             self._fill_drawn(step.token_ids)
@@ -142,6 +131,13 @@ class ModelRunner:
             if self.communicator is not None:  # a replayed program does not say which rank has died
                 self.communicator.check()
             raise
+
+    def _forward_halves(self, plans: tuple[StepPlan, StepPlan]) -> torch.Tensor:
+        halves = [builder.build(plan) for builder, plan in zip(self.halves, plans, strict=True)]
+        if self.overlaps:
+            for half in halves:
+                self._fill_drawn(half.token_ids)
+        return self.model.forward_halves(halves, self.kv_caches)
 
     def _logits_of(self, first_row: int, num_rows: int) -> torch.Tensor | None:
         """Whole logits of some tokens of the step; None on ranks that have no use for them."""

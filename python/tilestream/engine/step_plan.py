@@ -37,7 +37,9 @@ class StepPlan:
 
     def add(self, request: Request, num_new_tokens: int) -> None:
         start = request.num_computed_tokens
-        samples = start + num_new_tokens == len(request.token_ids)
+        self.add_part(request, start, num_new_tokens, samples=start + num_new_tokens == len(request.token_ids))
+
+    def add_part(self, request: Request, start: int, num_new_tokens: int, *, samples: bool) -> None:
         self.scheduled.append(ScheduledRequest(request, start, num_new_tokens, samples))
         self.num_tokens += num_new_tokens
         self.num_samples += samples

@@ -27,18 +27,18 @@ class RmsNorm:
         self._add_norm = torch.ops.tilestream.fused_add_rms_norm.default
         self._add_norm_quant = torch.ops.tilestream.fused_add_rms_norm_quant.default
 
-    def __call__(self, x: torch.Tensor) -> None:
-        """Normalises x, [num_tokens, hidden] or [num_tokens, num_heads, hidden], in place."""
+    def __call__(self, x: torch.Tensor, *, channel: int = 0) -> None:
+        """Normalises x, [num_tokens, hidden] or [num_tokens, num_heads, hidden], in place. channel: of the communicator."""
         if self.communicator is not None:
-            return self.communicator.allreduce_rmsnorm(x, None, self.weight, eps=self.eps)
+            return self.communicator.allreduce_rmsnorm(x, None, self.weight, eps=self.eps, channel=channel)
         self._norm(x, self.weight, x, eps=self.eps)
 
     def add(
-        self, x: torch.Tensor, residual: torch.Tensor, int8: QuantisedRows | None = None
+        self, x: torch.Tensor, residual: torch.Tensor, int8: QuantisedRows | None = None, *, channel: int = 0
     ) -> torch.Tensor | QuantisedRows:
         """residual += x; norm(residual) is written into `int8` where that is given, else over x, and returned."""
         if self.communicator is not None:
-            self.communicator.allreduce_rmsnorm(x, residual, self.weight, eps=self.eps, int8=int8)
+            self.communicator.allreduce_rmsnorm(x, residual, self.weight, eps=self.eps, int8=int8, channel=channel)
         elif int8 is None:
             self._add_norm(x, residual, self.weight, eps=self.eps)
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING
 
 import torch
@@ -57,6 +58,7 @@ class Scratch:
         gate_up, act: [mlp_rows, 2 * intermediate] and [mlp_rows, intermediate].
         x_int8, heads_int8, act_int8: as x, heads_flat and act, for the linears that take integers; None where the width is no
             multiple of 32.
+        channel: of the communicator, for its norms.
         num_shared_bytes, num_bytes: of all of them, in either memory.
     """
 
@@ -75,12 +77,22 @@ class Scratch:
         self.act = own.take(self.mlp_rows, config.intermediate_size, dtype)
         self.heads_int8 = own.take_int8(num_tokens, config.qo_size)
         self.act_int8 = own.take_int8(self.mlp_rows, config.intermediate_size)
+        self.channel = 0
         self.num_shared_bytes, self.num_bytes = seen.num_bytes, own.num_bytes
         head_dim, qo, kv = config.head_dim, config.qo_size, config.kv_size
         self.q = self.qkv[:, :qo].unflatten(1, (-1, head_dim))
         self.k = self.qkv[:, qo : qo + kv].unflatten(1, (-1, head_dim))
         self.v = self.qkv[:, qo + kv :].unflatten(1, (-1, head_dim))
         self.heads = self.heads_flat.unflatten(1, (-1, head_dim))
+
+    def part(self, begin: int, end: int, *, channel: int) -> Scratch:
+        """That of tokens [begin, end), in the same memory. The MLP's buffers are those of all parts, which use them in turn."""
+        part = copy.copy(self)
+        for name in ("x", "residual", "qkv", "q", "k", "v", "heads", "heads_flat", "x_int8", "heads_int8"):
+            rows = getattr(self, name)
+            setattr(part, name, None if rows is None else rows[begin:end])
+        part.mlp_rows, part.channel = min(self.mlp_rows, end - begin), channel
+        return part
 
 
 def scratch_bytes(config: ModelConfig, placement: Placement, num_tokens: int) -> tuple[int, int]:

@@ -11,11 +11,12 @@ parts of a sum in x, which the next norm adds.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
+from tilestream.distributed.two_streams import TwoStreams
 from tilestream.layers.attention import Attention
 from tilestream.layers.embedding import Embedding
 from tilestream.layers.linear import Linear
@@ -57,16 +58,21 @@ class DecoderLayer:
         self.attn_norm, self.mlp_norm = attn_norm, mlp_norm
         self.post_attn_norm, self.post_mlp_norm = post_attn_norm, post_mlp_norm
 
-    def __call__(self, buf: Scratch, step: StepInputs, cache: KvCache) -> None:
-        x, residual = buf.x, buf.residual
-        normed = self.attn_norm.add(x, residual, _rows_for(self.attention.qkv, buf))
+    def stages(self, buf: Scratch, step: StepInputs, cache: KvCache) -> Iterator[None]:
+        """The layer, which yields where norms, in which ranks communicate, and computation take turns."""
+        x, residual, channel = buf.x, buf.residual, buf.channel
+        normed = self.attn_norm.add(x, residual, _rows_for(self.attention.qkv, buf), channel=channel)
+        yield
         self.attention(normed, buf, step, cache)
+        yield
         if self.post_attn_norm is not None:
-            self.post_attn_norm(x)
-        normed = self.mlp_norm.add(x, residual, _rows_for(self.mlp.gate_up, buf))
+            self.post_attn_norm(x, channel=channel)
+        normed = self.mlp_norm.add(x, residual, _rows_for(self.mlp.gate_up, buf), channel=channel)
+        yield
         self.mlp(normed, buf)
+        yield
         if self.post_mlp_norm is not None:
-            self.post_mlp_norm(x)
+            self.post_mlp_norm(x, channel=channel)
 
 
 def _rows_for(reader: Linear | StackedLinear, buf: Scratch) -> QuantisedRows | None:
@@ -109,6 +115,7 @@ class LlamaModel:
         self.embedding, self.layers, self.norm, self.lm_head = embedding, list(layers), norm, lm_head
         self._scratch = ScratchPool(config, placement, communicator)
         self._programs = LayerPrograms(placement.device)
+        self._streams = TwoStreams(placement.device)
         self._replays = communicator is None or communicator.replays
         self._logits: torch.Tensor | None = None
         self._ran: Scratch | None = None  # what the last step left behind
@@ -148,6 +155,29 @@ class LlamaModel:
         return self._finish(logits) if rows is None else self.logits_of(rows)
 
     @torch.inference_mode()
+    def forward_halves(self, halves: Sequence[StepInputs], kv_caches: Sequence[KvCache]) -> torch.Tensor:
+        """Run one step in two halves, of which one communicates while the other computes: forward() of both together.
+
+        Args:
+            halves: the step's tokens in their order (tilestream.engine.step_split). Only ranks have such steps.
+            kv_caches: one per layer.
+        """
+        self._reach(max(half.max_position for half in halves))
+        num_first, num_tokens = halves[0].token_ids.size(0), sum(half.token_ids.size(0) for half in halves)
+        buf = self._scratch.get(num_tokens)
+        parts = buf.part(0, num_first, channel=0), buf.part(num_first, num_tokens, channel=1)
+        for part, half in zip(parts, halves, strict=True):
+            self.embedding(half.token_ids, part.x)
+        buf.residual.zero_()
+        self._streams.run([self._stages(part, half, kv_caches) for part, half in zip(parts, halves, strict=True)])
+        self._ran = buf
+        first, second = (
+            torch.arange(half.token_ids.size(0), device=self.placement.device) if half.logits_rows is None else half.logits_rows
+            for half in halves
+        )
+        return self.logits_of(torch.cat([first, second + num_first]))
+
+    @torch.inference_mode()
     def logits_of(self, rows: torch.Tensor) -> torch.Tensor:
         """Logits of tokens of the last step, if that one had logits_rows. They overwrite those given before.
 
@@ -156,7 +186,7 @@ class LlamaModel:
         """
         logits, buf = self._head_rows(rows.size(0)), self._ran
         if self.communicator is not None:  # the final norm is done
-            self._to_logits(_rows_of(_rows_for(self.lm_head, buf) or buf.x, rows), logits)
+            self._to_logits(_rows_of(self._normed(buf), rows), logits)
             return self._finish(logits)
         x, residual = self._last[:, : rows.size(0)]
         torch.index_select(buf.x, 0, rows, out=x)
@@ -175,18 +205,28 @@ class LlamaModel:
         self, buf: Scratch, step: StepInputs, kv_caches: Sequence[KvCache], logits: torch.Tensor
     ) -> None:
         """The layers and, where every token's logits are wanted, the projection to them: what a program records, so nothing
-        but our own ops stands here. Several ranks do the final norm here, too, of all rows, for they do it together."""
-        x, residual, all_rows = buf.x, buf.residual, step.logits_rows is None
+        but our own ops stands here."""
+        for _ in self._stages(buf, step, kv_caches):
+            pass
+        if step.logits_rows is None:
+            if self.communicator is not None:
+                self._to_logits(self._normed(buf), logits)
+            else:
+                self._project(buf.x, buf.residual, logits)
+
+    def _stages(self, buf: Scratch, step: StepInputs, kv_caches: Sequence[KvCache]) -> Iterator[None]:
+        """The layers, which yield where communication and computation take turns; communication is first and last. Several
+        ranks do the final norm here, too, of all rows, for they do it together."""
         if self.communicator is not None and self.config.post_norms:  # norms that add get a whole x there
-            self.communicator.allreduce_rmsnorm(x, None, None, eps=self.norm.eps)
+            self.communicator.allreduce_rmsnorm(buf.x, None, None, eps=self.norm.eps, channel=buf.channel)
         for layer, cache in zip(self.layers, kv_caches, strict=True):
-            layer(buf, step, cache)
+            yield from layer.stages(buf, step, cache)
         if self.communicator is not None:
-            normed = self.norm.add(x, residual, _rows_for(self.lm_head, buf))
-            if all_rows:
-                self._to_logits(normed, logits)
-        elif all_rows:
-            self._project(x, residual, logits)
+            self.norm.add(buf.x, buf.residual, _rows_for(self.lm_head, buf), channel=buf.channel)
+
+    def _normed(self, buf: Scratch) -> torch.Tensor | QuantisedRows:
+        """Where ranks' final norm has left its rows."""
+        return _rows_for(self.lm_head, buf) or buf.x
 
     def _project(self, x: torch.Tensor, residual: torch.Tensor, logits: torch.Tensor) -> None:
         """Final norm and output projection: only of rows that are wanted, for the vocabulary is the widest matrix."""

@@ -53,6 +53,7 @@ class AttentionPlanner:
         tile_rows, tile_keys, split_tokens, cost_tile, cost_row: see plan.h. The defaults are the device's.
         narrow_rows: units of at most so many rows get lists of jobs of their own, for kernels that run them beside the
             others; 0: no such lists. None: as the device's kernels take it. Ignored when batch_invariant.
+        num_taken_sms: of a GPU, that other kernels have meanwhile; the default num_workers leaves them out.
         merge_inside: add what kernels need that merge partial results in the launch that computes them. None: as the
             device's kernels take it.
     Raises:
@@ -79,10 +80,14 @@ class AttentionPlanner:
         cost_tile: int | None = None,
         cost_row: int | None = None,
         narrow_rows: int | None = None,
+        num_taken_sms: int = 0,
         merge_inside: bool | None = None,
     ) -> None:
         device = torch.device(device)
-        default = _cpu_shares() if device.type == "cpu" else _cuda_shares(device, head_dim_qk or head_dim_vo, head_dim_vo, kv_dtype)
+        if device.type == "cpu":
+            default = _cpu_shares()
+        else:
+            default = _cuda_shares(device, head_dim_qk or head_dim_vo, head_dim_vo, kv_dtype, num_taken_sms)
         group_size = max(1, num_qo_heads // max(1, num_kv_heads))
         self.row_floats = group_size * (head_dim_vo + 1)
         self.planner = _C.Planner(
@@ -173,9 +178,11 @@ def _cpu_shares() -> _Shares:
     return _Shares(_C.num_threads(), tile_rows=96, tile_keys=128)
 
 
-def _cuda_shares(device: torch.device, head_dim_qk: int, head_dim_vo: int, kv_dtype: str) -> _Shares:
+def _cuda_shares(
+    device: torch.device, head_dim_qk: int, head_dim_vo: int, kv_dtype: str, num_taken_sms: int = 0
+) -> _Shares:
     properties = torch.cuda.get_device_properties(device)
-    num_sms = properties.multi_processor_count
+    num_sms = max(1, properties.multi_processor_count - num_taken_sms)
     if properties.major == 9 and "90a-real" not in _C.cuda_archs:
         _warn_of_missing_sm90(properties.name)
     elif properties.major == 9 and (tile := _C.attention_tile(kv_dtype, head_dim_qk, head_dim_vo)):
