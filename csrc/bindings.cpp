@@ -11,6 +11,7 @@
 #include "cpu/dispatch.h"
 #include "tilestream/attention_tiles.h"
 #include "tilestream/linear.h"
+#include "tilestream/taken_sms.h"
 
 namespace tilestream {
 void bind_planner(pybind11::module_& m);  // plan/bind_planner.cpp
@@ -39,6 +40,9 @@ PYBIND11_MODULE(_C, m) {
         tilestream::cpu::set_num_threads(num);
       },
       pybind11::arg("num"));
+  m.def(
+      "set_taken_sms", [](int num) { tilestream::taken_sms = num; }, pybind11::arg("num"),
+      "SMs that other kernels have while this thread launches (taken_sms.h).");
   m.attr("signal_bytes") = tilestream::kSignalBytes;  // of a rank's block (allreduce.h), and what the words in it mean
   m.attr("pid_offset") = tilestream::cpu::kPidOffset;
   m.attr("fault_offset") = tilestream::cpu::kFaultOffset;

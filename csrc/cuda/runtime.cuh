@@ -7,9 +7,11 @@
 #include <cuda_fp8.h>
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <stdexcept>
 #include <string>
 
+#include "tilestream/taken_sms.h"
 #include "tilestream/types.h"
 
 namespace tilestream::cuda {
@@ -86,7 +88,7 @@ unsigned resident_blocks(Kernel kernel, unsigned threads, size_t smem_bytes) {
   check(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(smem_bytes)), "cudaFuncSetAttribute");
   check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks_per_sm, kernel, int(threads), smem_bytes), "occupancy");
-  return unsigned(num_sms * blocks_per_sm);
+  return unsigned(std::max(num_sms - taken_sms, 1) * blocks_per_sm);
 }
 
 }  // namespace tilestream::cuda

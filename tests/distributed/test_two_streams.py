@@ -6,11 +6,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from tilestream.distributed import two_streams
 from tilestream.distributed.two_streams import TwoStreams
-from tilestream.distributed.weave import Gemm, SplitRule, Tiling
+from tilestream.distributed.weave import COMMUNICATION_BLOCKS, Gemm, SplitRule, Tiling
 from tilestream.engine.engine import Engine
 from tilestream.engine.runner import ModelRunner
 from tilestream.models import load_model
@@ -131,6 +133,8 @@ class FakeStreams:
             yield
             world.now = before
 
+        self.taken_sms: list[int] = []
+        monkeypatch.setattr(two_streams, "_C", SimpleNamespace(set_taken_sms=self.taken_sms.append))
         monkeypatch.setattr(torch.cuda, "Stream", lambda device, priority: Stream("second"))
         monkeypatch.setattr(torch.cuda, "current_stream", lambda: Stream("current"))
         monkeypatch.setattr(torch.cuda, "Event", Event)
@@ -152,6 +156,7 @@ class FakeStreams:
 def test_order_on_two_streams(monkeypatch: pytest.MonkeyPatch) -> None:
     streams = FakeStreams(monkeypatch)
     TwoStreams(torch.device("cuda", 0)).run([streams.half(1, 6), streams.half(2, 6)])
+    assert streams.taken_sms == [COMMUNICATION_BLOCKS, 0]
     works = {work.name: work for work in streams.works}
     assert len(works) == 2 * (2 * 6 + 1)
     for stage in range(7):

@@ -36,7 +36,7 @@ def compare(costs: OverlapCosts, num_tokens: int) -> Comparison:
 
 _HEADER = (
     "tokens  NCCL + norm  multimem + norm    fused  our split  best split  no communication  over NCCL  over fused  "
-    "first half  blocks"
+    "  first half  blocks"
 )
 _NOTES = """times: ms. our split: by the rule of waves, with our kernel's blocks; then of the best split: times as fast as NCCL + norm and as
 fused, tokens of its first half and how many more than the middle, blocks of communication beside attention/MLP"""
@@ -51,7 +51,7 @@ def table(steps: Sequence[Comparison]) -> str:
         lines.append(
             f"{step.num_tokens:6}  {whole_ms['nccl']:11.1f}  {whole_ms['multimem']:15.1f}  {whole_ms['fused']:7.1f}  "
             f"{step.rule.step_s * 1e3:9.1f}  {best_ms:10.1f}  {whole_ms['none']:16.1f}  {whole_ms['nccl'] / best_ms:9.2f}  "
-            f"{whole_ms['fused'] / best_ms:10.2f}  {best.first:6}{best.first - middle_of(step.num_tokens):+4}  "
+            f"{whole_ms['fused'] / best_ms:10.2f}  {best.first:6} {best.first - middle_of(step.num_tokens):+5}  "
             f"{best.attention_blocks:3}/{best.mlp_blocks}"
         )
     return "\n".join([*lines, _NOTES])

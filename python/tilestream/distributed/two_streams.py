@@ -14,6 +14,9 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
+from tilestream._native import _C
+from tilestream.distributed.weave import COMMUNICATION_BLOCKS
+
 _ENDED = object()
 
 
@@ -23,6 +26,8 @@ class TwoStreams:
     On a CPU both streams are the calling thread, and the order stays. On a GPU computation runs in the current stream, and
     communication in one of a higher priority, whose few blocks so get their SMs before the other half's tiles do. A CUDA graph may
     capture it: the second stream begins with an event of the current one, which waits for its end, and nothing is allocated.
+
+    Kernels whose blocks stay leave the communication its SMs meanwhile (csrc/include/tilestream/taken_sms.h).
 
     Args:
         device: where the halves run.
@@ -38,7 +43,16 @@ class TwoStreams:
         Args:
             halves: each computes on next(), up to where the next stage begins.
         """
-        lanes = [_Lane() if self._device.type == "cpu" else _GpuLane(self._second_stream()) for _ in halves]
+        if self._device.type == "cpu":
+            self._take_turns(halves, [_Lane() for _ in halves])
+            return
+        _C.set_taken_sms(COMMUNICATION_BLOCKS)
+        try:
+            self._take_turns(halves, [_GpuLane(self._second_stream()) for _ in halves])
+        finally:
+            _C.set_taken_sms(0)
+
+    def _take_turns(self, halves: Sequence[Iterator[None]], lanes: Sequence[_Lane | _GpuLane]) -> None:
         ended = False
         while not ended:
             for half, lane in zip(halves, lanes, strict=True):
