@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterator
 
+import hypothesis
 import pytest
 import torch
 
@@ -12,6 +13,10 @@ from tests.on_device import OnDevice
 from tests.simt import build as simt
 from tilestream import testing
 from tilestream._native import _C
+
+# How long an example takes says more about the machine's other work than about us.
+hypothesis.settings.register_profile("tilestream", deadline=None)
+hypothesis.settings.load_profile("tilestream")
 
 
 @pytest.fixture(autouse=True)

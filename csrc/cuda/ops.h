@@ -9,15 +9,15 @@
 #include "tilestream/quantise.h"
 #include "tilestream/sample.h"
 
-#define TILESTREAM_CUDA_OPS(X)       \
-  X(attention, AttentionParams)      \
-  X(merge_states, MergeStatesParams) \
-  X(append_kv, AppendKvParams)       \
-  X(gather_kv, GatherKvParams)       \
-  X(quantise, QuantiseParams)        \
-  X(linear, LinearParams)            \
-  X(embedding, EmbeddingParams)      \
-  X(rms_norm, RmsNormParams)         \
-  X(act_and_mul, ActAndMulParams)    \
-  X(sample, SampleParams)            \
-  X(allreduce_rmsnorm, AllReduceRmsNormParams)
+#define TILESTREAM_CUDA_OPS(X)                 \
+  X(attention, AttentionParams)                \
+  X(merge_states, MergeStatesParams)           \
+  X(append_kv, AppendKvParams)                 \
+  X(gather_kv, GatherKvParams)                 \
+  X(quantise, QuantiseParams)                  \
+  X(linear, LinearParams)                      \
+  X(embedding, EmbeddingParams)                \
+  X(rms_norm, RmsNormParams)                   \
+  X(act_and_mul, ActAndMulParams)              \
+  X(allreduce_rmsnorm, AllReduceRmsNormParams) \
+  X(sample, SampleParams)

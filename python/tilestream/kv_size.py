@@ -29,11 +29,13 @@ def kv_token_bytes(config: ModelConfig, kv_dtype: str) -> int:
     return int(config.num_layers * config.num_kv_heads * 2 * (config.head_dim * element_bytes(kv_dtype) + scale_bytes))
 
 
-def default_kv_cache_tokens(config: ModelConfig, kv_dtype: str, page_size: int, device: torch.device) -> int:
-    """A share of the memory that is free on `device`, at least one page."""
+def default_kv_cache_tokens(
+    config: ModelConfig, kv_dtype: str, page_size: int, device: torch.device, num_ranks: int = 1
+) -> int:
+    """A share of the memory that is free on `device`, which so many ranks of a model have together; at least one page."""
     if device.type == "cpu":
         room_bytes = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * _KV_MEMORY_SHARE
     else:
         room_bytes = torch.cuda.mem_get_info(device)[0] * _KV_GPU_MEMORY_SHARE
-    tokens = min(int(room_bytes / kv_token_bytes(config, kv_dtype)), _KV_MAX_CONTEXTS * config.max_position)
+    tokens = min(int(room_bytes / num_ranks / kv_token_bytes(config, kv_dtype)), _KV_MAX_CONTEXTS * config.max_position)
     return max(tokens, page_size)

@@ -6,55 +6,23 @@ import itertools
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
 
-from tilestream._native import _C
-from tilestream.calibrate import use_softmax_ranges
 from tilestream.engine.async_engine import AsyncEngine
+from tilestream.engine.batch import largest_step
 from tilestream.engine.config import EngineConfig
 from tilestream.engine.engine import Engine
 from tilestream.engine.errors import QueueFullError
 from tilestream.engine.prefix_groups import SharingCost
-from tilestream.engine.request import FinishReason, RequestDelta, TokenLogprobs
-from tilestream.engine.runner import ModelRunner
-from tilestream.kv_size import default_kv_cache_tokens, element_bytes, kv_token_bytes
-from tilestream.models import load_model
-from tilestream.ops.kv_cache import KV_DTYPES
-from tilestream.placement import Placement
+from tilestream.engine.request import RequestDelta
+from tilestream.kv_size import element_bytes, kv_token_bytes
+from tilestream.loading import ModelOptions, load
+from tilestream.request_output import RequestOutput
 from tilestream.sampling_params import SamplingParams
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 
 Prompt = str | Sequence[int]
-
-
-@dataclass(frozen=True, slots=True)
-class RequestOutput:
-    """A finished request.
-
-    Args:
-        prompt: as given, None for token ids.
-        prompt_token_ids, token_ids: the prompt's and the answer's tokens.
-        text: the answer.
-        logprobs: one entry per answer token, when asked for; prompt_logprobs: per prompt token but the first.
-        finish_reason: "stop", "length", "abort" or "error"; stop_reason: the stop string or token, if any.
-        error: a sentence, with finish_reason "error".
-        num_cached_tokens: prompt tokens whose KV was found in the prefix cache.
-        ttft_s: seconds from the request's arrival to its first token; e2e_s: to its end.
-    """
-
-    prompt: str | None
-    prompt_token_ids: list[int]
-    text: str
-    token_ids: list[int]
-    logprobs: list[TokenLogprobs] | None
-    prompt_logprobs: list[TokenLogprobs] | None
-    finish_reason: FinishReason
-    stop_reason: str | int | None
-    error: str | None
-    num_cached_tokens: int
-    ttft_s: float | None
-    e2e_s: float | None
 
 
 class LLM:
@@ -74,7 +42,10 @@ class LLM:
         act_bits: of the activations that meet quantised weights: "auto", "4", "8" or "16": see load_model.
         softmax_ranges: a file of tilestream.calibrate, from which layers get the maximum that decodes on CUDA weigh by;
             None: the online softmax.
-        num_threads: CPU threads; None: TILESTREAM_NUM_THREADS, or one for every core this process may use.
+        tensor_parallel_size: ranks that have a part of the model each, on GPUs of their own or sharing the CPU: processes that
+            this one starts, or that torchrun has started; there other ranks than 0 do not return from here.
+        num_threads: CPU threads; None: TILESTREAM_NUM_THREADS, or one for every core this process may use. Of each rank: then
+            an even share of the cores.
         progress: called with (done, total) bytes while loading.
     Attributes:
         name, tokenizer, config, engine: of the model that was loaded.
@@ -82,6 +53,7 @@ class LLM:
     Raises:
         ModelLoadError: the model cannot be found or read, with the file and what is wrong.
         ValueError: an option that is not allowed, with its value and what is.
+        RankDiedError: a rank has died, or has not come; from here on any call that runs steps may raise it.
     """
 
     def __init__(
@@ -105,49 +77,57 @@ class LLM:
         batch_invariant: bool = False,
         seed: int | None = None,
         softmax_ranges: str | os.PathLike | None = None,
+        tensor_parallel_size: int = 1,
         num_threads: int | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
-        if num_threads is not None:
-            _C.set_num_threads(num_threads)
-        if kv_dtype == "auto":
-            kv_dtype = "float32" if dtype == "float32" else "bfloat16"
-        if kv_dtype not in KV_DTYPES:
-            raise ValueError(f"kv_dtype is {kv_dtype!r}; supported: auto, {', '.join(KV_DTYPES)}")
-        placement = Placement.of(device, batch_invariant=batch_invariant)
-        loaded = load_model(os.fspath(model), dtype=dtype, act_bits=act_bits, progress=progress, placement=placement)
-        if softmax_ranges is not None:
-            use_softmax_ranges(loaded.model, softmax_ranges, kv_dtype=kv_dtype)
-        m = loaded.model.config
+        options = ModelOptions(
+            model=os.fspath(model),
+            device=device,
+            dtype=dtype,
+            kv_dtype=("float32" if dtype == "float32" else "bfloat16") if kv_dtype == "auto" else kv_dtype,
+            act_bits=act_bits,
+            page_size=page_size,
+            batch_invariant=batch_invariant,
+            softmax_ranges=softmax_ranges,
+            num_threads=num_threads,
+            most_tokens=largest_step(token_budget, max_num_seqs),
+            tensor_parallel_size=tensor_parallel_size,
+        )
+        self._model = load(options, progress)
+        loaded, m = self._model.loaded, self._model.loaded.config
         if kv_cache_tokens is None:
-            kv_cache_tokens = default_kv_cache_tokens(m, kv_dtype, page_size, placement.device)
+            kv_cache_tokens = self._model.room_tokens
         capacity = kv_cache_tokens // max(1, page_size) * page_size
         self.name = loaded.name
         self.tokenizer = loaded.tokenizer
         self.config = m
-        self.weight_bytes = loaded.weight_bytes
-        self.kv_token_bytes = kv_token_bytes(m, kv_dtype)
-        engine_config = EngineConfig(
-            kv_cache_tokens=kv_cache_tokens,
-            max_model_len=min(m.max_position, capacity) if max_model_len is None else max_model_len,
-            page_size=page_size,
-            max_num_seqs=max_num_seqs,
-            token_budget=token_budget,
-            tbt_ms=tbt_ms,
-            policy=policy,
-            max_queued_requests=max_queued_requests,
-            max_queued_tokens=max_queued_tokens,
-            enable_prefix_caching=enable_prefix_caching,
-            batch_invariant=batch_invariant,
-            seed=seed,
-        )
-        if engine_config.max_model_len > m.max_position:
-            raise ValueError(f"max_model_len is {max_model_len}; this model's positions end at {m.max_position}")
-        runner = ModelRunner(loaded.model, engine_config, kv_dtype=kv_dtype)
-        self.engine = Engine(runner, loaded.tokenizer, engine_config)
-        self.engine.scheduler.prefix_groups.cost = SharingCost.of(
-            placement.device.type, m.num_qo_heads, m.num_kv_heads, m.head_dim, element_bytes(kv_dtype)
-        )
+        self.weight_bytes = self._model.weight_bytes
+        self.kv_token_bytes = kv_token_bytes(m, options.kv_dtype)
+        with ExitStack() as undo:
+            undo.callback(self._model.close)
+            engine_config = EngineConfig(
+                kv_cache_tokens=kv_cache_tokens,
+                max_model_len=min(m.max_position, capacity) if max_model_len is None else max_model_len,
+                page_size=page_size,
+                max_num_seqs=max_num_seqs,
+                token_budget=token_budget,
+                tbt_ms=tbt_ms,
+                policy=policy,
+                max_queued_requests=max_queued_requests,
+                max_queued_tokens=max_queued_tokens,
+                enable_prefix_caching=enable_prefix_caching,
+                batch_invariant=batch_invariant,
+                seed=seed,
+            )
+            if engine_config.max_model_len > m.max_position:
+                raise ValueError(f"max_model_len is {max_model_len}; this model's positions end at {m.max_position}")
+            self.engine = Engine(self._model.build(engine_config), loaded.tokenizer, engine_config)
+            local, device = loaded.model.config, loaded.model.placement.device
+            self.engine.scheduler.prefix_groups.cost = SharingCost.of(
+                device.type, local.num_qo_heads, local.num_kv_heads, local.head_dim, element_bytes(options.kv_dtype)
+            )
+            undo.pop_all()
         self._ids = itertools.count()
         self._unread: dict[str, deque[RequestDelta]] = {}  # what steps gave for each request of generate() and stream()
         self._async_engine: AsyncEngine | None = None
@@ -160,7 +140,14 @@ class LLM:
         """
         if self._async_engine is None:
             self._async_engine = AsyncEngine(self.engine)
+            self._model.on_failure(self._async_engine.fail)
         return self._async_engine
+
+    def close(self) -> None:
+        """End the other ranks, where there are some. The end of the process does it, too."""
+        if self._async_engine is not None:
+            self._async_engine.shutdown()
+        self._model.close()
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
@@ -197,7 +184,7 @@ class LLM:
                 del self._unread[request_id]
             for request_id in unfinished:  # only after an interruption
                 self.engine.abort(request_id)
-        return [_output(p, t, deltas[i]) for p, t, i in zip(batch, token_ids, ids, strict=True)]
+        return [RequestOutput.of(p, t, deltas[i]) for p, t, i in zip(batch, token_ids, ids, strict=True)]
 
     def chat(self, messages: Sequence[dict], params: SamplingParams | None = None) -> RequestOutput:
         """Answer a conversation, through the model's chat template.
@@ -266,22 +253,3 @@ class LLM:
 
 def _is_one_prompt(prompts: Prompt | Sequence[Prompt]) -> bool:
     return isinstance(prompts, str) or (len(prompts) > 0 and all(isinstance(p, int) for p in prompts))
-
-
-def _output(prompt: Prompt, token_ids: list[int], deltas: Sequence[RequestDelta]) -> RequestOutput:
-    last = deltas[-1]
-    logprobs = [entry for delta in deltas for entry in delta.logprobs or ()]
-    return RequestOutput(
-        prompt=prompt if isinstance(prompt, str) else None,
-        prompt_token_ids=token_ids,
-        text="".join(delta.text for delta in deltas),
-        token_ids=[token for delta in deltas for token in delta.token_ids],
-        logprobs=logprobs if any(delta.logprobs is not None for delta in deltas) else None,
-        prompt_logprobs=next((d.prompt_logprobs for d in deltas if d.prompt_logprobs is not None), None),
-        finish_reason=last.finish_reason,
-        stop_reason=last.stop_reason,
-        error=last.error,
-        num_cached_tokens=last.num_cached_tokens,
-        ttft_s=None if last.first_token_s is None else last.first_token_s - last.arrival_s,
-        e2e_s=None if last.finish_s is None else last.finish_s - last.arrival_s,
-    )

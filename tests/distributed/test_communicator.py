@@ -140,6 +140,20 @@ def test_a_killed_rank_is_named(tmp_path: Path, transport: str, order: tuple[int
     assert {name for name in set(os.listdir("/dev/shm")) - before if name.startswith("tilestream")} == set()
 
 
+def test_a_rank_killed_while_it_waits_is_named(tmp_path: Path) -> None:
+    """All wait for rank 2, which lives and is late; rank 1 dies meanwhile."""
+    ranks = Ranks(3, tmp_path)
+    ranks.call(in_rank.come_once, "shared memory", 60.0)
+    for rank in range(3):
+        ranks.begin(rank, in_rank.come_again, 4.0 if rank == 2 else 0.0)
+    time.sleep(1)
+    os.kill(ranks.processes[1].pid, signal.SIGKILL)
+    for rank in (0, 2):
+        with pytest.raises(RankDiedError, match="^rank 1 of 3 has died: its process has ended$"):
+            ranks.result(rank)
+    ranks.close()
+
+
 def test_a_rank_that_does_not_come_is_named(tmp_path: Path) -> None:
     ranks = Ranks(2, tmp_path)
     ranks.call(in_rank.come_once, "shared memory", 0.5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import gguf
 import pytest
@@ -10,6 +11,7 @@ import torch
 from gguf import GGMLQuantizationType as Type
 from tilestream.layers.embedding import Embedding
 from tilestream.layers.linear import Linear
+from tilestream.models import load_model
 from tilestream.models.checkpoint import QuantisedTensor, RawTensor
 from tilestream.models.errors import ModelLoadError
 from tilestream.models.gguf_reader import GgufFile
@@ -131,6 +133,11 @@ def test_blocks_that_the_mlp_is_cut_by(tmp_path: Path) -> None:
     assert WeightLoader(file, "auto", None, 0).block(["blk.0.ffn_down"]) == 32
     assert WeightLoader(file, "auto", None, 0).block(["blk.0.ffn_down", "blk.1.ffn_down"]) == 256
     assert WeightLoader(file, "bfloat16", None, 0).block(["blk.0.ffn_down", "blk.1.ffn_down"]) == 1
+
+
+def test_a_model_for_too_many_ranks() -> None:
+    with pytest.raises(ModelLoadError, match=r"Q4_1.gguf: rank 0 of 10: this model, of 9 query heads, runs on 1 to 8 ranks"):
+        load_model("smollm2-135m-instruct", connect=lambda config: SimpleNamespace(rank=0, world_size=10))
 
 
 def test_progress_is_of_the_checkpoint() -> None:

@@ -78,7 +78,7 @@ SCHEMAS = st.recursive(
 )  # fmt: skip
 
 
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=80, suppress_health_check=[HealthCheck.too_slow])
 @given(schema=SCHEMAS, seed=st.integers(0, 2**32))
 def test_answers_are_valid_under_any_schema(schema: dict, seed: int) -> None:
     constraint = Constraint.json_schema(schema)

@@ -6,7 +6,7 @@ import time
 
 import pytest
 from tilestream.engine.engine import Engine
-from tilestream.engine.errors import PromptTooLongError, QueueFullError
+from tilestream.engine.errors import EngineDeadError, PromptTooLongError, QueueFullError
 from tilestream.engine.request import RequestOptions
 from tilestream.sampling_params import SamplingParams
 
@@ -225,6 +225,41 @@ def test_a_failing_step_ends_its_requests_only() -> None:
     engine.scheduler.check_invariants()
     assert engine.scheduler.pool.num_owned_pages == 0
     assert tokens_of(run_all(engine)["c"]) == expected_output(HELLO, GREEDY, 0, 8)
+
+
+def test_a_runner_that_is_broken_for_good_ends_the_engine() -> None:
+    engine = two_running()
+    engine.runner.fail_with, engine.runner.is_broken = RuntimeError("illegal address"), True
+    with pytest.raises(EngineDeadError, match="broken for good"):
+        engine.step()
+
+
+def test_what_a_failed_step_should_have_computed_is_shared_with_nobody() -> None:
+    engine = make_engine()
+    prompt = [i % 26 + 97 for i in range(40)]
+    engine.add_request("a", prompt, GREEDY)
+    engine.runner.fail_with = MemoryError()
+    assert engine.step()[0].finish_reason == "error"
+    engine.add_request("b", prompt, GREEDY)
+    done = run_all(engine)["b"]
+    assert done[-1].num_cached_tokens == 0
+    assert tokens_of(done) == expected_output(prompt, GREEDY, 0, 8)
+
+
+def test_a_step_behind_one_that_failed_fails_too() -> None:
+    """Its requests may have read what that one should have left."""
+    engine = make_engine(overlaps=True, token_budget=64)
+    prompt = [i % 26 + 97 for i in range(40)]
+    engine.add_request("a", prompt, GREEDY)
+    engine.step()
+    engine.add_request("b", prompt, GREEDY)
+    engine.runner.fail_collect_with = RuntimeError("broken")
+    deltas = engine.step()
+    assert {(d.request_id, d.finish_reason, d.error) for d in deltas} == {
+        (name, "error", "the step failed: RuntimeError: broken") for name in "ab"
+    }
+    engine.add_request("c", prompt, GREEDY)
+    assert tokens_of(run_all(engine)["c"]) == expected_output(prompt, GREEDY, 0, 8)
 
 
 def test_a_runner_that_gives_the_wrong_number_of_tokens_fails_its_step() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tilestream.engine.policies import LPM_MAX_PASSED, LPM_WINDOW, ServiceAccount, longest_prefix, next_tenant, rank
 from tilestream.engine.request import Request, RequestOptions, RequestState
@@ -46,7 +46,6 @@ def test_longest_prefix_takes_the_first_of_equals() -> None:
     assert longest_prefix(requests, lambda request: 0) == 0
 
 
-@settings(deadline=None)
 @given(
     policy=st.sampled_from(("fcfs", "priority")),
     arrivals=st.lists(st.tuples(st.sampled_from("ab"), st.integers(-2, 2), st.integers(1, 50)), max_size=30),

@@ -203,11 +203,12 @@ def test_full_pages_are_shared_as_soon_as_they_are_computed() -> None:
     assert (scheduler.prefix_cache_queries, scheduler.prefix_cache_hits) == (180, 64)
 
 
-def test_nothing_is_shared_within_the_step_that_computes_it() -> None:
-    a, b = make_request("a", list(range(40))), make_request("b", list(range(40)))
-    scheduler = make_scheduler(a, b, token_budget=128)
-    assert step(scheduler) == {"a": 40, "b": 40}
-    assert not set(a.pages) & set(b.pages)
+def test_requests_of_one_step_share_what_the_first_of_them_computes() -> None:
+    requests = [make_request(name, list(range(40))) for name in "abc"]
+    scheduler = make_scheduler(*requests, token_budget=128)
+    assert step(scheduler) == {"a": 40, "b": 8, "c": 8}
+    assert all(r.pages[:2] == requests[0].pages[:2] and r.num_computed_tokens == 40 for r in requests)
+    assert len({r.pages[2] for r in requests}) == 3  # each writes its own
 
 
 def test_a_preempted_request_comes_back_from_the_cache() -> None:

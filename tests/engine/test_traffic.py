@@ -7,7 +7,7 @@ import time
 from itertools import pairwise
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tilestream.engine.policies import POLICIES
 from tilestream.engine.request import RequestDelta, RequestOptions
@@ -128,7 +128,6 @@ class Traffic:
                     assert "deadline" in deltas[-1].error and deltas[-1].finish_s >= self.options[name].deadline_s
 
 
-@settings(deadline=None)
 @given(config=CONFIGS, events=st.lists(EVENTS, min_size=1, max_size=20))
 def test_any_traffic(config: dict, events: list) -> None:
     traffic = Traffic(config)

@@ -29,7 +29,7 @@ def _assert_like_transformers(parameters: dict) -> None:
     assert abs(ours.magnitude() - magnitude) <= 1e-12
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     theta=st.sampled_from([1e4, 5e5, 1e6]), factor=st.floats(1.0, 64.0), original=st.sampled_from([64, 2048, 8192]),
     low=st.floats(0.5, 2.0), high=st.floats(3.0, 8.0),
@@ -41,7 +41,7 @@ def test_llama3_and_linear_scaling(theta, factor, original, low, high):
                                             low_freq_factor=low, high_freq_factor=high))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     theta=st.sampled_from([1e4, 1e6]), factor=st.floats(1.5, 40.0), original=st.sampled_from([256, 4096, 32768]),
     extra=st.sampled_from([{}, dict(attention_factor=1.25), dict(mscale=0.7, mscale_all_dim=1.0), dict(truncate=False),

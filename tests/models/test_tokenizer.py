@@ -56,7 +56,7 @@ def test_demo_model_splits_every_digit(demo):
     assert demo.encode("\u00bd\u2167") == demo.encode("\u00bd") + demo.encode("\u2167")
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=st.text())
 def test_any_text_survives(demo, text):
     ids = demo.encode(text)

@@ -92,7 +92,7 @@ def test_per_head_lists(backend: testing.Backend, num_workers: int, kv_dtype: st
                lists_per_head=True, num_workers=num_workers))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.data())
 def test_random_steps(data: st.DataObject) -> None:
     requests = data.draw(st.lists(st.tuples(st.integers(0, 40), st.integers(0, 200)), min_size=1, max_size=6), "q, earlier")

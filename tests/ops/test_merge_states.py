@@ -68,7 +68,7 @@ def test_large_and_far_apart_lse(backend: testing.Backend) -> None:
     check(v, lse.contiguous())
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(1, 9), st.integers(0, 8), st.integers(0, 2**31 - 1))
 def test_merging_in_two_steps_is_merging_at_once(num_states: int, cut: int, seed: int) -> None:
     torch.manual_seed(seed)

@@ -70,7 +70,7 @@ class FakeAsyncEngine:
         self.config = EngineConfig(kv_cache_tokens=MAX_MODEL_LEN, max_model_len=MAX_MODEL_LEN)
         self.metrics = EngineMetrics()
         self.steps = StepLog()
-        self.is_running = True
+        self.is_running, self.failure = True, None
         self._builder = RequestBuilder(ByteTokenizer(), EngineConfig(kv_cache_tokens=32, max_model_len=32), ByteTokenizer.vocab_size)
 
     def prepare(self, params: SamplingParams) -> None:

@@ -64,7 +64,7 @@ def check_one_line_error(done: Done, code: int, *words: str) -> None:
     [
         ([], ["generate", "serve", "bench", "plan", "info", "tilestream generate"]),
         (["generate"], ["--max-tokens", "default: smollm2-135m-instruct", "Examples", "--raw"]),
-        (["serve"], ["--kv-cache-tokens", "--api-key", "--cors-origin", "--trace", "127.0.0.1", "/v1/chat/completions", "/metrics"]),
+        (["serve"], ["--tensor-parallel-size", "--replicas", "--kv-cache-tokens", "--api-key", "--cors-origin", "--trace", "127.0.0.1", "/v1/chat/completions", "/metrics"]),
         (["bench"], ["--batch-sizes", "--load-rate", "What is timed"]),
         (["plan"], ["1x512,8x1@4096", "--png"]),
         (["info"], ["Examples"]),
@@ -93,6 +93,9 @@ def test_help(run: Callable[..., Done], arguments: list[str], words: list[str]) 
         (["serve", "--api-key-file", "no/such"], 2, ["--api-key-file", "no/such"]),
         (["serve", "--port", "0", "--trace", "no/such/t.json"], 1, ["no/such/t.json"]),
         (["serve", "--port", "0", "--trace-kernels", "4"], 2, ["--trace FILE"]),
+        (["serve", "--port", "0", "--tensor-parallel-size", "0"], 2, ["--tensor-parallel-size"]),
+        (["serve", "--port", "0", "--tensor-parallel-size", "2", "--model", "no/such/file.gguf"], 1, ["no/such/file.gguf"]),
+        (["generate", "--tensor-parallel-size", "2", "--device", "cuda:1", "x"], 1, ["cuda:1", "which each rank takes"]),
         (["serve", "--request-timeout", "0"], 2, ["--request-timeout"]),
         (["serve", "--policy", "lifo"], 2, ["lifo", "fcfs", "lpm"]),
         (["serve", "--tbt-ms", "0"], 2, ["--tbt-ms"]),

@@ -78,7 +78,7 @@ def idle_at_the_end() -> Iterator[None]:
 
 
 @SCHEMA.parametrize()
-@settings(max_examples=30, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=30, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
 def test_fuzz(case: schemathesis.Case) -> None:
     """As made; and with one field alone of those made, beside good ones: many odd fields at once are refused for one."""
     case.call_and_validate(checks=CHECKS)

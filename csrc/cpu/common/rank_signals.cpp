@@ -85,8 +85,11 @@ void await_rank(const Ranks& ranks, int rank, Signal& signal, uint32_t call) {
     signal.num_sleepers.fetch_sub(1);
     if (has_come(signal, call)) return;
     if (const int fault = word_of(ranks, 0, kFaultOffset).load()) fail(ranks, fault);
-    // A rank may have come and then ended.
-    if (has_ended(word_of(ranks, rank, kPidOffset).load()) && !has_come(signal, call)) fail(ranks, kMaxRanks + 1 + rank);
+    for (int other = 0; other < ranks.world_size; ++other) {  // the one waited for may itself wait for a dead one
+      if (!has_ended(word_of(ranks, other, kPidOffset).load())) continue;
+      if (has_come(signal, call)) return;  // a rank may end when all is done
+      fail(ranks, kMaxRanks + 1 + other);
+    }
     if (Clock::now() - start > std::chrono::milliseconds(ranks.timeout_ms)) fail(ranks, 1 + rank);
   }
 }

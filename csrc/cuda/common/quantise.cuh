@@ -10,12 +10,17 @@ constexpr float kSmallestAmax = 1e-36f;        // below it levels / amax would o
 // 1.5 * 2^23: adding it rounds to the nearest even integer, which is then in the low bits.
 constexpr float kRoundingMagic = 12582912.0f;
 
+struct StoreHere {
+  template <class V>
+  __device__ __forceinline__ void operator()(V* p, V v) const { *p = v; }
+};
+
 // Quantises elements i .. i + kSize - 1 of row `row` of k elements. Every lane of the warp takes part; lanes
 // hold consecutive elements, the first lane's at a multiple of kScaleK, and those past the row's end hold
-// zeros.
-template <int kSize>
+// zeros. store(p, v) writes v, of 4 or 8 bytes, to p.
+template <int kSize, class Store = StoreHere>
 __device__ __forceinline__ void store_quantised(const QuantisedRows& out, int64_t row, int64_t k, int64_t i,
-                                                const float (&values)[kSize]) {
+                                                const float (&values)[kSize], Store store = {}) {
   static_assert(kSize == 4 || kSize == 8, "a lane stores its integers in one instruction");
   unsigned amax_bits = 0;  // as integers NaN is larger than infinity, and that than all numbers
 #pragma unroll
@@ -59,12 +64,12 @@ __device__ __forceinline__ void store_quantised(const QuantisedRows& out, int64_
     }
   }
   if (stores) {
-    if constexpr (kSize == 4) *reinterpret_cast<unsigned*>(out.q + at) = words[0];
-    else *reinterpret_cast<uint2*>(out.q + at) = make_uint2(words[0], words[1]);
+    if constexpr (kSize == 4) store(reinterpret_cast<unsigned*>(out.q + at), words[0]);
+    else store(reinterpret_cast<uint2*>(out.q + at), make_uint2(words[0], words[1]));
   }
   if (i >= k) return;
-  if (i % kGroupK == 0) out.sum[(row * k + i) / kGroupK] = sum;
-  if (i % kScaleK == 0) out.scale[row * ceil_div(k, kScaleK) + i / kScaleK] = scale;
+  if (i % kGroupK == 0) store(&out.sum[(row * k + i) / kGroupK], sum);
+  if (i % kScaleK == 0) store(&out.scale[row * ceil_div(k, kScaleK) + i / kScaleK], scale);
 }
 
 }  // namespace tilestream::cuda

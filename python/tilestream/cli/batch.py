@@ -47,12 +47,14 @@ def command(
     kv_cache_tokens: options.KvCacheTokens = None,
     batch_invariant: options.BatchInvariant = False,
     device: options.Device = "cpu",
+    tensor_parallel_size: options.TensorParallelSize = 1,
     num_threads: options.NumThreads = None,
 ) -> None:
     """Answer a file of requests, each as `tilestream serve` would, in the order that shares the most.
 
     A line that is no request gets a line that says so, and stops nothing.
     """
+    options.leave_to_rank_0(tensor_parallel_size)
     from tilestream.batch.journal import Journal
     from tilestream.batch.lines import read_lines
 
@@ -86,6 +88,7 @@ def command(
             max_model_len=max_model_len,
             batch_invariant=batch_invariant,
             device=device,
+            tensor_parallel_size=tensor_parallel_size,
             num_threads=num_threads,
             progress=progress,
         )
@@ -103,7 +106,7 @@ def command(
         raise typer.Exit(130) from None
     finally:
         journal.close()
-        llm.async_engine.shutdown()
+        llm.close()
     hits, asked = llm.engine.metrics.prefix_cache_hits, llm.engine.metrics.prefix_cache_queries
     shared = f", {hits / asked:.0%} of the prompt tokens shared" if asked else ""
     failed = f", {counts.num_failed} with an error" if counts.num_failed else ""

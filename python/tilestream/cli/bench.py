@@ -82,12 +82,14 @@ def command(
     token_budget: options.TokenBudget = 512,
     batch_invariant: options.BatchInvariant = False,
     device: options.Device = "cpu",
+    tensor_parallel_size: options.TensorParallelSize = 1,
     num_threads: options.NumThreads = None,
     json_path: Annotated[
         Path | None, typer.Option("--json", help="Also write the result to this file.", show_default=False)
     ] = None,
 ) -> None:
     """Measure the whole engine: reading a prompt, writing answers in batches, and a load of requests."""
+    options.leave_to_rank_0(tensor_parallel_size)
     sizes = _parse_sizes(batch_sizes)
     load_in, load_out = _parse_load_tokens(load_tokens)
     from tilestream import LLM
@@ -108,6 +110,7 @@ def command(
             enable_prefix_caching=False,
             batch_invariant=batch_invariant,
             device=device,
+            tensor_parallel_size=tensor_parallel_size,
             num_threads=num_threads,
             progress=progress,
         )

@@ -58,9 +58,11 @@ def command(
     kv_dtype: options.KvDtypeOption = options.KvDtype.auto,
     act_bits: options.ActBitsOption = options.ActBits.auto,
     device: options.Device = "cpu",
+    tensor_parallel_size: options.TensorParallelSize = 1,
     num_threads: options.NumThreads = None,
 ) -> None:
     """Answer one prompt; the text streams to stdout as it is generated."""
+    options.leave_to_rank_0(tensor_parallel_size)
     text = _prompt_text(prompt)
     from tilestream import LLM, SamplingParams
 
@@ -68,8 +70,9 @@ def command(
     start_s = time.perf_counter()
     with loading_bar(model) as progress:
         llm = LLM(
-            model, device=device, kv_dtype=kv_dtype.value, act_bits=act_bits.value, num_threads=num_threads, progress=progress
-        )
+            model, device=device, kv_dtype=kv_dtype.value, act_bits=act_bits.value,
+            tensor_parallel_size=tensor_parallel_size, num_threads=num_threads, progress=progress,
+        )  # fmt: skip
     load_s = time.perf_counter() - start_s
     prompt_ids = _encode(llm, text, chat)
     timings = _stream(llm, prompt_ids, params)

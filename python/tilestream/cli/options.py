@@ -9,6 +9,15 @@ import typer
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 
+
+def leave_to_rank_0(tensor_parallel_size: int) -> None:
+    """What follows is rank 0's; where torchrun has made this process another rank, it works for that one, and ends here."""
+    if tensor_parallel_size > 1:
+        from tilestream.distributed.worker import work_if_not_first
+
+        work_if_not_first(tensor_parallel_size)
+
+
 Model = Annotated[
     str,
     typer.Option(
@@ -30,7 +39,18 @@ NumThreads = Annotated[
     typer.Option(
         metavar="N",
         min=1,
-        help="Threads that compute. Default: TILESTREAM_NUM_THREADS, or one for every core this process may use.",
+        help="Threads that compute, of each rank. Default: TILESTREAM_NUM_THREADS, or one for every core this process may use, "
+        "shared by the ranks.",
+        rich_help_panel="Engine",
+    ),
+]
+TensorParallelSize = Annotated[
+    int,
+    typer.Option(
+        metavar="N",
+        min=1,
+        help="Ranks that have a part of the model each: processes on as many GPUs, or that share the CPU's cores. Under torchrun "
+        "those that it has started.",
         rich_help_panel="Engine",
     ),
 ]

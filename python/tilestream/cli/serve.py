@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -77,7 +78,19 @@ def command(
             rich_help_panel="Engine",
         ),
     ] = None,
+    tensor_parallel_size: options.TensorParallelSize = 1,
     num_threads: options.NumThreads = None,
+    replicas: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Serve from so many engines on a Ray cluster, or on this machine; a request goes to the one that has the "
+            "beginning of its prompt cached. Needs the extra 'ray'.",
+            show_default=False,
+            rich_help_panel="Server",
+        ),
+    ] = None,
     api_key: Annotated[
         list[str] | None,
         typer.Option(
@@ -142,8 +155,11 @@ def command(
 
     Ctrl-C or SIGTERM stops it: no new requests, and running answers may end. A second one: at once.
     """
+    if replicas is None:
+        options.leave_to_rank_0(tensor_parallel_size)
+    from tilestream.engine.errors import EngineDeadError
     from tilestream.engine.trace import Trace
-    from tilestream.server.run import bind, serve
+    from tilestream.server.run import bind, log_to_stderr, serve
     from tilestream.server.settings import ServerSettings, read_api_keys
     from tilestream.server.telemetry import exporter_class
 
@@ -157,43 +173,64 @@ def command(
         access_log=access_log,
     )
 
+    llm_options = {
+        "model": model,
+        "kv_dtype": kv_dtype.value,
+        "act_bits": act_bits.value,
+        "kv_cache_tokens": kv_cache_tokens,
+        "max_num_seqs": max_num_seqs,
+        "max_queued_requests": max_queued_requests,
+        "max_queued_tokens": max_queued_tokens,
+        "tbt_ms": tbt_ms,
+        "policy": policy.value,
+        "token_budget": token_budget,
+        "max_model_len": max_model_len,
+        "enable_prefix_caching": prefix_caching,
+        "batch_invariant": batch_invariant,
+        "device": device,
+        "softmax_ranges": softmax_ranges,
+        "tensor_parallel_size": tensor_parallel_size,
+        "num_threads": num_threads,
+    }
+
     # What cannot be is told now, not after the model is loaded.
     exporter_class()
     listener = bind(host, port)
+    if replicas is not None:
+        if trace is not None:
+            raise typer.BadParameter("--trace is of one engine; it cannot be had with --replicas.")
+        from tilestream.replicas.deployment import ReplicaOptions, serve_replicas
+
+        host, port = listener.getsockname()[:2]
+        listener.close()
+        one = ReplicaOptions(llm=llm_options, model_name=served_model_name, settings=settings)
+        serve_replicas(one, replicas, host=host, port=port)
+        return
     if trace_kernels and trace is None:
         raise typer.BadParameter(f"--trace-kernels {trace_kernels} needs --trace FILE")
     trace_file = None if trace is None else Trace(trace)
     from tilestream import LLM
-    from tilestream.engine.async_engine import AsyncEngine
     from tilestream.kernel_trace import KernelProfiler
 
+    log_to_stderr()
     with loading_bar(model) as progress:
-        llm = LLM(
-            model,
-            kv_dtype=kv_dtype.value,
-            act_bits=act_bits.value,
-            kv_cache_tokens=kv_cache_tokens,
-            max_num_seqs=max_num_seqs,
-            max_queued_requests=max_queued_requests,
-            max_queued_tokens=max_queued_tokens,
-            tbt_ms=tbt_ms,
-            policy=policy.value,
-            token_budget=token_budget,
-            max_model_len=max_model_len,
-            enable_prefix_caching=prefix_caching,
-            batch_invariant=batch_invariant,
-            device=device,
-            softmax_ranges=softmax_ranges,
-            num_threads=num_threads,
-            progress=progress,
-        )
+        llm = LLM(**llm_options, progress=progress)
     name = served_model_name or llm.name
     limits = llm.engine.config
     note(f"{name}: up to {limits.max_model_len} tokens a request, {limits.capacity_tokens} in the KV cache")
     if trace_kernels:
         trace_file.kernels = KernelProfiler(trace_kernels)
     llm.engine.watch.trace = trace_file
-    engine = AsyncEngine(llm.engine)
-    serve(engine, llm.tokenizer, listener, model_name=name, max_model_len=limits.max_model_len, settings=settings)
+    try:
+        serve(
+            llm.async_engine, llm.tokenizer, listener, model_name=name, max_model_len=limits.max_model_len, settings=settings
+        )
+        failed = False
+    except EngineDeadError:  # the log says why
+        failed = True
     if trace_file is not None:
         trace_file.close()
+    if failed:
+        sys.stderr.flush()
+        os._exit(1)  # at once: the engine's thread may be in a kernel that waits for a rank that is gone
+    llm.close()

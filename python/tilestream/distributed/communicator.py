@@ -84,7 +84,7 @@ class Communicator(Protocol):
         ...
 
     def close(self) -> None:
-        """Gives the memory back. No other rank is waited for."""
+        """The end of all calls; the memory goes back with its last tensor. No other rank is waited for."""
         ...
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-from tilestream.models.config import ModelConfig
-from tilestream.models.errors import ModelLoadError
+if TYPE_CHECKING:
+    from tilestream.models.config import ModelConfig
 
 MOST_RANKS = 8  # kMaxRanks of csrc/include/tilestream/allreduce.h
 _PANEL_COLUMNS = 32  # kPanelColumns of linear.h
@@ -46,11 +47,11 @@ class Shard:
             world_size: number of ranks; any that leaves each a query head, at most MOST_RANKS.
             block: columns that cannot be taken apart in the checkpoint's MLP (K-quants: 256).
         Raises:
-            ModelLoadError: this model cannot be cut for so many ranks; says what is too small.
+            ValueError: this model cannot be cut for so many ranks; says what is too small.
         """
         most = min(MOST_RANKS, config.num_qo_heads)
         if not 0 <= rank < world_size <= most:
-            raise ModelLoadError(
+            raise ValueError(
                 f"rank {rank} of {world_size}: this model, of {config.num_qo_heads} query heads, runs on 1 to {most} ranks"
             )
         unit = _GROUP if -(-config.intermediate_size // _GROUP) >= world_size else _SMALL_GROUP
@@ -74,6 +75,8 @@ class Shard:
 
     def local_config(self, config: ModelConfig) -> ModelConfig:
         """The shape of this rank's layers; hidden and vocabulary sizes stay the whole model's."""
+        if self.world_size == 1:
+            return config
         return replace(
             config,
             num_qo_heads=len(self.q_heads),
@@ -105,7 +108,7 @@ def _cut(name: str, size: int, unit: int, world_size: int) -> tuple[range, ...]:
     """0 to size for each rank, in whole units but for the last one."""
     num_units = -(-size // unit)
     if num_units < world_size:
-        raise ModelLoadError(
+        raise ValueError(
             f"{name} is {size}, which is {num_units} times {unit} that stay together; at most {num_units} ranks get a part "
             f"of it, and there are {world_size}" + "; with dtype bfloat16 more do" * (unit > _GROUP)
         )

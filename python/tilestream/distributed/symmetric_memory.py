@@ -40,7 +40,6 @@ class SymmetricMemory(Fused):
     def close(self) -> None:
         """Waits for this GPU: what its kernels still reach must not go before them."""
         torch.cuda.synchronize(self._block.device)
-        del self._table, self._block, self._free, self._staging, self._fault_there, self._handle
 
     def _fault(self) -> int:
         """The word as the check before this one asked for it: nothing waits for the GPU."""

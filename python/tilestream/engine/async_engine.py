@@ -99,7 +99,8 @@ class AsyncEngine:
         self._num_unqueued = 0  # requests accepted here that the engine has not seen yet
         self._num_unqueued_tokens = 0  # of their prompts
         self._stopping = False
-        self._failure: BaseException | None = None
+        self._failure: EngineDeadError | None = None
+        self._ended = threading.Event()  # the thread has, or a fault keeps it from it
         self._thread = threading.Thread(target=self._run, name="tilestream-engine", daemon=True)
         self._thread.start()
 
@@ -160,21 +161,39 @@ class AsyncEngine:
         return self._engine.watch.steps
 
     @property
+    def failure(self) -> EngineDeadError | None:
+        """The fault that has ended it; None: there was none."""
+        return self._failure
+
+    @property
     def is_running(self) -> bool:
         """Whether requests can run: not shut down, no fault."""
         return not self._stopping and self._failure is None and self._thread.is_alive()
 
     def shutdown(self) -> None:
-        """Abort everything, end all streams, stop the thread. Waits for the step in progress; may be called
-        twice."""
+        """Abort everything, end all streams, stop the thread. Waits for the step in progress, unless the engine has failed;
+        may be called twice."""
         with self._condition:
             self._stopping = True
             self._condition.notify()
-        self._thread.join()
+        self._ended.wait()
+        if self._failure is None:
+            self._thread.join()
+
+    def fail(self, error: EngineDeadError) -> None:
+        """End all streams with this error, now: no step will end any more. Any thread may call it."""
+        with self._condition:
+            if self._failure is not None:
+                return
+            self._failure = error
+            self._condition.notify()
+            orphans = list(self._channels)
+        self._deliver((request_id, error) for request_id in orphans)
+        self._ended.set()
 
     def _check_running(self) -> None:
         if self._failure is not None:
-            raise EngineDeadError(f"the engine has failed: {self._failure!r}") from self._failure
+            raise EngineDeadError(str(self._failure)) from self._failure
         if self._stopping:
             raise EngineDeadError("the engine is shut down")
 
@@ -194,18 +213,19 @@ class AsyncEngine:
             self._run_commands()
             for channel in list(self._channels.values()):
                 self._abort_now(channel)
+        except EngineDeadError as error:
+            self.fail(error)
         except BaseException as error:
             logger.exception("the engine failed")
-            with self._condition:
-                self._failure = error
-                orphans = list(self._channels)
-            dead = EngineDeadError(f"the engine has failed: {error!r}")
-            self._deliver((request_id, dead) for request_id in orphans)
+            self.fail(EngineDeadError(f"the engine has failed: {error!r}"))
+        self._ended.set()
 
     def _wait_for_work(self) -> bool:
         with self._condition:
-            self._condition.wait_for(lambda: self._stopping or self._commands or self._engine.has_work())
-            return not self._stopping
+            self._condition.wait_for(
+                lambda: self._stopping or self._failure is not None or self._commands or self._engine.has_work()
+            )
+            return not self._stopping and self._failure is None
 
     def _run_commands(self) -> None:
         while self._commands:

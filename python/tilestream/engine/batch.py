@@ -188,6 +188,11 @@ def padded_decodes(num_tokens: int) -> int:
     return -(-num_tokens // step) * step
 
 
+def largest_step(token_budget: int, max_num_seqs: int) -> int:
+    """Tokens of the largest step of an engine with these limits, padding included."""
+    return max(token_budget, padded_decodes(min(token_budget, max_num_seqs)))
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingInputs:
     """Per-row sampling parameters of one step, as tensors (tilestream.ops.sample)."""

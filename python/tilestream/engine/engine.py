@@ -5,14 +5,15 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from itertools import chain
 
 from tilestream.engine.admission import QueueLimits, checked_prompt
 from tilestream.engine.config import EngineConfig
 from tilestream.engine.constraints import ConstraintError
 from tilestream.engine.cost_model import CostModel
 from tilestream.engine.deadlines import Deadlines, deadline_text
+from tilestream.engine.errors import EngineDeadError
 from tilestream.engine.metrics import EngineMetrics, EngineWatch
 from tilestream.engine.output import check_row_count, delta_of, read_token, row_logprobs, take_prompt_scores
 from tilestream.engine.profiler import measure_cost_model
@@ -20,19 +21,10 @@ from tilestream.engine.protocols import EngineTokenizer, Runner
 from tilestream.engine.request import FinishReason, Request, RequestDelta, RequestOptions, RequestState, TokenLogprobs
 from tilestream.engine.request_builder import RequestBuilder
 from tilestream.engine.scheduler import Scheduler
-from tilestream.engine.step_plan import SampledTokens, StepPlan
+from tilestream.engine.step_plan import SampledTokens, StepInFlight, StepPlan
 from tilestream.sampling_params import SamplingParams
 
 logger = logging.getLogger("tilestream.engine")
-
-
-@dataclass(frozen=True, slots=True)
-class _Launched:
-    """A step on its way, and what the runner gave for it."""
-
-    plan: StepPlan
-    handle: Any
-    begin_s: float
 
 
 class Engine:
@@ -65,7 +57,7 @@ class Engine:
         self._queue_limits = QueueLimits(config)
         self._requests: dict[str, Request] = {}
         self._deadlines = Deadlines(self._requests)
-        self._in_flight: _Launched | None = None
+        self._in_flight: StepInFlight | None = None
         self._collected_s = 0.0  # when a step was last waited for
         self.watch = EngineWatch()
 
@@ -128,6 +120,8 @@ class Engine:
 
         Returns:
             One delta for every request that got a token or ended; empty when there was nothing to do.
+        Raises:
+            EngineDeadError: the runner can run no step any more.
         """
         begin_s = self.watch.begin_step()
         expired = self._deadlines.take_passed(begin_s)
@@ -209,10 +203,10 @@ class Engine:
             if item.request.first_scheduled_s is None:
                 item.request.first_scheduled_s = begin_s
         self.scheduler.launched(plan)
-        self._in_flight = _Launched(plan, launched, begin_s)
+        self._in_flight = StepInFlight(plan, launched, begin_s)
         return []
 
-    def _collect(self, step: _Launched) -> list[RequestDelta]:
+    def _collect(self, step: StepInFlight) -> list[RequestDelta]:
         """Wait for a launched step, and hand out what it gave to those who are still there."""
         try:
             with self.watch.span("collect"):
@@ -266,12 +260,18 @@ class Engine:
         return self._finish(request, reason, [token_id], text, logprobs, stop_reason=stop_reason, error=note)
 
     def _fail_step(self, plan: StepPlan, error: Exception) -> list[RequestDelta]:
-        """The runner raised: end the requests of this step; what waits is untouched, and the engine goes on."""
+        """The runner raised: end the requests of this step, and of one launched behind it, which builds on what this one should
+        have left; what waits is untouched, and the engine goes on, unless the error or the runner says that it cannot."""
+        if isinstance(error, EngineDeadError):
+            raise error
+        self.runner.check()
         logger.error("a step with %d requests failed", len(plan.scheduled), exc_info=error)
         message = f"the step failed: {type(error).__name__}: {error}"
+        self.scheduler.cache.forget_all()  # pages that nobody has written may be among them
+        behind = [] if self._in_flight is None else self._in_flight.plan.scheduled
         return [
             self._finish(item.request, "error", error=message)
-            for item in plan.scheduled
+            for item in chain(plan.scheduled, behind)
             if item.request.state is not RequestState.FINISHED
         ]
 

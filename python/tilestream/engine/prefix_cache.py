@@ -138,6 +138,10 @@ class PrefixCache:
                 self._on_evict(page)
                 self._pool.discard(page)
 
+    def forget_all(self) -> None:
+        """Share none of the pages again that are cached now."""
+        self.forget(list(self._node_of_page))
+
     def _child(self, parent: CacheNode, content: tuple[int, ...] | str) -> CacheNode:
         key = (parent.node_id, content)
         node = self._nodes.get(key)

@@ -23,6 +23,9 @@ class Runner(Protocol):
 
     def collect(self, launched: Any) -> SampledTokens: ...
 
+    def check(self) -> None:
+        """After an exception: raises EngineDeadError if no step can run any more."""
+
     def clear_pages(self, num_pages: int) -> None:
         """Set the first so many KV pages to zero, in memory of their own."""
 

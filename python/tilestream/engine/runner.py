@@ -8,8 +8,9 @@ from itertools import groupby
 import torch
 
 from tilestream.distributed.weave import COMMUNICATION_BLOCKS, SplitRule, split_rule
-from tilestream.engine.batch import BatchBuilder, SamplingBuilder, padded_decodes
+from tilestream.engine.batch import BatchBuilder, SamplingBuilder, largest_step, padded_decodes
 from tilestream.engine.config import EngineConfig
+from tilestream.engine.errors import EngineDeadError
 from tilestream.engine.logits import edit_logits, token_logprobs
 from tilestream.engine.request import Request
 from tilestream.engine.sampling_shards import (
@@ -43,7 +44,7 @@ class LaunchedStep:
 
 def most_step_tokens(config: EngineConfig) -> int:
     """Tokens of the largest step, padding included."""
-    return max(config.token_budget, padded_decodes(config.max_running_requests))
+    return largest_step(config.token_budget, config.max_num_seqs)
 
 
 class ModelRunner:
@@ -229,6 +230,15 @@ class ModelRunner:
         sampled = SampledTokens(*values[:num_drawn]) if num_drawn else SampledTokens([])
         sampled.prompt_scores = scores
         return sampled
+
+    def check(self) -> None:
+        """See Runner. A GPU that has failed once, by a bad address say, fails whatever it is asked for afterwards."""
+        if not self.overlaps:
+            return
+        try:
+            torch.cuda.synchronize(self.model.placement.device)
+        except RuntimeError as error:
+            raise EngineDeadError(f"the GPU has failed for good: {str(error).partition(chr(10))[0]}") from error
 
     def clear_pages(self, num_pages: int) -> None:
         """Set the first so many KV pages to zero, in memory of their own: what was never written has none."""

@@ -91,19 +91,11 @@ class Scheduler:
                 row += 1
 
     def complete(self, plan: StepPlan) -> None:
-        """The step has run: pages that it filled can be shared."""
-        if not self.config.enable_prefix_caching:
-            return
-        page_size = self.config.page_size
+        """The step has run: pages that its decodes filled can be shared, for their tokens are known now."""
         for item in plan.scheduled:
             request, end = item.request, item.start + item.num_new_tokens
-            if request.state is not RequestState.RUNNING or request.num_computed_tokens < end:
-                continue  # finished or preempted while the step ran
-            for index in range(request.num_registered_pages, end // page_size):
-                tokens = request.token_ids[index * page_size : (index + 1) * page_size]
-                node, page, priority = request.cache_node, request.pages[index], request.options.priority
-                request.cache_node = self.cache.insert(node, tokens, page, priority)
-                request.num_registered_pages += 1
+            if request.state is RequestState.RUNNING and request.num_computed_tokens >= end:  # not preempted meanwhile
+                self._share_pages(request, end)
 
     def finish(self, request: Request, *, forget_pages: bool = False) -> None:
         """Take a request out, whatever its state, and free its pages.
@@ -219,6 +211,17 @@ class Scheduler:
         may_share = self.config.enable_prefix_caching and not request.lacks_prompt_logprobs
         return self.cache.match(request.token_ids, request.options.prefix_salt) if may_share else []
 
+    def _share_pages(self, request: Request, end: int) -> None:
+        """Let the prefix cache hand out the full pages of a request's first `end` tokens."""
+        if not self.config.enable_prefix_caching:
+            return
+        page_size = self.config.page_size
+        for index in range(request.num_registered_pages, end // page_size):
+            tokens = request.token_ids[index * page_size : (index + 1) * page_size]
+            node, page, priority = request.cache_node, request.pages[index], request.options.priority
+            request.cache_node = self.cache.insert(node, tokens, page, priority)
+            request.num_registered_pages += 1
+
     def _num_pages_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.config.page_size)
 
@@ -228,13 +231,15 @@ class Scheduler:
         return num_pages * self.config.page_size - request.num_computed_tokens
 
     def _take(self, plan: StepPlan, request: Request, num_new_tokens: int) -> None:
-        """Compute these tokens of a prefill in this step."""
+        """Compute these tokens of a prefill in this step. Whoever is scheduled after it, in this step too, may share the pages
+        that they fill: a layer writes the keys and values of all its tokens before anybody attends to them."""
         start, end = request.num_computed_tokens, request.num_computed_tokens + num_new_tokens
         num_missing = self._num_pages_for(end) - len(request.pages)
         if num_missing > 0:
             request.pages += self.pool.allocate(num_missing)
         self.waiting.service.charge(request.options.tenant, max(0, end - max(start, request.num_served_tokens)))
         plan.add(request, num_new_tokens)
+        self._share_pages(request, min(end, request.num_known_tokens))
 
     def _latest_is_prefill_after(self, request: Request) -> bool:
         latest = self.running[-1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from tilestream.engine.cost_model import prefill_pairs
 from tilestream.engine.prefix_groups import PrefixGroup
@@ -47,6 +48,15 @@ class StepPlan:
         else:
             self.num_prefill_tokens += num_new_tokens
             self.num_prefill_pairs += prefill_pairs(start, num_new_tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class StepInFlight:
+    """A step on its way, what the runner gave for it, and when it began."""
+
+    plan: StepPlan
+    handle: Any
+    begin_s: float
 
 
 @dataclass(slots=True)

@@ -11,6 +11,7 @@ from tilestream.layers.mlp import GatedMlp
 from tilestream.layers.norm import RmsNorm
 from tilestream.layers.rope import RopeConfig, RopeTable
 from tilestream.models.config import ModelConfig
+from tilestream.models.errors import ModelLoadError
 from tilestream.models.llama import DecoderLayer, LlamaModel
 from tilestream.models.weights import WeightLoader
 
@@ -31,7 +32,10 @@ def build_model(config: ModelConfig, weights: WeightLoader, communicator: Commun
     """
     rank, world_size = (0, 1) if communicator is None else (communicator.rank, communicator.world_size)
     block = weights.block([f"blk.{i}.ffn_down" for i in range(config.num_layers)]) if world_size > 1 else 1
-    shard = Shard.of(config, rank, world_size, block=block)
+    try:
+        shard = Shard.of(config, rank, world_size, block=block)
+    except ValueError as error:
+        raise ModelLoadError(f"{weights.checkpoint.path}: {error}") from error
     hidden, eps = config.hidden_size, config.rms_eps
     ropes = {rope: RopeTable(rope, weights.placement.device) for rope in map(config.layer_rope, range(config.num_layers))}
     tokens = shard.vocabulary

@@ -50,7 +50,8 @@ def _add_state_routes(app: FastAPI, server: Server) -> None:
     async def health() -> dict[str, str]:
         """Whether the process is worth keeping: its engine runs."""
         if not server.engine.is_running:
-            raise ApiError(503, "The engine has stopped; the log says why.", code="engine_stopped")
+            why = server.engine.failure or "the log says why"
+            raise ApiError(503, f"The engine has stopped: {why}.", code="engine_stopped")
         return {"status": "ok"}
 
     @app.get("/ready")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import logging.config
 import resource
 import signal
 import socket
@@ -30,6 +32,10 @@ _BACKLOG = 2048
 _MAX_HEAD_BYTES = 32 * 1024
 # After the engine has ended every answer: what the last words get to reach their clients.
 _LAST_WORDS_S = 2
+# After the engine has failed: what the balancer's probe gets to see it.
+_FAILED_S = 2
+
+logger = logging.getLogger("tilestream.server")
 
 _LOGGING = {
     "version": 1,
@@ -51,6 +57,11 @@ _LOGGING = {
 }
 
 
+def log_to_stderr() -> None:
+    """What is to be logged before serve() does the same."""
+    logging.config.dictConfig(_LOGGING)
+
+
 def bind(host: str, port: int) -> socket.socket:
     """A listening socket.
 
@@ -69,7 +80,8 @@ def bind(host: str, port: int) -> socket.socket:
 
 class _Uvicorn(uvicorn.Server):
     """A stop signal begins a drain: the socket stays open, so that a balancer's probe sees that we are not ready, new
-    requests are refused, and the running ones end. Past the limit the engine ends them."""
+    requests are refused, and the running ones end. Past the limit the engine ends them. An engine that has failed ends the
+    server, too."""
 
     def __init__(self, config: uvicorn.Config, engine: AsyncEngine, traffic: Traffic, drain_timeout_s: float) -> None:
         super().__init__(config)
@@ -77,6 +89,7 @@ class _Uvicorn(uvicorn.Server):
         self._traffic = traffic
         self._drain_timeout_s = drain_timeout_s
         self._drain_end_s = float("inf")
+        self._failed_end_s: float | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -94,6 +107,11 @@ class _Uvicorn(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         if await super().on_tick(counter):
             return True
+        if self._engine.failure is not None:
+            if self._failed_end_s is None:
+                logger.error("%s", self._engine.failure)
+                self._failed_end_s = time.monotonic() + _FAILED_S
+            return time.monotonic() > self._failed_end_s
         if not self._traffic.is_draining:
             return False
         if self._traffic.num_requests and time.monotonic() < self._drain_end_s:
@@ -111,7 +129,11 @@ def serve(
     max_model_len: int,
     settings: ServerSettings = ServerSettings(),
 ) -> None:
-    """Serves until SIGINT or SIGTERM; then no new requests, and running answers may end. A second signal: at once."""
+    """Serves until SIGINT or SIGTERM; then no new requests, and running answers may end. A second signal: at once.
+
+    Raises:
+        EngineDeadError: the engine has failed. Its clients know.
+    """
     app = create_app(engine, tokenizer, model_name=model_name, max_model_len=max_model_len, settings=settings)
     _allow_many_connections()
     # A signal that comes when uvicorn has let go of them finds the work done: the exit code stays 0.
@@ -119,6 +141,8 @@ def serve(
         signal.signal(number, lambda *_: None)
     server = _Uvicorn(configure(app, settings, _LOGGING), engine, app.server.traffic, settings.drain_timeout_s)
     server.run(sockets=[listener])
+    if engine.failure is not None:
+        raise engine.failure
 
 
 def configure(app: FastAPI, settings: ServerSettings, log_config: dict[str, Any] | None) -> uvicorn.Config:

@@ -1,10 +1,13 @@
-// Races in global memory between clusters of one launch: who last wrote and read each byte, and what orders whom.
+// Races in global memory between clusters of one launch, or of the launches of several ranks: who last wrote and read each
+// byte, and what orders whom.
 //
 // As shadow.h, with clusters for threads: what one of them released, by any of its threads, is ordered before what follows in
-// the one that acquired it. Costs several times a launch's own time, so it is on only with TILESTREAM_SIMT_GLOBAL_RACES=1.
+// the one that acquired it. A rank's launch is ordered behind its launches before. Costs several times a launch's own time, so
+// it is on only with TILESTREAM_SIMT_GLOBAL_RACES=1.
 #pragma once
 
 #include <memory>
+#include <mutex>
 #include <unordered_map>
 #include <vector>
 
@@ -16,8 +19,10 @@ namespace simt {
 
 class GlobalShadow {
  public:
-  explicit GlobalShadow(size_t num_clusters) : clocks_(num_clusters) {}
+  // of each launch at most `num_clusters` clusters
+  explicit GlobalShadow(size_t num_clusters, int num_ranks = 1) : clocks_(num_ranks * num_clusters), per_rank_(num_clusters) {}
 
+  void begin_launch(int rank);
   void access(const Thread& thread, Shadow::Kind kind, const char* what, const void* address, size_t bytes, const void* pc);
   // A fence: earlier accesses may be published by relaxed atomics from now on, and what those read so far is ordered before.
   void fence(const Thread& thread);
@@ -38,14 +43,17 @@ class GlobalShadow {
   struct Clocks {
     Clock now, fenced, seen_relaxed;  // its own; at its last fence; of the relaxed values that it read since
   };
-  Clocks& clocks_of(const Thread& thread);
+  size_t index_of(const Thread& thread) const;
+  Clocks& clocks_of(const Thread& thread) { return clocks_[index_of(thread)]; }
   [[noreturn]] void report(const Thread& thread, Shadow::Kind kind, const char* what, const Access& before, const char* verb,
                            const void* address, const void* pc) const;
 
   static constexpr size_t kPage = 4096;
   std::unordered_map<uintptr_t, std::unique_ptr<Cell[]>> pages_;
   std::unordered_map<const void*, Clock> released_;  // by the word that was written
-  std::vector<Clocks> clocks_;
+  std::vector<Clocks> clocks_;  // of the clusters, rank by rank
+  size_t per_rank_;
+  std::mutex mutex_;            // ranks are host threads
 };
 
 }  // namespace simt

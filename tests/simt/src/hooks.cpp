@@ -72,6 +72,13 @@ void atomic(const char* what, const void* address, size_t bytes) {
   if (machine.global_shadow != nullptr) machine.global_shadow->relaxed(*machine.current, address);
 }
 
+void read_global(const char* what, const void* address, size_t bytes) {
+  Machine::of_this_thread().global_access(Shadow::kRead, what, address, bytes, __builtin_return_address(0));
+}
+void write_global(const char* what, const void* address, size_t bytes) {
+  Machine::of_this_thread().global_access(Shadow::kWrite, what, address, bytes, __builtin_return_address(0));
+}
+
 }  // namespace simt
 
 extern "C" {

@@ -75,7 +75,13 @@ void Machine::run(const LaunchConfig& config, const std::function<void()>& kerne
   written_.clear();
   ended_before_wait_ = false;
   const char* races = std::getenv("TILESTREAM_SIMT_GLOBAL_RACES");
-  global_shadow = races != nullptr && *races == '1' ? std::make_unique<GlobalShadow>(num_blocks / config.cluster) : nullptr;
+  global_shadow = nullptr;
+  if (races != nullptr && *races == '1') {
+    if (ranks == nullptr) own_global_shadow_ = std::make_unique<GlobalShadow>(num_blocks / config.cluster);
+    else if (num_blocks > int64_t(RankGroup::kMaxBlocks)) refuse("blocks", num_blocks, "1 to 16 where races between ranks are looked for");
+    global_shadow = ranks == nullptr ? own_global_shadow_.get() : &ranks->global_shadow;
+    global_shadow->begin_launch(std::max(rank, 0));
+  }
   watches_loads = config.pdl || global_shadow != nullptr;
 
   const int64_t num_clusters = num_blocks / config.cluster;
@@ -83,7 +89,8 @@ void Machine::run(const LaunchConfig& config, const std::function<void()>& kerne
   std::iota(waiting_clusters_.rbegin(), waiting_clusters_.rend(), 0);
   if (order_ == Order::kBackward) std::reverse(waiting_clusters_.begin(), waiting_clusters_.end());
   if (order_ == Order::kRandom) std::shuffle(waiting_clusters_.begin(), waiting_clusters_.end(), random_);
-  const int64_t resident = config.cooperative ? num_clusters : order_ == Order::kRandom ? 1 + random_below(3) : 1;
+  const bool all = config.cooperative || (ranks != nullptr && num_blocks <= int64_t(RankGroup::kMaxBlocks));
+  const int64_t resident = all ? num_clusters : order_ == Order::kRandom ? 1 + random_below(3) : 1;
 
   runnable_.clear(), polling_.clear(), async_.clear(), failure_.clear();
   clusters_.clear();  // of a launch that failed
@@ -258,8 +265,24 @@ bool Machine::only_polls(int rounds, double since) {
   if (progress != progress_seen_) progress_seen_ = progress, idle_rounds_ = 0;
   else if (++idle_rounds_ > kIdleRounds) ranks->idle_at[rank] = progress;
   const auto idle = [&](const auto& at) { return at == progress || at == RankGroup::kEnded; };
-  if (std::all_of(ranks->idle_at.begin(), ranks->idle_at.end(), idle)) ranks->deadlocked = true;
+  if (!ranks->deadlocked && std::all_of(ranks->idle_at.begin(), ranks->idle_at.end(), idle) && !ranks->leap(progress))
+    ranks->deadlocked = true;
   return ranks->deadlocked;
+}
+
+uint64_t Machine::time_ns() {
+  if (ranks == nullptr) return 0;
+  ranks->time_read = true;
+  return ranks->time_ns;
+}
+
+bool RankGroup::leap(uint64_t at_progress) {
+  const std::lock_guard lock(leap_mutex);
+  if (progress != at_progress) return true;  // another rank has been here
+  if (!time_read || time_ns > kLastLeapNs) return false;
+  time_ns = 2 * time_ns, time_read = false;
+  ++progress;
+  return true;
 }
 
 void Machine::block_current(const char* what, const void* pc, std::string detail) {

@@ -7,6 +7,7 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <mutex>
 #include <random>
 #include <string>
 #include <vector>
@@ -160,10 +161,11 @@ class Machine {
 
   // Global memory. With programmatic dependent launch the kernel before may still run until griddepcontrol.wait.
   void global_access(Shadow::Kind kind, const char* what, const void* address, size_t bytes, const void* pc);
-  std::unique_ptr<GlobalShadow> global_shadow;  // if races are looked for
+  GlobalShadow* global_shadow = nullptr;  // if races are looked for
 
   RankGroup* ranks = nullptr;      // of which this is one
   int rank = -1;
+  uint64_t time_ns();
   Cluster* cluster_of(const void* shared_pointer);
 
  private:
@@ -195,6 +197,7 @@ class Machine {
   std::vector<std::unique_ptr<Thread>> idle_threads_;
   std::string failure_;
   int live_clusters_ = 0;
+  std::unique_ptr<GlobalShadow> own_global_shadow_;  // of a launch outside a group of ranks
   Written written_, written_before_;  // by this launch; by those before it that may still run
   bool ended_before_wait_ = false;    // a block of this launch never waited for them
   const void* kernel_before_ = nullptr;
@@ -205,11 +208,19 @@ class Machine {
 // Ranks that run at once (ranks.cpp). `progress` counts what any of them did but poll. A rank is idle at the progress that it
 // has looked at for some rounds and found nothing; when all are idle at the same, nothing will come.
 struct RankGroup {
-  explicit RankGroup(int num) : idle_at(num) {}
+  explicit RankGroup(int num) : idle_at(num), global_shadow(kMaxBlocks, num) {}
+  static constexpr size_t kMaxBlocks = 16;  // of a launch: so few are resident at once sooner or later, whatever else runs
   static constexpr uint64_t kEnded = ~uint64_t{0};
   std::atomic<uint64_t> progress{1};
   std::vector<std::atomic<uint64_t>> idle_at;
   std::atomic<bool> deadlocked{false}, failed{false};
+  GlobalShadow global_shadow;
+  // The clock. When all are idle it leaps if anyone has looked at it since the last time, for a timeout to come.
+  static constexpr uint64_t kLastLeapNs = uint64_t{1} << 45;  // ten hours
+  bool leap(uint64_t at_progress);
+  std::atomic<uint64_t> time_ns{1 << 20};
+  std::atomic<bool> time_read{false};
+  std::mutex leap_mutex;
 };
 struct Stopped {};  // thrown in a rank when another has failed
 

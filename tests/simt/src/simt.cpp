@@ -40,6 +40,7 @@ void release(const void* address) {
 void preempt() { Machine::of_this_thread().preempt_current(); }
 void poll(const char* what) { Machine::of_this_thread().poll_current(what, __builtin_return_address(0)); }
 unsigned elected_lane() { return Machine::of_this_thread().elected_lane; }
+uint64_t time_ns() { return Machine::of_this_thread().time_ns(); }
 int random_below(int n) { return Machine::of_this_thread().random_below(n); }
 
 }  // namespace simt

@@ -44,6 +44,9 @@ void warp_collective(const char* what, uint32_t mask, void* arguments, void (*bo
 void read(const char* what, const void* address, size_t bytes);
 void write(const char* what, const void* address, size_t bytes);
 void atomic(const char* what, const void* address, size_t bytes);  // unordered with plain accesses, fine with atomics
+// Global memory, of this rank or of another, that a wrapper reads or writes by itself.
+void read_global(const char* what, const void* address, size_t bytes);
+void write_global(const char* what, const void* address, size_t bytes);
 // What orders global memory among blocks; a release or acquire is on the word at `address`.
 void fence();
 void acquire(const void* address);
@@ -55,6 +58,7 @@ void* shared_pointer(const char* what, uint32_t address, size_t bytes, size_t al
 void preempt();                    // another thread may run now
 void poll(const char* what);       // as preempt, and this thread waits for a change it can only see by looking again
 int random_below(int n);           // by the launch's seed
+uint64_t time_ns();                // of ranks: stands still until all of them only poll, then leaps, twice as far each time
 unsigned elected_lane();           // of elect.sync, by the launch's seed
 
 }  // namespace simt

@@ -34,6 +34,10 @@ namespace tilestream::ptx {
 
 SIMT_TWIN unsigned ld_acquire_gpu(const unsigned* p) { return simt::load_acquire("ld.acquire.gpu", p); }
 SIMT_TWIN unsigned ld_acquire_sys(const unsigned* p) { return simt::load_acquire("ld.acquire.sys", p); }
+SIMT_TWIN unsigned ld_relaxed_sys(const unsigned* p) {
+  simt::preempt();
+  return __atomic_load_n(p, __ATOMIC_RELAXED);
+}
 SIMT_TWIN void st_release_gpu(unsigned* p, unsigned v) { simt::store_release(p, v); }
 SIMT_TWIN void st_release_sys(unsigned* p, unsigned v) { simt::store_release(p, v); }
 SIMT_TWIN unsigned atom_add_acq_rel_gpu(unsigned* p, unsigned v) { return simt::add(p, v); }
@@ -44,6 +48,7 @@ SIMT_TWIN void red_add_release_gpu(unsigned* p, unsigned v) { simt::add(p, v); }
 SIMT_TWIN void red_add_release_sys(unsigned* p, unsigned v) { simt::add(p, v); }
 SIMT_TWIN void fence_acq_rel_gpu() { simt::preempt(), __threadfence(); }
 SIMT_TWIN void fence_acq_rel_sys() { simt::preempt(), __threadfence_system(); }
+SIMT_TWIN void fence_proxy_alias() { simt::preempt(); }
 SIMT_TWIN uint4 ld_nc_no_allocate(const uint4* p) { return *p; }
 SIMT_TWIN void prefetch_l2(const void*) {}
 

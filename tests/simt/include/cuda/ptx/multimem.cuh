@@ -20,6 +20,7 @@ SIMT_TWIN V multimem_sum(const char* what, const void* p) {
   Word words[16 / sizeof(Word)];
   float sums[16 / sizeof(Word)] = {};
   for (void* peer : peers(what, p, 16)) {
+    read_global(what, peer, 16);
     for (size_t i = 0; i < 16 / sizeof(Word); ++i) sums[i] += Element::value(__atomic_load_n(static_cast<Word*>(peer) + i, __ATOMIC_RELAXED));
   }
   for (size_t i = 0; i < 16 / sizeof(Word); ++i) words[i] = Element::narrowed(sums[i]);
@@ -39,9 +40,22 @@ SIMT_TWIN void multimem_add(const char* what, void* p, V v) {
   }
 }
 
+template <class V>
+SIMT_TWIN void multimem_store(void* p, V v) {
+  preempt();
+  unsigned words[sizeof(V) / 4];
+  __builtin_memcpy(words, &v, sizeof v);
+  for (void* peer : peers("multimem.st", p, sizeof v)) {
+    write_global("multimem.st", peer, sizeof v);
+    for (size_t i = 0; i < sizeof v / 4; ++i) __atomic_store_n(static_cast<unsigned*>(peer) + i, words[i], __ATOMIC_RELAXED);
+  }
+}
+
 }  // namespace simt
 
 namespace tilestream::ptx {
+
+constexpr bool kHasMultimem = true;
 
 SIMT_TWIN float4 multimem_ld_reduce_add_f32(const void* p) {
   return simt::multimem_sum<simt::MultimemF32, float4>("multimem.ld_reduce", p);
@@ -50,14 +64,9 @@ SIMT_TWIN uint4 multimem_ld_reduce_add_f16x2(const void* p) { return simt::multi
 SIMT_TWIN uint4 multimem_ld_reduce_add_bf16x2(const void* p) {
   return simt::multimem_sum<simt::MultimemBF16, uint4>("multimem.ld_reduce", p);
 }
-SIMT_TWIN void multimem_st(void* p, uint4 v) {
-  simt::preempt();
-  for (void* peer : simt::peers("multimem.st", p, 16)) {
-    auto* words = static_cast<unsigned*>(peer);
-    const unsigned values[4] = {v.x, v.y, v.z, v.w};
-    for (int i = 0; i < 4; ++i) __atomic_store_n(words + i, values[i], __ATOMIC_RELAXED);
-  }
-}
+SIMT_TWIN void multimem_st(void* p, uint4 v) { simt::multimem_store(p, v); }
+SIMT_TWIN void multimem_st_b64(void* p, uint2 v) { simt::multimem_store(p, v); }
+SIMT_TWIN void multimem_st_b32(void* p, unsigned v) { simt::multimem_store(p, v); }
 SIMT_TWIN void multimem_red_add_f32(void* p, float4 v) { simt::multimem_add<simt::MultimemF32>("multimem.red", p, v); }
 SIMT_TWIN void multimem_red_add_f16x2(void* p, uint4 v) { simt::multimem_add<simt::MultimemF16>("multimem.red", p, v); }
 SIMT_TWIN void multimem_red_add_bf16x2(void* p, uint4 v) { simt::multimem_add<simt::MultimemBF16>("multimem.red", p, v); }

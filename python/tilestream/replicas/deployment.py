@@ -1,0 +1,198 @@
+"""The Ray Serve application: an ingress that reads a request's prefix, and replicas of the whole server behind it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+import threading
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any
+
+try:
+    import ray
+    from ray import serve
+    from ray.serve.config import RequestRouterConfig
+    from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
+except ImportError as error:
+    raise ImportError(f"--replicas needs Ray Serve, which is not installed: pip install 'tilestream[ray]' ({error})") from None
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+
+from tilestream.replicas.affinity import in_order, prefix_key
+from tilestream.server.settings import ServerSettings
+
+_APPLICATION = "tilestream"
+_HEALTH_S = 2  # between two looks at a replica; one that has failed is started anew
+_NO_LIMIT = 1 << 20
+_OBJECTS_BYTES = 200 << 20  # of Ray's store on a machine of our own: requests and answers are small
+_FORWARDED = (
+    "type", "asgi", "http_version", "method", "scheme", "path", "raw_path", "query_string", "root_path", "headers", "client", "server",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaOptions:
+    """One replica.
+
+    Args:
+        llm: what LLM takes.
+        model_name: that requests ask for; None: the model's own.
+        settings: of its server.
+    """
+
+    llm: dict[str, Any]
+    model_name: str | None
+    settings: ServerSettings
+
+
+class Replica:
+    """A model, its engine and the server's application, in a process that Ray has started."""
+
+    def __init__(self, options: ReplicaOptions) -> None:
+        from tilestream import LLM
+        from tilestream.server.app import create_app
+
+        self._llm = LLM(**options.llm)
+        self._engine = self._llm.async_engine
+        self._app = create_app(
+            self._engine, self._llm.tokenizer, model_name=options.model_name or self._llm.name,
+            max_model_len=self._llm.engine.config.max_model_len, settings=options.settings,
+        )  # fmt: skip
+
+    async def answer(self, key: bytes | None, scope: dict[str, Any], body: bytes) -> AsyncIterator[dict[str, Any]]:
+        """What the application answers, as ASGI messages. Who stops reading ends the request.
+
+        Args:
+            key: that it was routed by.
+            scope, body: of the request.
+        """
+        messages: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
+        rest = asyncio.Event()
+        received = iter([{"type": "http.request", "body": body, "more_body": False}])
+
+        async def receive() -> dict[str, Any]:
+            for message in received:
+                return message
+            await rest.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message: dict[str, Any]) -> None:
+            messages.put_nowait(message)
+
+        task = asyncio.ensure_future(self._app(scope | {"state": {}}, receive, send))
+        task.add_done_callback(lambda _: messages.put_nowait(None))
+        try:
+            while (message := await messages.get()) is not None:
+                yield message
+            task.result()
+        finally:
+            rest.set()
+            task.cancel()
+
+    def check_health(self) -> None:
+        """Ray asks this now and then."""
+        if self._engine.failure is not None:
+            raise self._engine.failure
+
+    def __del__(self) -> None:
+        if hasattr(self, "_llm"):
+            self._llm.close()
+
+
+class PrefixRouter(RequestRouter):
+    """Ray's question to tilestream.replicas.affinity."""
+
+    async def choose_replicas(
+        self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
+    ) -> list[list[RunningReplica]]:
+        replicas = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
+        loads = {name: self.replica_queue_len_cache.get(replica.replica_id) or 0 for name, replica in replicas.items()}
+        key = pending_request.args[0] if pending_request is not None and pending_request.args else None
+        return [[replicas[name]] for name in in_order(key, loads)]
+
+
+class Ingress:
+    """Takes every request, and passes it on.
+
+    Args:
+        replicas: a handle to them.
+    """
+
+    def __init__(self, replicas: Any) -> None:
+        self._replicas = replicas.options(stream=True)
+
+    async def __call__(self, request: Request) -> Response:
+        body = await request.body()
+        scope = {name: request.scope[name] for name in _FORWARDED if name in request.scope}
+        messages = self._replicas.answer.remote(prefix_key(body), scope, body)
+        start = await anext(messages)
+
+        async def rest() -> AsyncIterator[bytes]:
+            async for message in messages:
+                yield message.get("body", b"")
+
+        response = StreamingResponse(rest(), status_code=start["status"])
+        response.raw_headers = [(name, value) for name, value in start["headers"] if name != b"x-request-id"]  # Ray adds it
+        return response
+
+
+def serve_replicas(options: ReplicaOptions, num_replicas: int, *, host: str, port: int) -> None:
+    """Serves until SIGINT or SIGTERM; then running answers may end.
+
+    Uses the Ray cluster that RAY_ADDRESS names, or one of its own on this machine.
+
+    Args:
+        options: of each replica.
+        num_replicas: how many.
+        host, port: where to listen; on every machine of the cluster that has a replica.
+    """
+    if "RAY_ADDRESS" in os.environ:
+        ray.init()
+    else:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        ray.init(address="local", include_dashboard=False, object_store_memory=_OBJECTS_BYTES)
+    try:
+        serve.start(http_options={"host": host, "port": port})
+        serve.run(_application(options, num_replicas), name=_APPLICATION)
+        print(f"Ready: http://{host}:{port}/v1, {num_replicas} replicas (Ctrl-C stops)", file=sys.stderr, flush=True)
+        stop = threading.Event()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: stop.set())
+        stop.wait()
+        serve.delete(_APPLICATION)
+        serve.shutdown()
+    finally:
+        ray.shutdown()
+
+
+def _application(options: ReplicaOptions, num_replicas: int) -> serve.Application:
+    num_ranks, num_threads = options.llm["tensor_parallel_size"], options.llm["num_threads"]
+    if options.llm["device"] == "cpu":
+        if num_threads is None:
+            num_threads = max(1, int(ray.cluster_resources()["CPU"]) // num_replicas // num_ranks)
+        resources = {"num_cpus": num_threads * num_ranks}
+    else:
+        resources = {"num_cpus": 1, "num_gpus": num_ranks}
+    options = ReplicaOptions(
+        llm=options.llm | {"num_threads": num_threads}, model_name=options.model_name, settings=options.settings
+    )
+    replicas = serve.deployment(
+        Replica,
+        num_replicas=num_replicas,
+        # The replica's own queue says what is too much, and how long to wait.
+        max_ongoing_requests=options.llm["max_num_seqs"] + options.llm["max_queued_requests"] + 1,
+        ray_actor_options=resources,
+        health_check_period_s=_HEALTH_S,
+        graceful_shutdown_timeout_s=options.settings.drain_timeout_s,
+        request_router_config=RequestRouterConfig(request_router_class=PrefixRouter),
+    )
+    ingress = serve.deployment(
+        Ingress,
+        max_ongoing_requests=_NO_LIMIT,
+        ray_actor_options={"num_cpus": 0},
+        graceful_shutdown_timeout_s=options.settings.drain_timeout_s,
+    )
+    return ingress.bind(replicas.bind(options))
