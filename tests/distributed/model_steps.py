@@ -136,6 +136,7 @@ def logits(member: Member | None, load: Load, token_ids: list[int]) -> tuple[tor
     runner, end, size = PagedRunner(loaded.model), len(token_ids) - 3, most_step_tokens(LIMITS)
     chunks = [token_ids[begin : min(begin + size, end)] for begin in range(0, end, size)] + [[token] for token in token_ids[end:]]
     result = torch.cat([runner.step({0: chunk}) for chunk in chunks])
+    assert bool(loaded.model._programs._programs) == (member is None or member.transport == "shared memory")
     if member:
         loaded.model.communicator.close()
     return result, loaded.weight_bytes

@@ -95,7 +95,8 @@ def test_answers_and_a_drain(start: Callable[..., Server]) -> None:
         num_chunks += 1
     assert num_chunks >= 30
     assert server.wait() == 0
-    assert not any("ERROR" in line or "rank" in line for line in server.lines), server.lines
+    assert [line.split("] ")[1] for line in server.lines if "rank" in line] == ["2 ranks, joined by shared memory\n"]
+    assert not any("ERROR" in line or "Traceback" in line for line in server.lines), server.lines
 
 
 def test_a_killed_rank_ends_the_server(start: Callable[..., Server]) -> None:
