@@ -146,7 +146,7 @@ class TestHealthy:
         engine = make_engine(ranks, make_config(kv_cache_tokens=4096, max_model_len=4096))
         first = engine.runner._runner
         first._check = lambda plan: None  # these requests are no engine's
-        first._write = lambda pages, position, state: first.kv.update({(pages[position // 16], position % 16): state})
+        first._write = lambda pages, position, state, later: first.kv.update({(pages[position // 16], position % 16): state})
         assert measure_cost_model(engine.runner, ByteTokenizer(), engine.config).fixed_s >= 0
 
 

@@ -75,17 +75,22 @@ class SplittingRunner(FakeRunner):
     """Runs every step as two, cut anywhere."""
 
     rng = random.Random(3)
+    others: set[int] = set()  # requests of the second half, while the first one runs
 
     def launch(self, plan: StepPlan) -> SampledTokens:
         if plan.num_tokens == 1:
             return super().launch(plan)
         super()._check(plan)
         drawn_before, drawn = self.drawn, []
-        for half in split_step(plan, self.rng.randrange(1, plan.num_tokens)):
-            self.drawn = drawn_before
+        halves = split_step(plan, self.rng.randrange(1, plan.num_tokens))
+        for half, others in zip(halves, (halves[1].scheduled, []), strict=True):
+            self.drawn, self.others = drawn_before, {id(item.request) for item in others}
             drawn += super().launch(half).token_ids
         self.drawn = drawn
         return SampledTokens(drawn)
+
+    def _write(self, pages: list[int], position: int, state: int, later: set[int]) -> None:
+        super()._write(pages, position, state, later | self.others)
 
     def _check(self, plan: StepPlan) -> None:
         pass  # of a half

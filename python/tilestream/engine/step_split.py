@@ -1,7 +1,8 @@
 """A step cut in two by tokens, for one half's communication to run under the other's computation (tilestream.distributed.weave).
 
 The cut goes through the step's tokens in their order, so it may go through a request. The first half's attention runs before
-the second's: so the second part of a request sees the keys of the first, and only the part with its newest token samples.
+the second's: so the second part of a request sees the keys of the first, as does who shares pages that somebody before it in the step
+fills. Only the part with its newest token samples.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from tilestream.engine.step_plan import StepPlan
 def split_step(plan: StepPlan, num_first: int) -> tuple[StepPlan, StepPlan]:
     """The step of the first num_first tokens and the step of the others; together they compute what `plan` does.
 
-    A prefix group goes to both halves with the members that have tokens there, for its pages were full before the step;
+    A prefix group goes to both halves with the members that have tokens there, for its pages are filled before any of them attends;
     where fewer than two are left it has no company to share with, and is dropped.
 
     Args:
