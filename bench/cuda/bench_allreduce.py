@@ -24,6 +24,7 @@ from bench.roofs import Work
 from tilestream.ops.allreduce import SIGNAL_BYTES, allreduce_rmsnorm, rank_table
 
 EPS = 1e-5
+BLOCKS = 16  # of a launch at most, each on an SM of its own
 CALLS, ROUNDS = 20, 15  # of a graph; of graphs, between GPUs
 each_num_tokens = pytest.mark.parametrize("num_tokens", [1, 8, 64, 256, 1024, 4096])
 
@@ -63,6 +64,8 @@ class VirtualRanks:
 @pytest.mark.parametrize("world_size", [2, 8])
 def test_on_one_gpu(world_size: int, num_tokens: int, report: Report) -> None:
     hidden = 8192
+    if (num_sms := torch.cuda.get_device_properties(DEVICE).multi_processor_count) < BLOCKS * world_size:
+        pytest.skip(f"{world_size} ranks have up to {BLOCKS * world_size} blocks, which have to run at once; here are {num_sms} SMs")
     num_bytes = 2 * hidden * num_tokens * (2 * world_size + 2)  # x of all ranks and the residual, read and written
     sets = num_sets(num_bytes)
     ranks = VirtualRanks(world_size, num_tokens, hidden, sets)

@@ -11,8 +11,8 @@
 // own stores.
 //
 // Blocks wait for others on other GPUs, so each has to become resident whatever else waits: no block waits for
-// another of its own launch, both channels together are 2 * kMaxRankBlocks blocks, which fit on any GPU beside
-// each other, and what else runs there ends by itself.
+// another of its own launch, both channels together are 2 * kMaxRankBlocks blocks, which a GPU of 32 SMs holds
+// beside each other, and what else runs there ends by itself.
 #pragma once
 
 #include "cuda/ptx/memory.cuh"

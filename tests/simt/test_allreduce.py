@@ -77,8 +77,8 @@ class Group:
             to = self.memory.blocks[rank].data_ptr() + (self.x if offset is None else offset)
             stream.append(rms_norm(sources[rank], ones, to, EPS))
 
-    def reduce(self, num_tokens: int, weight: torch.Tensor | None, residual: torch.Tensor | None = None, *, quantised: bool = False,
-               k4: int = 0) -> list[torch.Tensor]:  # fmt: skip
+    def reduce(self, num_tokens: int, weight: torch.Tensor | None, residual: torch.Tensor | None = None, *,
+               quantised: bool = False, k4: int = 0) -> list[torch.Tensor]:  # fmt: skip
         """The op on each rank. Returns the ranks' residuals, of which each has its own tokens alone, and NaN elsewhere."""
         residuals = []
         for rank, stream in enumerate(self.streams):
@@ -167,6 +167,8 @@ def check(group: Group, num_tokens_of_calls: list[int], seed: int, *, with_resid
         calls.append((sources, residual, group.reduce(num_tokens, weight, residual)))
     assert rank_calls.run(group.streams, seed) == ""
     assert group.memory.faults() == [0] * group.memory.world_size
+    behind = group.memory.blocks[:, group.x + max(num_tokens_of_calls) * group.hidden * group.dtype.itemsize :]
+    assert bool((behind == 0xFF).all()), "something was written behind x"
     for sources, residual, residuals in calls:
         want, plain = sums(filled(sources), residual)
         group.check_residuals(residuals, want, plain)
@@ -212,7 +214,8 @@ def test_plain_all_reduce(world_size: int, multicast: bool) -> None:
 @each_world
 def test_no_schedule_changes_a_bit(world_size: int, dtype: torch.dtype) -> None:
     """With peer pointers; of how the switch adds nothing is promised."""
-    sources, residual, weight = torch.randn(world_size, 7, 1600).to(dtype), torch.randn(7, 1600).to(dtype), make_weight(1600, dtype)
+    sources, residual = torch.randn(world_size, 7, 1600).to(dtype), torch.randn(7, 1600).to(dtype)
+    weight = make_weight(1600, dtype)
     results = []
     for seed in range(3):
         with make_group(world_size, 7, 1600, dtype, multicast=False) as group:
@@ -230,7 +233,8 @@ def test_has_the_bits_of_the_norm_alone(hidden: int, dtype: torch.dtype, multica
     """Where all ranks but one bring zeros the sum is exact: then the norm's and the quantised rows' bits are those of the ops
     that work on one GPU."""
     num_tokens = 3
-    sources, residual, weight = torch.randn(4, num_tokens, hidden).to(dtype), torch.randn(num_tokens, hidden).to(dtype), make_weight(hidden, dtype)
+    sources, residual = torch.randn(4, num_tokens, hidden).to(dtype), torch.randn(num_tokens, hidden).to(dtype)
+    weight = make_weight(hidden, dtype)
     sources[[0, 1, 3]] = 0
     normed, total = filled(sources)[2], residual.clone()
     for k4 in {None, 0, hidden // 2 // 128 * 128}:
@@ -294,17 +298,14 @@ def test_two_streams_at_once(world_size: int, multicast: bool, seed: int) -> Non
 
 def twice(group: Group, num_tokens: int) -> None:
     """Two calls, to which the last rank comes late."""
-    sources = make_sources(group, num_tokens)
     for _ in range(5):
-        group.fill(sources, group.q)
-    others = [stream.copy() for stream in group.streams]
-    for stream in group.streams:
-        stream.clear()
+        group.fill(make_sources(group, num_tokens), group.q)
+    others, group.streams = group.streams, [[] for _ in group.streams]
     for _ in range(2):
         group.fill(make_sources(group, num_tokens))
         group.reduce(num_tokens, make_weight(group.hidden, group.dtype), torch.randn(num_tokens, group.hidden).to(group.dtype))
-    late = len(others) - 1
-    group.streams[:] = [other + stream if i == late else stream + other for i, (stream, other) in enumerate(zip(group.streams, others))]
+    *early, late = zip(group.streams, others)
+    group.streams = [calls + other for calls, other in early] + [late[1] + late[0]]
 
 
 @pytest.fixture
