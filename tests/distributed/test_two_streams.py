@@ -228,6 +228,8 @@ def test_cuts_are_measured(ranks: Ranks, hf_model) -> None:  # noqa: F811
 
 def test_the_best_cuts() -> None:
     whole, late = {tune_weave.WHOLE: 1.0}, dict.fromkeys(tune_weave.OFFSETS, 2.0)
-    times = {512: whole | late | {0: 0.9}, 1024: whole | late, 2048: whole | late | {128: 0.8, 0: 0.9}, 4096: whole | late | {-128: 0.9}}
+    times = {
+        512: whole | late | {0: 0.9}, 1024: whole | late, 2048: whole | late | {128: 0.8, 0: 0.9}, 4096: whole | late | {-128: 0.9}
+    }  # fmt: skip
     assert tune_weave.best(times) == {"min_tokens": 2048, "offsets": {"2048": 128, "4096": -128}}
     assert tune_weave.best({512: whole | late}) == {"min_tokens": tune_weave.NEVER, "offsets": {}}

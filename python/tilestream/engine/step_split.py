@@ -1,8 +1,8 @@
 """A step cut in two by tokens, for one half's communication to run under the other's computation (tilestream.distributed.weave).
 
 The cut goes through the step's tokens in their order, so it may go through a request. The first half's attention runs before
-the second's: so the second part of a request sees the keys of the first, as does who shares pages that somebody before it in the step
-fills. Only the part with its newest token samples.
+the second's: so the second part of a request sees the keys of the first, as does who shares pages that somebody before it
+in the step fills. Only the part with its newest token samples.
 """
 
 from __future__ import annotations
