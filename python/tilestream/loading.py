@@ -58,8 +58,8 @@ class ModelOptions:
             raise ValueError(f"tensor_parallel_size is {self.tensor_parallel_size}; at least 1 is needed")
         if self.tensor_parallel_size > 1 and self.device not in ("cpu", "cuda"):
             raise ValueError(
-                f"device is {self.device!r}; with tensor_parallel_size {self.tensor_parallel_size} allowed: cpu, and cuda, of "
-                "which each rank takes the GPU of its number"
+                f"device is {self.device!r}; with tensor_parallel_size {self.tensor_parallel_size} allowed: cpu, and cuda, "
+                "of which each rank takes the GPU of its number"
             )
 
     def load(self, place: Place | None = None, progress: Callable[[int, int], None] | None = None) -> Part:

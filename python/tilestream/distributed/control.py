@@ -1,7 +1,7 @@
 """What rank 0 tells the other ranks: messages, and the two connections that each of them has to it.
 
-A step is told as the plan's difference to the step before: what a rank keeps is the page lists of one step, so nothing is left
-of a request that has ended, was preempted, or sat a step out, and there is nothing else to keep in agreement.
+A step is told as the plan's difference to the step before: what a rank keeps is the page lists of one step, so nothing is
+left of a request that has ended, was preempted, or sat a step out, and there is nothing else to keep in agreement.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """How the ranks come together: rank 0 starts the others, or torchrun has started them all.
 
-Under torchrun a process reads its rank from the environment (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT), and rank 0 leaves its
-address in torchrun's store. Without it rank 0 starts `python -m tilestream.distributed.worker` for every other rank, on this machine,
-and nothing of it can be reached from another. In both cases the others come to rank 0, in any order, and are told all that they need.
+Under torchrun a process reads its rank from the environment (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT), and rank 0
+leaves its address in torchrun's store. Without it rank 0 starts `python -m tilestream.distributed.worker` for every other
+rank, on this machine, and nothing of it can be reached from another. In both cases the others come to rank 0, in any order,
+and are told all that they need.
 """
 
 from __future__ import annotations
@@ -104,7 +105,8 @@ def gather(
 
     if dist.is_initialized():
         raise ValueError(
-            "torch.distributed is in use in this process, and a tensor-parallel model has it to itself; close() the LLM that uses it"
+            "torch.distributed is in use in this process, and a tensor-parallel model has it to itself; close() the LLM that "
+            "uses it"
         )
     torchrun = Torchrun.find(world_size)
     place = Place(0, world_size, 0, world_size) if torchrun is None else torchrun.place
@@ -146,7 +148,8 @@ def join(place: Place, address: tuple[str, int], key: bytes) -> Link:
         return connect(address, key, place.rank, os.getpid())
     except (OSError, EOFError) as error:
         host, port = address
-        raise RankDiedError(f"rank {place.rank} of {place.world_size} cannot reach rank 0 at {host}:{port}: {error}") from None
+        who = f"rank {place.rank} of {place.world_size}"
+        raise RankDiedError(f"{who} cannot reach rank 0 at {host}:{port}: {error}") from None
 
 
 def find_rank_0(torchrun: Torchrun, timeout_s: float = _JOIN_S) -> tuple[tuple[str, int], bytes]:

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 
 class Leader:
-    """As tilestream.loading.Part, of all ranks. Where torchrun has made this process another rank, it works instead, and ends.
+    """As tilestream.loading.Part, of all ranks. Where torchrun has made this process another rank, it works instead, and
+    ends.
 
     Args:
         options: what to load, on how many ranks.

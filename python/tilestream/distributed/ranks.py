@@ -142,7 +142,8 @@ class Ranks:
         """
         with self._changed:
             self._changed.wait_for(lambda: self.failure is not None, 3 * _LAST_WORD_S)
-        self._end(str(error) if isinstance(error, RankDiedError) else f"rank 0 of {self.world_size} has failed: {in_words(error)}")
+        ours = f"rank 0 of {self.world_size} has failed: {in_words(error)}"
+        self._end(str(error) if isinstance(error, RankDiedError) else ours)
         return self.failure
 
     def on_failure(self, told: Callable[[RankDiedError], None]) -> None:

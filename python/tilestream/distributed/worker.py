@@ -63,13 +63,13 @@ def _follow(link: Link, place: Place) -> NoReturn:
     link.life.send((loaded.room_tokens, loaded.weight_bytes))
     while True:
         message = _receive(link)
-        if isinstance(message, Step):
+        if isinstance(message, Build):
+            runner, steps = loaded.build(message.config), StepReader()
+            link.life.send(True)
+        elif isinstance(message, Step):
             runner.follow(steps.read(message), message.draws)
         elif isinstance(message, ClearPages):
             runner.clear_pages(message.num_pages)
-        elif isinstance(message, Build):
-            runner, steps = loaded.build(message.config), StepReader()
-            link.life.send(True)
 
 
 def _receive(link: Link) -> Any:
@@ -96,7 +96,11 @@ def main() -> None:
     stay_through_signals()
     rank, world_size, port = map(int, sys.argv[1:])
     place = Place(rank, world_size, rank, world_size)
-    work(join(place, (LOOPBACK, port), bytes.fromhex(os.environ.pop(KEY_VARIABLE))), place)
+    try:
+        link = join(place, (LOOPBACK, port), bytes.fromhex(os.environ.pop(KEY_VARIABLE)))
+    except RankDiedError as error:
+        sys.exit(f"tilestream: error: {error}")
+    work(link, place)
 
 
 if __name__ == "__main__":

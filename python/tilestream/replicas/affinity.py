@@ -1,8 +1,8 @@
 """Which replica a request goes to: the one that has its prefix cached, unless that one has too much to do.
 
 Replicas are ranked by a hash of the prefix and their name (rendezvous hashing): one that comes or goes moves only its own
-prefixes. A replica past its bounded share of the load (consistent hashing with bounded loads, arXiv 1608.01350) is passed over,
-and the next in rank caches the prefix, too: so a prefix that all requests have spreads as far as the load makes it.
+prefixes. A replica past its bounded share of the load (consistent hashing with bounded loads, arXiv 1608.01350) is passed
+over, and the next in rank caches the prefix, too: so a prefix that all requests have spreads as far as the load makes it.
 """
 
 from __future__ import annotations

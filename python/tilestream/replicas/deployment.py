@@ -17,7 +17,8 @@ try:
     from ray.serve.config import RequestRouterConfig
     from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 except ImportError as error:
-    raise ImportError(f"--replicas needs Ray Serve, which is not installed: pip install 'tilestream[ray]' ({error})") from None
+    text = f"--replicas needs Ray Serve, which is not installed: pip install 'tilestream[ray]' ({error})"
+    raise ImportError(text) from None
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
@@ -29,7 +30,8 @@ _HEALTH_S = 2  # between two looks at a replica; one that has failed is started 
 _NO_LIMIT = 1 << 20
 _OBJECTS_BYTES = 200 << 20  # of Ray's store on a machine of our own: requests and answers are small
 _FORWARDED = (
-    "type", "asgi", "http_version", "method", "scheme", "path", "raw_path", "query_string", "root_path", "headers", "client", "server",
+    "type", "asgi", "http_version", "method", "scheme", "path", "raw_path", "query_string", "root_path", "headers",
+    "client", "server",
 )  # fmt: skip
 
 
