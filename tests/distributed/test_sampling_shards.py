@@ -28,7 +28,8 @@ class Gathering:
 
     def run(self, function: Callable[[Any], Any]) -> list[Any]:
         with ThreadPoolExecutor(self.world_size) as pool:
-            return list(pool.map(lambda rank: function(SimpleNamespace(rank=rank, all_gather=self.gather_from(rank))), range(self.world_size)))
+            ranks = [SimpleNamespace(rank=rank, all_gather=self.gather_from(rank)) for rank in range(self.world_size)]
+            return list(pool.map(function, ranks))
 
     def gather_from(self, rank: int) -> Callable[[torch.Tensor], torch.Tensor]:
         def all_gather(x: torch.Tensor) -> torch.Tensor:

@@ -94,6 +94,6 @@ def _key(buf: Scratch, step: StepInputs, kv_caches: Sequence[KvCache], logits: t
     plans = tuple((w, p.plan.data_ptr(), p.workspace.data_ptr()) for w, p in step.plans.items())
     table = step.block_table
     return (
-        buf.x.data_ptr(), buf.qkv.data_ptr(), step.positions.data_ptr(), step.slot_mapping.data_ptr(), table.data_ptr(), table.stride(0),
-        plans, id(kv_caches), logits.data_ptr() if step.logits_rows is None else 0,
+        buf.x.data_ptr(), buf.qkv.data_ptr(), step.positions.data_ptr(), step.slot_mapping.data_ptr(), table.data_ptr(),
+        table.stride(0), plans, id(kv_caches), logits.data_ptr() if step.logits_rows is None else 0,
     )  # fmt: skip
