@@ -114,6 +114,11 @@ def test_link(num_tokens: int, link, report: Report) -> None:
     x = link.empty(num_tokens * hidden * 2).view(torch.bfloat16).view(num_tokens, hidden).normal_()
     residual, weight = torch.randn_like(x), torch.rand(hidden, device=DEVICE)
     theirs, whole, cast = x.clone(), residual.clone(), weight.bfloat16()
+    total = x.float()
+    torch.distributed.all_reduce(total)
+    link.allreduce_rmsnorm(x, None, weight, eps=EPS)
+    check(x, rms_norm(total, (hidden,), weight, EPS), 0.01)
+    x.zero_(), theirs.zero_()  # what is summed again and again must not grow
 
     def with_nccl(_: int) -> None:
         torch.distributed.all_reduce(theirs)

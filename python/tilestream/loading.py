@@ -13,6 +13,7 @@ from tilestream._native import _C
 from tilestream.calibrate import use_softmax_ranges
 from tilestream.distributed.communicator import Communicator, connect
 from tilestream.distributed.launch import Place
+from tilestream.distributed.shard import MOST_RANKS
 from tilestream.engine.config import EngineConfig
 from tilestream.engine.errors import EngineDeadError
 from tilestream.engine.runner import ModelRunner
@@ -54,8 +55,8 @@ class ModelOptions:
     def __post_init__(self) -> None:
         if self.kv_dtype not in KV_DTYPES:
             raise ValueError(f"kv_dtype is {self.kv_dtype!r}; supported: auto, {', '.join(KV_DTYPES)}")
-        if self.tensor_parallel_size < 1:
-            raise ValueError(f"tensor_parallel_size is {self.tensor_parallel_size}; at least 1 is needed")
+        if not 1 <= self.tensor_parallel_size <= MOST_RANKS:
+            raise ValueError(f"tensor_parallel_size is {self.tensor_parallel_size}; allowed: 1 to {MOST_RANKS}")
         if self.tensor_parallel_size > 1 and self.device not in ("cpu", "cuda"):
             raise ValueError(
                 f"device is {self.device!r}; with tensor_parallel_size {self.tensor_parallel_size} allowed: cpu, and cuda, "

@@ -124,6 +124,8 @@ class FakeStreams:
         self.now = "current"
 
         class Stream:
+            device = None
+
             def __init__(self, name: str) -> None:
                 self.name = name
 
@@ -143,7 +145,7 @@ class FakeStreams:
         self.taken_sms: list[int] = []
         monkeypatch.setattr(two_streams, "_C", SimpleNamespace(set_taken_sms=self.taken_sms.append))
         monkeypatch.setattr(torch.cuda, "Stream", lambda device, priority: Stream("second"))
-        monkeypatch.setattr(torch.cuda, "current_stream", lambda: Stream("current"))
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream("current"))
         monkeypatch.setattr(torch.cuda, "Event", Event)
         monkeypatch.setattr(torch.cuda, "stream", stream)
 

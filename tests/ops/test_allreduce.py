@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -215,7 +216,9 @@ def test_a_rank_that_does_not_come_is_named() -> None:
                 ops.allreduce_rmsnorm(place[rank], None, None, group.tables[rank])
 
     with ThreadPoolExecutor(2) as pool:
-        for future in [pool.submit(call, rank) for rank in (0, 2)]:
+        waiting = pool.submit(call, 2)  # for rank 0, who owns the token
+        time.sleep(0.05)
+        for future in (pool.submit(call, 0), waiting):
             future.result(timeout=10)
     with pytest.raises(RuntimeError, match=message):  # late
         ops.allreduce_rmsnorm(place[1], None, None, group.tables[1])

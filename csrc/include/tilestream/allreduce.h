@@ -1,7 +1,7 @@
 // All-reduce over the ranks of a tensor-parallel group, with residual addition, RMS norm and quantisation fused in
 // (TokenWeave, 2505.11329, section 4).
 //
-//   sum = x of rank 0 + x of rank 1 + ...        in float, in this order (multimem: in the switch's own)
+//   sum = x of rank 0 + x of rank 1 + ...        in float, in this order (multimem: the switch's own, rounded)
 //   residual = sum + residual                    rounded once; without a residual the norm is of the unrounded sum
 //   out = residual * rsqrt(mean(residual^2) + eps) * weight, on every rank       (no weight: out = sum, a plain all-reduce)
 //

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import logging
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,8 +12,6 @@ from tilestream.batch.journal import Journal
 from tilestream.batch.lines import Line
 from tilestream.batch.order import KvMemory, Work, WorkGroup, in_shared_order
 from tilestream.batch.planning import PlanningEngine, plan_work, respond
-from tilestream.engine.request import RequestOptions
-from tilestream.sampling_params import SamplingParams
 from tilestream.server.app import create_app
 
 if TYPE_CHECKING:
@@ -23,7 +19,6 @@ if TYPE_CHECKING:
     from tilestream.engine.config import EngineConfig
     from tilestream.models.tokenizer import Tokenizer
 
-logger = logging.getLogger("tilestream.batch")
 
 Order = Callable[[Sequence[Work], int], list[WorkGroup]]  # of works, with the page size
 _STOPPED_STATUS = 503  # the engine takes nothing any more
@@ -102,23 +97,15 @@ class BatchJob:
         app = create_app(self._engine, **self._served)
         memory = KvMemory(self._config.capacity_tokens, self._config.page_size)
         queue = deque((group, work) for group in groups for work in group.works)
-        prefixes: dict[WorkGroup, asyncio.Task[None]] = {}
         running: dict[asyncio.Task[dict], tuple[WorkGroup, Work]] = {}
         ended: asyncio.Queue[asyncio.Task[dict]] = asyncio.Queue()
-
-        async def ask(group: WorkGroup, work: Work) -> dict:
-            if group.prefix_tokens > 0:
-                if group not in prefixes:
-                    prefixes[group] = asyncio.ensure_future(self._compute(group))
-                await prefixes[group]
-            return await respond(app, work.line)
 
         try:
             while queue or running:
                 while queue and memory.fits(*queue[0]):
                     group, work = queue.popleft()
                     memory.take(group, work)
-                    task = asyncio.ensure_future(ask(group, work))
+                    task = asyncio.ensure_future(respond(app, work.line))
                     task.add_done_callback(ended.put_nowait)
                     running[task] = group, work
                 task = await ended.get()
@@ -129,20 +116,9 @@ class BatchJob:
                 memory.give_back(group, work, _output_tokens(response))
                 self._write(work.line, response)
         finally:
-            for task in (*running, *prefixes.values()):
+            for task in running:
                 task.cancel()
-            await asyncio.gather(*running, *prefixes.values(), return_exceptions=True)
-
-    async def _compute(self, group: WorkGroup) -> None:
-        """Put a group's prefix into the prefix cache. A step shares nothing within itself: whoever came first
-        would compute the prefix side by side. If this fails they do, and say themselves what is wrong."""
-        prefix_id = f"prefix of {group.works[0].line.id}"
-        params = SamplingParams(max_tokens=1, temperature=0)
-        with contextlib.suppress(Exception):
-            options = RequestOptions(cache_salt=group.works[0].salt)
-            async for delta in self._engine.stream(prefix_id, group.prefix, params, options):
-                if delta.error is not None:
-                    logger.warning("%s: %s", prefix_id, delta.error)
+            await asyncio.gather(*running, return_exceptions=True)
 
     def _write(self, line: Line, response: dict | None, error: dict | None = None) -> None:
         self._journal.append({"id": line.id, "custom_id": line.custom_id, "response": response, "error": error})

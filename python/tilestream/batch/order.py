@@ -56,10 +56,6 @@ class WorkGroup:
         self.num_left = len(works)
 
     @property
-    def prefix(self) -> list[int]:
-        return self.works[0].prompt[: self.prefix_tokens].tolist()
-
-    @property
     def decode_share(self) -> float:
         """Answer tokens over the prompt tokens that have to be computed."""
         computed = self.prefix_tokens + sum(self.own_tokens(work) for work in self.works)

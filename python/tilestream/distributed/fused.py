@@ -29,7 +29,7 @@ class Fused:
         self.rank, self.world_size, _, self._timeout_ms = table[:4].tolist()
         self._table, self._block, self._free = table, block, block[SIGNAL_BYTES:]
         self._begin, self._end = block.data_ptr(), block.data_ptr() + block.numel()
-        self._staging = block[:0]
+        self._staging = [block[:0], block[:0]]  # of each channel
 
     def empty(self, num_bytes: int) -> torch.Tensor:
         rounded = -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
@@ -53,9 +53,9 @@ class Fused:
     ) -> None:
         if self._begin <= x.data_ptr() < self._end:
             return self._launch(x, residual, weight, eps, int8, channel)
-        if x.nbytes > self._staging.numel():
-            self._staging = self.empty(x.nbytes)
-        staged = self._staging[: x.nbytes].view(x.dtype).view(x.shape).copy_(x)
+        if x.nbytes > self._staging[channel].numel():
+            self._staging[channel] = self.empty(x.nbytes)
+        staged = self._staging[channel][: x.nbytes].view(x.dtype).view(x.shape).copy_(x)
         self._launch(staged, residual, weight, eps, int8, channel)
         x.copy_(staged)
 

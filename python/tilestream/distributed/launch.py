@@ -1,9 +1,9 @@
 """How the ranks come together: rank 0 starts the others, or torchrun has started them all.
 
 Under torchrun a process reads its rank from the environment (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT), and rank 0
-leaves its address in torchrun's store. Without it rank 0 starts `python -m tilestream.distributed.worker` for every other
-rank, on this machine, and nothing of it can be reached from another. In both cases the others come to rank 0, in any order,
-and are told all that they need.
+leaves its address in torchrun's store. Without it rank 0 starts tilestream.distributed.worker for every other rank, on this
+machine, and nothing of it can be reached from another. In both cases the others come to rank 0, in any order, and are told
+all that they need.
 """
 
 from __future__ import annotations
@@ -30,6 +30,10 @@ _POLL_S = 0.2
 _COLLECTIVE_S = 600  # longer than one rank loads after another; a death is noticed at once in other ways
 LOOPBACK = "127.0.0.1"
 _LOOPBACK_INTERFACE = "lo0" if sys.platform == "darwin" else "lo"
+
+
+# Modules are found as rank 0 finds them, and not, as with `python -m`, in the current directory first.
+_WORK = "import sys; sys.path[:] = filter(None, sys.path); from tilestream.distributed.worker import main; main()"
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,9 +115,12 @@ def gather(
     torchrun = Torchrun.find(world_size)
     place = Place(0, world_size, 0, world_size) if torchrun is None else torchrun.place
     if torchrun is None:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", _LOOPBACK_INTERFACE)  # the others inherit it
+        for backend in ("GLOO", "NCCL"):  # the others inherit it
+            os.environ.setdefault(f"{backend}_SOCKET_IFNAME", _LOOPBACK_INTERFACE)
     key = secrets.token_bytes(32)
-    host = LOOPBACK if torchrun is None or _is_loopback(torchrun.host) else ""
+    here = torchrun is None or (place.local_world_size == world_size and _is_loopback(torchrun.host))
+    host = LOOPBACK if here else ""
+    address = host or torchrun.host
     listener = Listener(host, key)
     processes: dict[int, subprocess.Popen] = {}
     links: dict[int, Link] = {}
@@ -122,7 +129,7 @@ def gather(
             processes = {rank: _start(rank, world_size, listener.port, key) for rank in range(1, world_size)}
         else:
             torchrun_store = torchrun.store(timeout_s)  # lives as long as others may ask it
-            torchrun_store.set("rank 0", f"{torchrun.host} {listener.port} {key.hex()}")
+            torchrun_store.set("rank 0", f"{address} {listener.port} {key.hex()}")
         _wait_for(links, world_size, listener, processes, timeout_s)
     except BaseException:
         for process in processes.values():
@@ -133,7 +140,7 @@ def gather(
         listener.close()
     ranks = Ranks([Worker(links[rank], processes.get(rank)) for rank in range(1, world_size)])
     store, port = _open_store(host)
-    ranks.tell(Setup((torchrun.host if torchrun else LOOPBACK, port), device_type, load))
+    ranks.tell(Setup((address, port), device_type, load))
     ranks.unless_one_dies(lambda: initialise(place, store, device_type))
     return ranks, place
 
@@ -197,8 +204,8 @@ def _open_store(host: str) -> tuple[Any, int]:
 
 
 def _start(rank: int, world_size: int, port: int, key: bytes) -> subprocess.Popen:
-    command = [sys.executable, "-m", "tilestream.distributed.worker", str(rank), str(world_size), str(port)]
-    environment = os.environ | {KEY_VARIABLE: key.hex(), "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, "-c", _WORK, str(rank), str(world_size), str(port)]
+    environment = os.environ | {KEY_VARIABLE: key.hex(), "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
     # In a session of its own: Ctrl-C in the terminal is for rank 0, which lets answers end before it ends the others.
     return subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from tilestream._native import _C
 from tilestream.distributed.control import Build
 from tilestream.distributed.launch import gather
 from tilestream.distributed.tensor_parallel_runner import TensorParallelRunner
@@ -12,6 +13,7 @@ from tilestream.distributed.worker import work_if_not_first
 from tilestream.engine.config import EngineConfig
 from tilestream.engine.errors import RankDiedError
 from tilestream.engine.sampling_shards import draw_plan
+from tilestream.models.errors import ModelLoadError
 from tilestream.models.loader import resolve
 from tilestream.placement import Placement
 
@@ -33,15 +35,16 @@ class Leader:
         work_if_not_first(world_size)
         Placement.of(options.device)  # what cannot be is told before the others are started
         resolve(options.model)
+        self._num_threads = _C.num_threads()
         self._ranks, place = gather(world_size, options.load, device_type=options.device)
         try:
             self._part = options.load(place, progress)
             others = self._ranks.answers()
-        except RankDiedError as error:
-            raise self._ranks.fail(error) from None
-        except BaseException:
+        except (ModelLoadError, ValueError, KeyboardInterrupt):  # the first two: every rank finds the same
             self._ranks.close()
             raise
+        except BaseException as error:  # perhaps what another rank's death has done to this one
+            raise self._ranks.fail(error) from None
         self.loaded = self._part.loaded
         self.room_tokens = min([self._part.room_tokens, *(room_tokens for room_tokens, _ in others)])
         self.weight_bytes = sum([self._part.weight_bytes, *(weight_bytes for _, weight_bytes in others)])
@@ -60,3 +63,4 @@ class Leader:
 
     def close(self) -> None:
         self._ranks.close()
+        _C.set_num_threads(self._num_threads)  # the ranks shared the cores

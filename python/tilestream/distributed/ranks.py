@@ -165,6 +165,8 @@ class Ranks:
                 self.tell(Stop())
             self._watcher.join(_STOP_S)
         self._kill()
+        with self._changed:
+            self.failure = self.failure or RankDiedError("the ranks have ended, for this model was closed")
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -176,12 +178,12 @@ class Ranks:
                 return
             self._ending = True
         self._kill()
-        _abort_nccl()
         with self._changed:
             self.failure = RankDiedError(f"{text}; all ranks end")
             self._changed.notify_all()
         for told in self._told:
             told(self.failure)
+        _abort_nccl()  # last, for it may hang itself
 
     def _kill(self) -> None:
         for worker in self._workers:
@@ -199,14 +201,11 @@ class Ranks:
         living = {worker.link.life: worker for worker in self._workers}
         words: list[tuple[Worker, Failed]] = []  # in the order of their coming
         silent: list[Worker] = []
-        try:
-            while living and not words and not silent:
-                self._hear(living, words, silent, None)
-            end_s = time.monotonic() + _LAST_WORD_S
-            while living and not silent and (left_s := end_s - time.monotonic()) > 0:
-                self._hear(living, words, silent, left_s)
-        except OSError:  # of a connection that this rank has ended
-            return
+        while living and not words and not silent:
+            self._hear(living, words, silent, None)
+        end_s = time.monotonic() + _LAST_WORD_S
+        while living and not silent and (left_s := end_s - time.monotonic()) > 0:
+            self._hear(living, words, silent, left_s)
         if self._stopping:
             self._hear_the_end(living)
             return
@@ -225,7 +224,7 @@ class Ranks:
             worker = living[connection]
             try:
                 answer = connection.recv()
-            except (EOFError, ConnectionError):
+            except (EOFError, OSError):  # also a time-out, where keep-alive finds nobody
                 del living[connection]
                 if all(worker is not other for other, _ in words):
                     silent.append(worker)
@@ -238,9 +237,8 @@ class Ranks:
                     self._changed.notify_all()
 
     def _hear_the_end(self, living: dict[Connection, Worker]) -> None:
-        with suppress(OSError):
-            while living:
-                self._hear(living, [], [], None)
+        while living:
+            self._hear(living, [], [], None)
 
 
 def _abort_nccl() -> None:

@@ -42,11 +42,11 @@ class SymmetricMemory(Fused):
         torch.cuda.synchronize(self._block.device)
 
     def _fault(self) -> int:
-        """The word as the check before this one asked for it: nothing waits for the GPU."""
-        fault = int(self._fault_here)
+        """The word as it is now. Its stream is its own: no kernel is waited for."""
         with torch.cuda.stream(self._stream):
             self._fault_here.copy_(self._fault_there, non_blocking=True)
-        return fault
+        self._stream.synchronize()
+        return int(self._fault_here)
 
 
 def open_symmetric_memory(

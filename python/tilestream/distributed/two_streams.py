@@ -90,7 +90,7 @@ class _GpuLane:
     """
 
     def __init__(self, communication: torch.cuda.Stream) -> None:
-        self._communicating, self._computing = communication, torch.cuda.current_stream()
+        self._communicating, self._computing = communication, torch.cuda.current_stream(communication.device)
         self._before = torch.cuda.Event()  # of the last stage
         self._before.record(self._computing)
 

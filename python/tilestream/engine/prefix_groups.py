@@ -101,7 +101,8 @@ def find_prefix_groups(
 
     Args:
         page_lists: page ids of each request of the step, in sequence order.
-        num_prefix_pages: how many of them, from the front, are full and computed before this step.
+        num_prefix_pages: how many of them, from the front, end before its own tokens of this step; they are written before
+            anybody attends, perhaps in this step by another request.
         num_new_tokens: q tokens of each request.
         page_size: tokens per page.
         cost: when a group pays.

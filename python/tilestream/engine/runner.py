@@ -77,6 +77,8 @@ class ModelRunner:
         if self.communicator is not None:
             self.shards = VocabularyShards(self.communicator, model.shard.vocabularies)
             self.halves = [BatchBuilder.of(model, config, kv_dtype, num_taken_sms=COMMUNICATION_BLOCKS) for _ in range(2)]
+            for half in self.halves:
+                half.pads = False  # no graph holds a half, and padding would stand between rows of logits
             if self.overlaps:  # on a CPU the halves would only come one after the other
                 self.split_rule = split_rule(m, self.communicator, placement.device)
         if self.overlaps or self.shards is not None:  # what a captured graph and other ranks point into does not move
@@ -119,7 +121,7 @@ class ModelRunner:
         self.communicator.check()
 
     def _forward(self, plan: StepPlan) -> torch.Tensor:
-        if self.split_rule is not None:
+        if self.split_rule is not None and any(item.num_new_tokens > 1 for item in plan.scheduled):  # decodes have graphs
             num_first = self.split_rule.first_tokens(sum(item.num_new_tokens for item in plan.scheduled))
             if num_first:
                 return self._forward_halves(split_step(plan, num_first))

@@ -92,8 +92,13 @@ class Scheduler:
 
     def complete(self, plan: StepPlan) -> None:
         """The step has run: pages that its decodes filled can be shared, for their tokens are known now."""
+        if not self.config.enable_prefix_caching:
+            return
+        page_size = self.config.page_size
         for item in plan.scheduled:
             request, end = item.request, item.start + item.num_new_tokens
+            if end // page_size <= request.num_registered_pages:
+                continue
             if request.state is RequestState.RUNNING and request.num_computed_tokens >= end:  # not preempted meanwhile
                 self._share_pages(request, end)
 

@@ -31,7 +31,7 @@ def prefix_key(body: bytes) -> bytes | None:
     try:
         fields = json.loads(body)
         salt, prefix = str(fields.get("cache_salt") or "").encode(), _prefix(fields)
-    except (ValueError, AttributeError, TypeError, LookupError, struct.error):
+    except (ValueError, AttributeError, TypeError, LookupError, RecursionError, struct.error):
         return None
     num_blocks = min(len(prefix) // BLOCK_BYTES, _MOST_BLOCKS)
     if num_blocks == 0:

@@ -121,13 +121,20 @@ class Ingress:
 
     Args:
         replicas: a handle to them.
+        max_body_bytes: of a request; of a longer one the rest is not read.
     """
 
-    def __init__(self, replicas: Any) -> None:
+    def __init__(self, replicas: Any, max_body_bytes: int) -> None:
         self._replicas = replicas.options(stream=True)
+        self._max_body_bytes = max_body_bytes
 
     async def __call__(self, request: Request) -> Response:
-        body = await request.body()
+        body = bytearray()
+        async for part in request.stream():
+            body += part
+            if len(body) > self._max_body_bytes:  # the replica refuses it
+                break
+        body = bytes(body)
         scope = {name: request.scope[name] for name in _FORWARDED if name in request.scope}
         messages = self._replicas.answer.remote(prefix_key(body), scope, body)
         start = await anext(messages)
@@ -197,4 +204,4 @@ def _application(options: ReplicaOptions, num_replicas: int) -> serve.Applicatio
         ray_actor_options={"num_cpus": 0},
         graceful_shutdown_timeout_s=options.settings.drain_timeout_s,
     )
-    return ingress.bind(replicas.bind(options))
+    return ingress.bind(replicas.bind(options), options.settings.max_body_bytes)
