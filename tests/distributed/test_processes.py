@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pickle
 import random
@@ -11,14 +12,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import psutil
 import pytest
 from tilestream import SamplingParams
 from tilestream.distributed import launch
-from tilestream.distributed.control import StepReader, StepWriter
-from tilestream.distributed.ranks import Ranks
+from tilestream.distributed.control import Link, StepReader, StepWriter
+from tilestream.distributed.ranks import Ranks, Worker
 from tilestream.engine.engine import Engine
 from tilestream.engine.errors import RankDiedError
 from tilestream.engine.profiler import measure_cost_model
@@ -257,6 +259,19 @@ print("rank 0 is done")
 def script(size: int, then: str = "", **environment: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", RUN.format(size=size, then=then)]
     return subprocess.Popen(command, cwd=ROOT, env=os.environ | environment, stdout=-1, stderr=-1, text=True)
+
+
+def test_a_machine_that_is_gone_without_a_word_is_noticed() -> None:
+    class Gone(Connection):
+        def recv(self) -> None:
+            raise TimeoutError(errno.ETIMEDOUT, "Connection timed out")  # as when TCP's probes find nobody
+
+    (orders, _orders), (life, other_end) = socket.socketpair(), socket.socketpair()
+    other_end.send(b"x")
+    ranks = Ranks([Worker(Link(1, 4711, "far", Connection(orders.detach()), Gone(life.detach())), None)])
+    wait_until(lambda: ranks.failure is not None, "nobody has noticed")
+    assert str(ranks.failure).startswith("rank 1 of 2 (process 4711 on far) ")
+    ranks.close()
 
 
 def test_rank_0s_death_ends_all() -> None:
