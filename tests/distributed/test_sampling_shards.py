@@ -27,9 +27,15 @@ class Gathering:
         self.world_size, self.given, self.barrier = world_size, [None] * world_size, Barrier(world_size)
 
     def run(self, function: Callable[[Any], Any]) -> list[Any]:
+        def of_rank(rank: int) -> Any:
+            try:
+                return function(SimpleNamespace(rank=rank, all_gather=self.gather_from(rank)))
+            except BaseException:
+                self.barrier.abort()  # or the others wait for this one
+                raise
+
         with ThreadPoolExecutor(self.world_size) as pool:
-            ranks = [SimpleNamespace(rank=rank, all_gather=self.gather_from(rank)) for rank in range(self.world_size)]
-            return list(pool.map(function, ranks))
+            return list(pool.map(of_rank, range(self.world_size)))
 
     def gather_from(self, rank: int) -> Callable[[torch.Tensor], torch.Tensor]:
         def all_gather(x: torch.Tensor) -> torch.Tensor:
@@ -85,7 +91,7 @@ def test_tokens_are_those_of_whole_rows(world_size: int, top_ks: tuple[int, ...]
 
     def of_rank(communicator) -> torch.Tensor | None:
         shards, ids = VocabularyShards(communicator, parts), parts[communicator.rank]
-        return shards.candidates(logits[:, ids.start : ids.stop], max(1, *top_ks))
+        return shards.candidates(logits[:, ids.start : ids.stop].contiguous(), max(1, *top_ks))
 
     keys, *others = Gathering(world_size).run(of_rank)
     assert others == [None] * (world_size - 1)
@@ -99,7 +105,8 @@ def test_whole_rows_and_rank_0s_tensors(world_size: int) -> None:
 
     def of_rank(communicator) -> tuple[torch.Tensor | None, torch.Tensor]:
         shards, ids = VocabularyShards(communicator, parts), parts[communicator.rank]
-        return shards.whole(logits[:, ids.start : ids.stop]), shards.of_rank_0(torch.tensor([communicator.rank + 5]))
+        tokens = torch.tensor([communicator.rank + 5])
+        return shards.whole(logits[:, ids.start : ids.stop].contiguous()), shards.of_rank_0(tokens)
 
     (whole, _), *others = results = Gathering(world_size).run(of_rank)
     assert torch.equal(whole.view(torch.int32), logits.view(torch.int32))
