@@ -132,11 +132,10 @@ def test_batch_invariance(backend: testing.Backend, variant: dict, kv_dtype: str
     t = make_tensors(case)
     out, lse = run(case, t)
     for index, (q_len, kv_len) in enumerate(lengths):
-        begin = int(t.cu_seqlens_q[index])
-        for num_workers in (1, 7):
-            alone = run(dataclasses.replace(case, num_workers=num_workers), request_of(t, index, slice(0, q_len), kv_len))
-            assert torch.equal(alone[0], out[begin : begin + q_len]), f"request {index}, {num_workers} workers"
-            assert torch.equal(alone[1], lse[begin : begin + q_len])
+        begin, num_workers = int(t.cu_seqlens_q[index]), 1 if index % 2 else 7
+        alone = run(dataclasses.replace(case, num_workers=num_workers), request_of(t, index, slice(0, q_len), kv_len))
+        assert torch.equal(alone[0], out[begin : begin + q_len]), f"request {index}, {num_workers} workers"
+        assert torch.equal(alone[1], lse[begin : begin + q_len])
 
 
 @pytest.mark.parametrize("kv_dtype", KV_DTYPES)
