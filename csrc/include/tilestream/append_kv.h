@@ -18,6 +18,15 @@ struct AppendKvParams {
   float* key_stats;       // [num_pages, num_kv_heads, 2 (min, max), head_dim_qk] of the rotated keys, or null;
                           // offset 0 of a page starts its statistics afresh; in a call that writes it, the page's
                           // other tokens follow it in slot order
+  // Keys rounded with feedback, int4 only; or all null: every element to the nearest. From a rotated key of head h
+  // key_offset[h] is taken. Scale and zero are found as ever; then elements c = key_order[h][0], [1], ... are rounded in
+  // turn, all in float32:
+  //     code = clamp(rint((x[c] - zero) / scale), 0, 15);   e = x[c] - fma(code, scale, zero)
+  //     x[key_order[h][j]] = fma(-e, key_feedback[h][i][j], x[key_order[h][j]])    for j > i, c being the i-th
+  // (scale 0: divided by 1.) So every sum is made in the order of i.
+  const float* key_offset;    // [num_kv_heads, head_dim_qk]
+  const int32_t* key_order;   // [num_kv_heads, head_dim_qk], a permutation of each head's elements
+  const float* key_feedback;  // [num_kv_heads, head_dim_qk, head_dim_qk]
   float k_scale, v_scale;       // k / k_scale and v / v_scale are what is stored (types.h)
   int64_t num_tokens;
   int32_t num_qo_heads, num_kv_heads, head_dim_qk, head_dim_vo, rotary_dim, page_size;

@@ -13,7 +13,7 @@ from tilestream.ops.activation import (
     silu_and_mul_quant,
 )
 from tilestream.ops.allreduce import allreduce_rmsnorm, rank_table
-from tilestream.ops.append_kv import append_kv, gather_kv
+from tilestream.ops.append_kv import KeyRounding, append_kv, gather_kv
 from tilestream.ops.attention import attention, merge_states
 from tilestream.ops.kv_cache import KvCache
 from tilestream.ops.linear import PackedFormat, PackedWeight, embedding, linear, pack_gguf, pack_weight
@@ -26,6 +26,7 @@ from tilestream.ops.sample import Penalties, SampleOutput, sample
 __all__ = [
     "AttentionPlan",
     "AttentionPlanner",
+    "KeyRounding",
     "KvCache",
     "LinearKernel",
     "PackedFormat",

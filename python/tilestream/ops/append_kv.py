@@ -2,9 +2,32 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from tilestream.ops.kv_cache import KvCache
+
+
+@dataclass(frozen=True, slots=True)
+class KeyRounding:
+    """How the keys of a layer become 4-bit codes: one element after another, each error made up for by the elements behind it.
+
+    A logit is q . k, so what an error e of a key costs is e^T E[q q^T] e: what one element has done, others can partly undo.
+    As GPTQ (2210.17323) rounds a weight's columns by the Hessian of its inputs, this rounds a key's elements by the second
+    moment of the queries. Nothing that reads the cache knows of it.
+
+    Attributes:
+        offset: [num_kv_heads, head_dim], float32, taken from rotated keys. It shifts all logits of a query by the same, so
+            softmax does not see it (SageAttention, 2410.02367); zeros where logits are capped or meet attention sinks.
+        order: [num_kv_heads, head_dim], int32: each head's elements in the order of their rounding.
+        feedback: [num_kv_heads, head_dim, head_dim], float32, in that order: of the i-th element's error, times row i is taken
+            from those behind it.
+    """
+
+    offset: torch.Tensor
+    order: torch.Tensor
+    feedback: torch.Tensor
 
 
 def append_kv(
@@ -18,6 +41,7 @@ def append_kv(
     cos_sin: torch.Tensor | None = None,
     interleaved: bool = False,
     key_stats: torch.Tensor | None = None,
+    key_rounding: KeyRounding | None = None,
 ) -> None:
     """Rotate q in place, rotate k, quantise k and v as the cache stores them, and write their pages: one pass.
 
@@ -32,6 +56,7 @@ def append_kv(
         interleaved: True rotates pairs (2i, 2i + 1) (GPT-J), False halves (NeoX).
         key_stats: [num_pages, num_kv_heads, 2, head_dim], float32: per-page minimum and maximum of the rotated keys,
             updated in place; a write at offset 0 starts a page's afresh.
+        key_rounding: int4 caches only: keys are rounded with feedback. None: every element to the nearest.
     Returns:
         None.
     Raises:
@@ -49,6 +74,7 @@ def append_kv(
         kv_cache.v_cache,
         kv_cache.kv_scales,
         key_stats,
+        *(() if key_rounding is None else (key_rounding.offset, key_rounding.order, key_rounding.feedback)),
         interleaved=interleaved,
         k_scale=kv_cache.k_scale,
         v_scale=kv_cache.v_scale,
