@@ -1,4 +1,5 @@
 // Rotary embedding of q and k, quantisation, the write into a paged cache, and key statistics, in one launch.
+// Keys that are rounded with feedback are written by a second, further down.
 //
 // 2 to 32 lanes take one row of a token: a q head (rotated in place), K or V. A lane holds 8 neighbours, loaded
 // and stored by 16 bytes; those that a rotation pairs them with, and the angles, come from L1. All arithmetic
@@ -13,6 +14,7 @@
 
 #include "cuda/common/kv_cache.cuh"
 #include "cuda/common/reduce.cuh"
+#include "cuda/ptx/cp_async.cuh"
 #include "cuda/runtime.cuh"
 
 namespace tilestream::cuda {
@@ -54,7 +56,25 @@ __device__ __forceinline__ Eight<T> from_values(const Values& v) {
 
 // ---- rotary embedding -----------------------------------------------------------------------------
 
-// The lane's elements of row `x`, rotated if they have to be: element e becomes x cos + partner sin.
+// An element that is rotated: x cos + partner sin. An fma by name: the same bits wherever it is inlined.
+__device__ __forceinline__ float turned(float x, float partner, float cos, float sin) {
+  return fmaf(x, cos, partner * sin);
+}
+
+// Element e of a row, `partner` being element partner_of(p, e), and `angles` the token's of cos_sin.
+__device__ __forceinline__ float turned(const AppendKvParams& p, const float* angles, int e, float x,
+                                        float partner) {
+  const int half = p.rotary_dim / 2, angle = p.interleaved ? e / 2 : e < half ? e : e - half;
+  const bool first = p.interleaved ? e % 2 == 0 : e < half;
+  const float sine = angles[half + angle];
+  return turned(x, partner, angles[angle], first ? -sine : sine);
+}
+__device__ __forceinline__ int partner_of(const AppendKvParams& p, int e) {
+  const int half = p.rotary_dim / 2;
+  return p.interleaved ? e ^ 1 : e < half ? e + half : e - half;
+}
+
+// The lane's elements of row `x`, rotated if they have to be.
 template <class T>
 __device__ __forceinline__ Values load_rotated(const AppendKvParams& p, const T* x, int64_t token, int d,
                                                bool aligned) {
@@ -71,26 +91,46 @@ __device__ __forceinline__ Values load_rotated(const AppendKvParams& p, const T*
     sin = to_values(load_eight(angles + (first ? d + half : d), true));
 #pragma unroll
     for (int i = 0; i < 8; ++i)
-      v.at[i] = v.at[i] * cos.at[i] + partner.at[i] * (first ? -sin.at[i] : sin.at[i]);
+      v.at[i] = turned(v.at[i], partner.at[i], cos.at[i], first ? -sin.at[i] : sin.at[i]);
     return v;
   }
   const Values own = v;
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
-    const int e = d + i, angle = p.interleaved ? e / 2 : e < half ? e : e - half;
+    const int e = d + i;
     if (e >= p.rotary_dim) break;
-    const bool first = p.interleaved ? i % 2 == 0 : e < half;
-    const float other = p.interleaved ? own.at[i ^ 1] : to_float(x[first ? e + half : e - half]);
-    const float sine = angles[half + angle];
-    v.at[i] = own.at[i] * angles[angle] + other * (first ? -sine : sine);
+    v.at[i] = turned(p, angles, e, own.at[i], p.interleaved ? own.at[i ^ 1] : to_float(x[partner_of(p, e)]));
   }
   return v;
 }
 
 // ---- the cache ------------------------------------------------------------------------------------
 
-// value = q * scale + zero with scale and zero as float16 keeps them. A NaN or an infinity in the row makes
-// scale NaN. All of the row's lanes take part; those past its end are not `inside`.
+// (scale, zero) of a row whose codes are 0 to `most`, from what each of its lanes has: the least element, the
+// greatest, and the sum of x * 0, by which a NaN or an infinity makes scale NaN.
+__device__ __forceinline__ __half2 row_scale(const Lanes& lanes, float low, float high, float check,
+                                             float most) {
+  low = lanes.reduce(low, [](float a, float b) { return fminf(a, b); });
+  high = lanes.reduce(high, [](float a, float b) { return fmaxf(a, b); });
+  check = lanes.reduce(check, [](float a, float b) { return a + b; });
+  return __floats2half2_rn((high - low) / most + check, low);
+}
+
+// Eight 4-bit values, to 4 bytes.
+__device__ __forceinline__ void store_nibbles(uint8_t* to, const Eight<uint8_t>& q, bool aligned) {
+  unsigned word = 0;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) word |= unsigned(q.at[i]) << 4 * i;
+  if (aligned) {
+    *reinterpret_cast<unsigned*>(to) = word;
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) to[i] = uint8_t(word >> 8 * i);
+  }
+}
+
+// value = q * scale + zero with scale and zero as float16 keeps them. All of the row's lanes take part; those
+// past its end are not `inside`.
 template <class KV>
 __device__ __forceinline__ void store_quantised(char* to, __half2* scales, const Values& v,
                                                 const Lanes& lanes, bool inside, bool aligned) {
@@ -103,11 +143,8 @@ __device__ __forceinline__ void store_quantised(char* to, __half2* scales, const
     low = fminf(low, v.at[i]);
     high = fmaxf(high, v.at[i]);
   }
-  low = lanes.reduce(low, [](float a, float b) { return fminf(a, b); });
-  high = lanes.reduce(high, [](float a, float b) { return fmaxf(a, b); });
-  check = lanes.reduce(check, [](float a, float b) { return a + b; });
+  const __half2 stored = row_scale(lanes, low, high, check, kMost);
   if (!inside) return;
-  const __half2 stored = __floats2half2_rn((high - low) / kMost + check, low);
   const float2 scale = __half22float2(stored);
   if (lanes.d == 0) *scales = stored;
   const float divisor = scale.x > 0.0f ? scale.x : 1.0f;
@@ -116,16 +153,8 @@ __device__ __forceinline__ void store_quantised(char* to, __half2* scales, const
   for (int i = 0; i < 8; ++i)
     q.at[i] = uint8_t(fminf(fmaxf(rintf((v.at[i] - scale.y) / divisor), 0.0f), kMost));
   uint8_t* const bytes = reinterpret_cast<uint8_t*>(to) + lanes.d * kKvBits<KV> / 8;
-  if constexpr (kKvBits<KV> == 8) return store_eight(bytes, q, aligned);
-  unsigned word = 0;
-#pragma unroll
-  for (int i = 0; i < 8; ++i) word |= unsigned(q.at[i]) << 4 * i;
-  if (aligned) {
-    *reinterpret_cast<unsigned*>(bytes) = word;
-  } else {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) bytes[i] = uint8_t(word >> 8 * i);
-  }
+  if constexpr (kKvBits<KV> == 8) store_eight(bytes, q, aligned);
+  else store_nibbles(bytes, q, aligned);
 }
 
 __device__ __forceinline__ Values divided(Values v, float scale) {
@@ -186,7 +215,7 @@ __device__ __forceinline__ bool continues_run(const AppendKvParams& p, int64_t t
   return token > 0 && slot % p.page_size != 0 && p.slot_mapping[token - 1] == slot - 1;
 }
 
-// ---- the kernel -----------------------------------------------------------------------------------
+// ---- the kernel of all else -----------------------------------------------------------------------
 
 // K of one head: this token's, or with statistics those of the run that it starts.
 template <class T, class KV, bool kStats>
@@ -198,7 +227,8 @@ __device__ __forceinline__ void append_keys(const AppendKvParams& p, int64_t tok
   for (int64_t t = token; t == token || (kStats && t < p.num_tokens && continues_run(p, t)); ++t) {
     const T* const k = static_cast<const T*>(p.k) + t * p.k_in_token_stride + head * p.k_in_head_stride;
     const Values key = load_rotated(p, k, t, lanes.d, aligned);
-    store_kv<KV>(p, 0, head, slot + int(t - token), key, lanes, aligned);
+    if (p.key_feedback == nullptr)
+      store_kv<KV>(p, 0, head, slot + int(t - token), key, lanes, aligned);
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       low.at[i] = t == token ? key.at[i] : fminf(low.at[i], key.at[i]);
@@ -228,7 +258,8 @@ append_kv_kernel(const __grid_constant__ AppendKvParams p, int num_q_rows, int l
   if (slot < 0) return;
   head -= num_q_rows;
   if (head < p.num_kv_heads) {
-    if (kStats && continues_run(p, token)) return;  // another token's lanes have it
+    if (!kStats && p.key_feedback != nullptr) return;  // append_rounded_keys_kernel has it
+    if (kStats && continues_run(p, token)) return;     // another token's lanes have it
     return append_keys<T, KV, kStats>(p, token, head, lanes, aligned);
   }
   head -= p.num_kv_heads;
@@ -237,6 +268,170 @@ append_kv_kernel(const __grid_constant__ AppendKvParams p, int num_q_rows, int l
   const Values values = lanes.d < p.head_dim_vo ? to_values(load_eight(v, aligned)) : Values{};
   store_kv<KV>(p, 1, head, slot, values, lanes, aligned);
 }
+
+// ---- keys rounded with feedback -------------------------------------------------------------------
+//
+// Half a warp takes a key, a block of threads 8 tokens' keys of one head. What an element makes up for is
+// known only when all those ahead of it are rounded: a chain of head_dim steps. It goes by 16 positions of
+// the order, one to a lane: from its element the lane takes what the errors so far ask for, an fma each, all
+// lanes at once; then the 16 are rounded in turn, each error going by a shuffle to the lanes behind. The 16
+// columns of feedback that this needs are copied to shared memory during the 16 before, once for the 8 keys;
+// only what lies above the diagonal is used. A NaN or an infinity makes the key's scale NaN, and no other key
+// sees it. Any alignment will do; feedback is copied by 16 bytes where it has theirs.
+// Shared memory: 25 KB for head_dim up to 128, else 50 KB. 40 registers.
+//
+// Cost, ESTIMATED from the instructions, measured nowhere: a step of the chain is 11 arithmetic instructions
+// and a shuffle, some 70 cycles. Decode: bound by that latency, about 7 us a layer at head_dim 128 (5 of them
+// the chain) however many the requests, until the SMs are full. Prefill: bound by issue slots, some 1500 a
+// key, 2 to 3% of a layer.
+
+constexpr int kRoundedLanes = 16, kRoundedKeys = 8, kRoundedThreads = kRoundedLanes * kRoundedKeys;
+
+template <int kMostDim>
+struct RoundedStorage {
+  struct Key {
+    float x[kMostDim];         // by element: what is to be rounded, then its code
+    float errors[kMostDim];    // by position
+    float pad[kRoundedLanes];  // a warp's two keys lie in different banks
+  };
+  float feedback[2][kMostDim][kRoundedLanes];  // in turns: [position ahead][of the 16 positions]
+  Key keys[kRoundedKeys];
+  int order[kMostDim];
+};
+
+// Starts the copy of columns `begin` to begin + 15 of the head's feedback, as far down as they are used.
+__device__ __forceinline__ void copy_feedback(const AppendKvParams& p, int head, int begin,
+                                              float (*to)[kRoundedLanes]) {
+  const float* const from = p.key_feedback + int64_t(head) * p.head_dim_qk * p.head_dim_qk + begin;
+  const bool aligned = reinterpret_cast<uintptr_t>(p.key_feedback) % 16 == 0;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < (begin + kRoundedLanes) * 4; i += kRoundedThreads) {
+    float* const four = to[i / 4] + i % 4 * 4;
+    const float* const source = from + i / 4 * p.head_dim_qk + i % 4 * 4;
+    if (aligned) {
+      ptx::cp_async<16>(four, source);
+    } else {
+      for (int j = 0; j < 4; ++j) ptx::cp_async<4>(four + j, source + j);
+    }
+  }
+  ptx::cp_async_commit_group();
+}
+
+// Puts a key, rotated and less its offset, into `to`. Returns what is stored as its (scale, zero).
+template <class T>
+__device__ __forceinline__ __half2 load_key(const AppendKvParams& p, int64_t token, int head,
+                                            const Lanes& lanes, float* to) {
+  const T* const k = static_cast<const T*>(p.k) + token * p.k_in_token_stride + head * p.k_in_head_stride;
+  const float* const offset = p.key_offset + head * p.head_dim_qk;
+  const int64_t position = p.cos_sin == nullptr ? 0 : p.positions[token];
+  const float* const angles = p.cos_sin + position * p.rotary_dim;
+  float low = INFINITY, high = -INFINITY, check = 0.0f;
+#pragma unroll 4
+  for (int e = threadIdx.x % kRoundedLanes; e < p.head_dim_qk; e += kRoundedLanes) {
+    float x = to_float(k[e]);
+    if (e < p.rotary_dim) x = turned(p, angles, e, x, to_float(k[partner_of(p, e)]));
+    x -= offset[e];
+    check += x * 0.0f;
+    low = fminf(low, x);
+    high = fmaxf(high, x);
+    to[e] = x;
+  }
+  return row_scale(lanes, low, high, check, 15.0f);
+}
+
+// How a key's elements become codes.
+struct Rounding {
+  float scale, zero, divisor, inverse;
+  __device__ __forceinline__ explicit Rounding(float2 scale)
+      : scale(scale.x), zero(scale.y), divisor(scale.x > 0.0f ? scale.x : 1.0f), inverse(1.0f / divisor) {}
+
+  __device__ __forceinline__ float code(float x) const {
+    // The quotient to its last bit, as the division would give it, but in three instructions.
+    const float distance = x - zero, guess = distance * inverse;
+    const float quotient = fmaf(fmaf(-guess, divisor, distance), inverse, guess);
+    // Behind 2^23 a float has no fraction. rintf is as exact, but no fma unit's.
+    return fminf(fmaxf(quotient, 0.0f), 15.0f) + 0x1p23f - 0x1p23f;
+  }
+  __device__ __forceinline__ float error(float x) const { return x - fmaf(code(x), scale, zero); }
+};
+
+// Rounds the elements at positions begin to begin + 15; those ahead of them have been.
+template <class Key>
+__device__ __forceinline__ void round_block(Key& key, const Rounding& rounding, const int* order, int begin,
+                                            const float (*feedback)[kRoundedLanes]) {
+  const int lane = threadIdx.x % kRoundedLanes, element = order[begin + lane];
+  float x = key.x[element];
+  for (int i = 0; i < begin; i += kRoundedLanes) {
+#pragma unroll
+    for (int j = 0; j < kRoundedLanes; ++j) x = fmaf(-key.errors[i + j], feedback[i + j][lane], x);
+  }
+  float own[kRoundedLanes];
+#pragma unroll
+  for (int j = 0; j < kRoundedLanes; ++j) own[j] = lane > j ? feedback[begin + j][lane] : 0.0f;
+#pragma unroll
+  for (int j = 0; j < kRoundedLanes - 1; ++j)
+    x = fmaf(-__shfl_sync(kFullMask, rounding.error(x), j, kRoundedLanes), own[j], x);
+  key.errors[begin + lane] = rounding.error(x);
+  key.x[element] = rounding.code(x);
+}
+
+template <class T, int kMostDim>
+__global__ void __launch_bounds__(kRoundedThreads)
+append_rounded_keys_kernel(const __grid_constant__ AppendKvParams p, bool aligned) {
+  auto& smem = dynamic_smem<RoundedStorage<kMostDim>>();
+  auto& key = smem.keys[threadIdx.x / kRoundedLanes];
+  const Lanes lanes(kRoundedLanes);
+  const int head = int(blockIdx.y), head_dim = p.head_dim_qk;
+  const int64_t token = int64_t(blockIdx.x) * kRoundedKeys + threadIdx.x / kRoundedLanes;
+  const int slot = token < p.num_tokens ? p.slot_mapping[token] : -1;
+
+  copy_feedback(p, head, 0, smem.feedback[0]);
+  const int32_t* const order = p.key_order + head * head_dim;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < head_dim; i += kRoundedThreads) smem.order[i] = order[i];
+  __half2 scale = __floats2half2_rn(0.0f, 0.0f);
+  if (slot >= 0) {
+    scale = load_key<T>(p, token, head, lanes, key.x);
+  } else {  // its lanes go along
+#pragma unroll 1
+    for (int e = threadIdx.x % kRoundedLanes; e < head_dim; e += kRoundedLanes) key.x[e] = 0.0f;
+  }
+  const Rounding rounding(__half22float2(scale));
+
+  for (int begin = 0, turn = 0; begin < head_dim; begin += kRoundedLanes, turn ^= 1) {
+    ptx::cp_async_wait_group<0>();
+    __syncthreads();  // this turn's feedback is there, and the other's has been used
+    if (begin + kRoundedLanes < head_dim)
+      copy_feedback(p, head, begin + kRoundedLanes, smem.feedback[turn ^ 1]);
+    round_block(key, rounding, smem.order, begin, smem.feedback[turn]);
+  }
+  __syncwarp();
+  if (slot < 0) return;
+
+  const KvRows rows = kv_rows<Int4>(p, 0, head, p.num_kv_heads, p.page_size);
+  const int page = slot / p.page_size, offset = slot % p.page_size;
+  if (lanes.d == 0) *const_cast<__half2*>(rows.scale(page, offset)) = scale;
+  uint8_t* const row = reinterpret_cast<uint8_t*>(rows.row(page, offset));
+#pragma unroll 1
+  for (int e = lanes.d; e < head_dim; e += 8 * kRoundedLanes) {
+    Eight<uint8_t> q;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) q.at[i] = uint8_t(key.x[e + i]);
+    store_nibbles(row + e / 2, q, aligned);
+  }
+}
+
+template <class T, int kMostDim>
+void launch_rounded_keys(const AppendKvParams& p, Stream stream) {
+  const unsigned blocks = unsigned(ceil_div(p.num_tokens, kRoundedKeys));
+  const LaunchConfig config{.grid = {blocks, unsigned(p.num_kv_heads)},
+                            .block = kRoundedThreads,
+                            .smem_bytes = sizeof(RoundedStorage<kMostDim>),
+                            .stream = stream};
+  launch(append_rounded_keys_kernel<T, kMostDim>, config, p, cache_aligned<Int4>(p));
+}
+
+// ---- the launches ---------------------------------------------------------------------------------
 
 template <class T, class KV>
 bool is_aligned(const AppendKvParams& p) {
@@ -268,6 +463,9 @@ void append_kv(const AppendKvParams& p, Stream stream) {
       p.key_stats == nullptr ? launch(append_kv_kernel<T, KV, false>, config, p, num_q_rows, lanes, aligned)
                              : launch(append_kv_kernel<T, KV, true>, config, p, num_q_rows, lanes, aligned);
     });
+    if (p.key_feedback == nullptr) return;
+    using T = decltype(element);
+    p.head_dim_qk <= 128 ? launch_rounded_keys<T, 128>(p, stream) : launch_rounded_keys<T, 256>(p, stream);
   });
 }
 

@@ -61,6 +61,26 @@ def quantise_rows(x: torch.Tensor, bits: int) -> QuantisedRows:
     return QuantisedRows(q, scale, zero)
 
 
+def quantise_keys(x: torch.Tensor, offset: torch.Tensor, order: torch.Tensor, feedback: torch.Tensor) -> QuantisedRows:
+    """To 4 bits, with the scale and zero of `quantise_rows`, but one element after another, each told the errors ahead of it.
+
+    Args:
+        x: [num_tokens, num_kv_heads, head_dim], rotated keys.
+        offset, order, feedback: as in ops.KeyRounding. `offset` is taken from x: what is quantised is x - offset.
+    """
+    x = x.double() - offset.double()
+    rows = quantise_rows(x, 4)
+    divisor = torch.where(rows.scale == 0, 1.0, rows.scale)
+    for head in range(x.shape[1]):
+        left, scale, zero = x[:, head].clone(), rows.scale[:, head], rows.zero[:, head]
+        elements = order[head].long()
+        for i, c in enumerate(elements.tolist()):
+            rows.q[:, head, c] = torch.round((left[:, c] - zero) / divisor[:, head]).clamp(0, 15).long()
+            error = left[:, c] - (rows.q[:, head, c] * scale + zero)
+            left[:, elements[i + 1 :]] -= error.unsqueeze(1) * feedback[head, i, i + 1 :].double()
+    return rows
+
+
 def key_statistics(pages: dict[int, list[torch.Tensor]], num_pages: int) -> torch.Tensor:
     """Per-page minimum and maximum of the rotated keys.
 
