@@ -102,6 +102,11 @@ def test_dtypes(backend: testing.Backend, page_size: int, dtype: str) -> None:
     check(dataclasses.replace(CASE, dtype=dtype, page_size=page_size))
 
 
+@pytest.mark.parametrize("layout", ["hnd", "blocked"])
+def test_every_simd_level(simd_level: str, layout: str) -> None:
+    check(dataclasses.replace(CASE, layout=layout, head_dim=80, rotary_dim=32, dtype="bfloat16"))
+
+
 @pytest.mark.parametrize("num_tokens", [0, 1, 33])
 @pytest.mark.parametrize("heads", [(1, 1), (9, 3), (8, 8)])
 def test_sizes(backend: testing.Backend, heads: tuple[int, int], num_tokens: int) -> None:
