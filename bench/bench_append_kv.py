@@ -78,3 +78,22 @@ def test_append_kv(num_tokens: int, kv_dtype: str, dtype: torch.dtype, report: R
     floor = statistics.median(times.pop("copy"))
     rate = num_bytes / statistics.median(times["ours"]) / 1e9
     report.add("append_kv", f"{num_tokens} tokens, {dtype} to {kv_dtype}", times, rate=f"{rate:.1f} GB/s", limit=seconds_text(floor))
+
+
+@pytest.mark.parametrize("num_tokens", [1, 8, 512])
+def test_key_rounding(num_tokens: int, report: Report) -> None:
+    """Keys rounded with feedback, against every element to the nearest."""
+    heads = [NUM_QO_HEADS, NUM_KV_HEADS, NUM_KV_HEADS]
+    q, k, v = torch.randn(num_tokens, sum(heads), HEAD_DIM).bfloat16().split(heads, 1)
+    cache = ops.KvCache.allocate(NUM_PAGES, NUM_KV_HEADS, PAGE_SIZE, HEAD_DIM, kv_dtype="int4")
+    positions = torch.arange(num_tokens, dtype=torch.int32)
+    order = torch.arange(HEAD_DIM, dtype=torch.int32).expand(NUM_KV_HEADS, -1).contiguous()
+    feedback = torch.randn(NUM_KV_HEADS, HEAD_DIM, HEAD_DIM).mul(0.1).triu(1)
+    rounding = ops.KeyRounding(torch.zeros(NUM_KV_HEADS, HEAD_DIM), order, feedback)
+    cos_sin = torch.rand(MAX_POSITION, HEAD_DIM)
+
+    def run(key_rounding: ops.KeyRounding | None) -> None:
+        ops.append_kv(q, k, v, positions, positions, cache, cos_sin=cos_sin, key_rounding=key_rounding)
+
+    report.add("append_kv, keys with feedback", f"{num_tokens} tokens, bfloat16 to int4",
+               interleave({"ours": lambda: run(rounding), "to the nearest": lambda: run(None)}, rounds=25))

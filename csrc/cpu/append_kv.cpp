@@ -12,13 +12,16 @@
 #include "cpu/common/thread_pool.h"
 #include "cpu/elements.h"
 #include "cpu/kv_block.h"
+#include "cpu/round_keys.h"
 
 namespace tilestream::cpu::TILESTREAM_LEVEL {
 namespace {
 
-constexpr int kMaxHeadDim = 256;
-// A launch pays from about 5 us of work on one worker (measured: 3 to 5 values in 1 ns).
+constexpr int kMaxHeadDim = kMaxKeyDim;
+// A launch pays from about 5 us of work on one worker (measured: 3 to 5 values in 1 ns; rounded with feedback, 1.5 ns a value
+// and lane, used or not, of 16).
 constexpr int64_t kValuesPerWorker = 16384;
+constexpr int64_t kRoundedValuesPerWorker = 4096;
 
 // cos: [rotary_dim / 2], sin: the same.
 void rotate(float* x, const float* cos, const float* sin, int rotary_dim, bool interleaved) {
@@ -50,18 +53,15 @@ void load_row(const typename E::Storage* x, int num, float* row) {
 }
 
 // value = q * scale + zero with scale and zero as float16 keeps them. A NaN or an infinity in the row makes scale NaN.
-void quantise(const float* row, int num, int most, uint8_t* q, uint16_t* scale_zero) {
+void quantise(const float* row, int num, int most, uint8_t* q, RowScale* stored) {
   F32x16 low = load(row), high = low, check = zero();
   for (int d = 0; d < num; d += 16) {
     low = min(low, load(row + d));
     high = max(high, load(row + d));
     check = fma(load(row + d), zero(), check);
   }
-  const float least = 0.0f - reduce_max(sub(zero(), low));
-  scale_zero[0] = float_to_f16((reduce_max(high) - least) / float(most) + reduce_add(check));
-  scale_zero[1] = float_to_f16(least);
-  const float scale = f16_to_float(scale_zero[0]);
-  const F32x16 divisor = set1(scale > 0.0f ? scale : 1.0f), offset = set1(f16_to_float(scale_zero[1]));
+  *stored = RowScale(0.0f - reduce_max(sub(zero(), low)), reduce_max(high), reduce_add(check), most);
+  const F32x16 divisor = set1(stored->divisor()), offset = set1(f16_to_float(stored->zero));
   for (int d = 0; d < num; d += 16) {
     // NaN is the first operand: both min and max then give the second.
     const F32x16 n = max(min(div(sub(load(row + d), offset), divisor), set1(float(most))), zero());
@@ -69,13 +69,16 @@ void quantise(const float* row, int num, int most, uint8_t* q, uint16_t* scale_z
   }
 }
 
+RowScale* scale_at(const AppendKvParams& p, const KvSide& side, int64_t page, int64_t head, int64_t offset) {
+  const int64_t index = kv_scale_index(side, page, head, offset, p.num_kv_heads, p.page_size);
+  return reinterpret_cast<RowScale*>(static_cast<uint16_t*>(p.kv_scales) + index);
+}
+
 template <class Order>
 void write_row(const AppendKvParams& p, const KvSide& side, int64_t page, int64_t head, int64_t offset, const float* row) {
   typename Order::Element stored[kMaxHeadDim];
   if constexpr (kHasScales<Order>) {
-    auto* scales = static_cast<uint16_t*>(p.kv_scales) +
-                   kv_scale_index(side, page, head, offset, p.num_kv_heads, p.page_size);
-    quantise(row, side.head_dim, Order::kNibbles ? 15 : 255, stored, scales);
+    quantise(row, side.head_dim, Order::kNibbles ? 15 : 255, stored, scale_at(p, side, page, head, offset));
   } else {
     const F32x16 scale = set1(side.is_k ? p.k_scale : p.v_scale);
     for (int d = 0; d < side.head_dim; d += 16) {
@@ -116,18 +119,47 @@ class Appender {
   template <class Order>
   void append(int64_t token, int64_t head) const {
     const int64_t slot = p_.slot_mapping[token], page = slot / p_.page_size, offset = slot % p_.page_size;
-    const auto* k = static_cast<const typename E::Storage*>(p_.k) + token * p_.k_in_token_stride + head * p_.k_in_head_stride;
     const auto* v = static_cast<const typename E::Storage*>(p_.v) + token * p_.v_in_token_stride + head * p_.v_in_head_stride;
     float row[kMaxHeadDim];
-    load_row<E>(k, p_.head_dim_qk, row);
+    load_row<E>(key_row(token, head), p_.head_dim_qk, row);
     if (p_.cos_sin != nullptr) rotate_at(token, row);
     if (p_.key_stats != nullptr) {
       float* stats = p_.key_stats + (page * p_.num_kv_heads + head) * 2 * p_.head_dim_qk;
       update_key_stats(stats, row, p_.head_dim_qk, offset == 0);
     }
-    write_row<Order>(p_, k_, page, head, offset, row);
+    if (rounded_.codes == nullptr) {
+      write_row<Order>(p_, k_, page, head, offset, row);
+    } else {
+      *scale_at(p_, k_, page, head, offset) = rounded_.scales[rounded_index(token, head)];
+      write_kv_row<Int4Order>(k_, page, head, offset, rounded_.codes + rounded_index(token, head) * p_.head_dim_qk);
+    }
     load_row<E>(v, p_.head_dim_vo, row);
     write_row<Order>(p_, v_, page, head, offset, row);
+  }
+
+  // Codes of all keys, before any is written: tokens are rounded 16 at a time, whichever pages they go to.
+  void round_all_keys() {
+    const int64_t num_heads = p_.num_kv_heads, n = p_.head_dim_qk, num_groups = ceil_div(p_.num_tokens, 16);
+    const int64_t code_bytes = round_up(num_heads * num_groups * 16 * n, 64);
+    auto* memory = static_cast<uint8_t*>(scratch(Scratch::kLaunch, size_t(code_bytes + num_heads * num_groups * 16 * 4)));
+    rounded_ = {memory, reinterpret_cast<RowScale*>(memory + code_bytes)};
+    auto body = [&](int worker, int num_workers) {
+      const Share share = share_of(num_heads * num_groups, worker, num_workers);
+      alignas(64) float keys[16][kMaxKeyDim];
+      for (long unit = share.begin; unit < share.end; ++unit) {
+        const int64_t head = unit / num_groups, first = unit % num_groups * 16;
+        for (int64_t lane = 0; lane < 16; ++lane) {
+          const int64_t token = std::min(first + lane, p_.num_tokens - 1);
+          load_row<E>(key_row(token, head), int(n), keys[lane]);
+          if (p_.cos_sin != nullptr) rotate_at(token, keys[lane]);
+        }
+        const HeadRounding rounding{p_.key_offset + head * n, p_.key_order + head * n, p_.key_feedback + head * n * n, int(n)};
+        const int64_t at = rounded_index(first, head);
+        round_keys(rounding, keys, rounded_.codes + at * n, rounded_.scales + at);
+      }
+    };
+    const int64_t values = num_heads * num_groups * 16 * n;
+    parallel(int(std::min<int64_t>(ceil_div(values, kRoundedValuesPerWorker), 1 << 16)), body);
   }
 
   template <class Order>
@@ -155,20 +187,34 @@ class Appender {
   }
 
  private:
+  const typename E::Storage* key_row(int64_t token, int64_t head) const {
+    return static_cast<const typename E::Storage*>(p_.k) + token * p_.k_in_token_stride + head * p_.k_in_head_stride;
+  }
+
+  // Of a key among those of round_all_keys().
+  int64_t rounded_index(int64_t token, int64_t head) const { return head * round_up(p_.num_tokens, 16) + token; }
+
   void rotate_at(int64_t token, float* row) const {
     const float* cos = p_.cos_sin + int64_t(p_.positions[token]) * p_.rotary_dim;
     rotate(row, cos, cos + p_.rotary_dim / 2, p_.rotary_dim, p_.interleaved);
   }
 
+  struct RoundedKeys {
+    uint8_t* codes = nullptr;  // [num_kv_heads, num_tokens (a multiple of 16), head_dim_qk]
+    RowScale* scales = nullptr;
+  };
+
   const AppendKvParams& p_;
   const KvSide k_, v_;
+  RoundedKeys rounded_;
 };
 
 }  // namespace
 
 void append_kv(const AppendKvParams& p) {
   with_element(p.x_dtype, [&](auto element) {
-    const Appender<decltype(element)> appender(p);
+    Appender<decltype(element)> appender(p);
+    if (p.key_feedback != nullptr && p.num_tokens > 0) appender.round_all_keys();
     with_block_order(p.kv_dtype, [&](auto order) { appender.template run<decltype(order)>(); });
   });
 }
