@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -143,6 +144,18 @@ def test_damaged_directories(part: str, tensor: torch.Tensor | None, message: st
     save_file({name: t.contiguous() for name, t in tensors.items() if t is not None}, tmp_path / "model.safetensors")
     with pytest.raises(ModelLoadError, match=message):
         load_model(tmp_path)
+
+
+def test_ranks_have_their_heads(quantised: Path) -> None:
+    whole = load_model(quantised).model
+    for rank in range(2):
+        communicator = SimpleNamespace(rank=rank, world_size=2, empty=torch.empty, replays=True)
+        part = load_model(quantised, connect=lambda config, communicator=communicator: communicator).model
+        for layer, own in zip(whole.layers, part.layers, strict=True):
+            both = layer.attention.key_rounding, own.attention.key_rounding
+            for name in ("offset", "order", "feedback"):
+                of_all, of_rank = (getattr(rounding, name) for rounding in both)
+                assert torch.equal(of_rank, of_all[rank : rank + 1])
 
 
 def test_caches_hold_what_the_simulation_gives(quantised: Path) -> None:

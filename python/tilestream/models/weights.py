@@ -128,10 +128,9 @@ class WeightLoader:
         rounding = self.checkpoint.key_rounding(name, num_kv_heads, head_dim)
         if rounding is None:
             return None
-        self._used.update(f"{name}.{field.name}" for field in fields(rounding))
-        return KeyRounding(
-            *(getattr(rounding, field.name)[heads.start : heads.stop].to(self.placement.device) for field in fields(rounding))
-        )
+        parts = [field.name for field in fields(rounding)]
+        self._used.update(f"{name}.{part}" for part in parts)
+        return KeyRounding(*(getattr(rounding, part)[heads.start : heads.stop].to(self.placement.device) for part in parts))
 
     def _packed_format(self, raw: RawTensor | QuantisedTensor) -> PackedFormat:
         own = raw.packed_format if isinstance(raw, QuantisedTensor) else _OWN_FORMATS[raw.type]
