@@ -53,7 +53,8 @@ def write_softmax_ranges(llm: LLM, text: str, path: str | os.PathLike, *, window
 
 
 def use_softmax_ranges(model: LlamaModel, path: str | os.PathLike, *, kv_dtype: str) -> None:
-    """Give each layer the unified maximum that its range in the file allows; a layer of too wide a range gets none.
+    """Give each layer the unified maximum that its range in the file allows; a layer of too wide a range gets none, and so
+    does one whose keys are stored less an offset.
 
     Args:
         model: not yet run.
@@ -70,7 +71,8 @@ def use_softmax_ranges(model: LlamaModel, path: str | os.PathLike, *, kv_dtype: 
     for layer, (low, high) in zip(model.layers, ranges, strict=True):
         # What room is left lies on both sides of the range, in proportion.
         centre = low + (high - low) * below / (below + above)
-        layer.attention.unified_max = centre if high - low <= below + above else None
+        shifted = kv_dtype == "int4" and layer.attention.key_rounding is not None  # by what the text's keys had
+        layer.attention.unified_max = centre if high - low <= below + above and not shifted else None
 
 
 @torch.inference_mode()

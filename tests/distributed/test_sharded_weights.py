@@ -9,11 +9,13 @@ import gguf
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Type
+from safetensors.torch import save_file
 from tilestream.layers.embedding import Embedding
 from tilestream.layers.linear import Linear
 from tilestream.models import load_model
 from tilestream.models.checkpoint import QuantisedTensor, RawTensor
 from tilestream.models.errors import ModelLoadError
+from tilestream.models.fmpq_checkpoint import FmpqCheckpoint
 from tilestream.models.gguf_reader import GgufFile
 from tilestream.models.weights import WeightLoader
 from tilestream.ops import PackedFormat
@@ -122,6 +124,25 @@ def test_biases_come_once() -> None:
     stacked = loader.stacked(["w", "w"], [N, N], K, rows=rows)
     assert torch.equal(stacked.bias, bias[:64])
     assert torch.equal(values_of(stacked), tensor.values[:64])
+
+
+def test_roundings_of_keys_are_cut_by_heads(tmp_path: Path) -> None:
+    draw = torch.Generator().manual_seed(3)
+    stored = {
+        "offset": torch.randn(4, 16, generator=draw),
+        "order": torch.stack([torch.randperm(16, generator=draw) for _ in range(4)]).int(),
+        "feedback": torch.randn(4, 16, 16, generator=draw).half().triu(1),
+    }
+    save_file({f"blk.0.attn_k.{part}": tensor for part, tensor in stored.items()}, tmp_path / "model.safetensors")
+    loader = WeightLoader(FmpqCheckpoint(tmp_path, {"version": 1, "group_size": 32}), "auto", None, 0)
+    with pytest.raises(ModelLoadError, match="3 tensors belong to no known part"):
+        loader.check_all_used()
+    rounding = loader.key_rounding("blk.0.attn_k", 4, 16, heads=range(1, 3))
+    assert torch.equal(rounding.offset, stored["offset"][1:3])
+    assert torch.equal(rounding.order, stored["order"][1:3])
+    assert torch.equal(rounding.feedback, stored["feedback"][1:3].float())
+    loader.check_all_used()
+    assert loader.key_rounding("blk.1.attn_k", 4, 16, heads=range(1, 3)) is None
 
 
 def test_blocks_that_the_mlp_is_cut_by(tmp_path: Path) -> None:

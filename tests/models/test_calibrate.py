@@ -11,6 +11,7 @@ import torch
 from tilestream import LLM
 from tilestream.calibrate import use_softmax_ranges, write_softmax_ranges
 from tilestream.models import load_model
+from tilestream.ops import KeyRounding
 
 from .helpers import PagedRunner
 
@@ -62,6 +63,17 @@ def test_layers_pass_on_what_the_ranges_allow(hf_model, tmp_path: Path) -> None:
         assert tuple(x is not None for x in unified) == allowed
         assert 1.0 < unified[0] < 9.0
     assert [call["unified_max"] for call in _calls(runner, list(range(2, 2 + WINDOW)))] == unified
+
+
+def test_keys_less_an_offset_have_other_ranges(hf_model, tmp_path: Path) -> None:
+    _, path = hf_model("llama")
+    file = tmp_path / "ranges.json"
+    file.write_text(json.dumps({"softmax_ranges": [[1.0, 9.0]] * 3}))
+    model = load_model(path, dtype="float32").model
+    model.layers[1].attention.key_rounding = KeyRounding(torch.ones(2, 64), torch.empty(0), torch.empty(0))
+    for kv_dtype, allowed in (("int8", [True, True, True]), ("int4", [True, False, True])):
+        use_softmax_ranges(model, file, kv_dtype=kv_dtype)
+        assert [layer.attention.unified_max is not None for layer in model.layers] == allowed
 
 
 def test_files_and_texts_that_do_not_fit(hf_model, tmp_path: Path) -> None:

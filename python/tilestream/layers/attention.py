@@ -9,6 +9,7 @@ import torch
 from tilestream.layers.linear import Linear, StackedLinear
 from tilestream.layers.norm import RmsNorm
 from tilestream.layers.rope import RopeTable
+from tilestream.ops.append_kv import KeyRounding
 from tilestream.ops.kv_cache import KvCache
 from tilestream.ops.quantise import QuantisedRows
 
@@ -28,6 +29,7 @@ class Attention:
         window_left: greatest distance a query looks back; -1: no limit. Picks the step's plan.
         sm_scale: multiplies q . k.
         logits_soft_cap: soft cap of the scores; 0: off.
+        key_rounding: how 4-bit caches round this layer's keys; None: every element to the nearest.
 
     `unified_max` may be set afterwards, from calibration (tilestream.calibrate), before the first step.
     """
@@ -43,11 +45,14 @@ class Attention:
         window_left: int,
         sm_scale: float,
         logits_soft_cap: float,
+        key_rounding: KeyRounding | None = None,
     ) -> None:
         self.qkv, self.o, self.q_norm, self.k_norm = qkv, o, q_norm, k_norm
         self.rope, self.interleaved, self.window_left = rope, rope.config.interleaved, window_left
         self.sm_scale, self.logits_soft_cap = sm_scale, logits_soft_cap
         self.unified_max: float | None = None
+        self.key_rounding = key_rounding
+        self._rounding = (key_rounding.offset, key_rounding.order, key_rounding.feedback) if key_rounding else ()
         self._append, self._attend = torch.ops.tilestream.append_kv.default, torch.ops.tilestream.attention.default
         self._quantise = torch.ops.tilestream.quantise.default
 
@@ -62,8 +67,8 @@ class Attention:
             self.k_norm(k)
         self._append(
             q, k, buf.v, self.rope.table, step.positions, step.slot_mapping, k_cache, v_cache, scales, None,
-            interleaved=self.interleaved, k_scale=cache.k_scale, v_scale=cache.v_scale, blocked=cache.blocked,
-            int4=cache.int4,
+            *(self._rounding if cache.int4 else ()), interleaved=self.interleaved, k_scale=cache.k_scale, v_scale=cache.v_scale,
+            blocked=cache.blocked, int4=cache.int4,
         )
         plan = step.plans[self.window_left]
         self._attend(

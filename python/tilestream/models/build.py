@@ -80,6 +80,7 @@ def _build_layer(
         window_left=config.window_left[layer_idx],
         sm_scale=config.sm_scale,
         logits_soft_cap=config.logits_soft_cap,
+        key_rounding=weights.key_rounding(prefix + "attn_k", config.num_kv_heads, config.head_dim, heads=shard.kv_heads),
     )
     mlp = GatedMlp(
         weights.stacked([prefix + "ffn_gate", prefix + "ffn_up"], [inner, inner], hidden, rows=[shard.columns] * 2),

@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from tilestream.models.checkpoint import QuantisedTensor
 from tilestream.models.errors import ModelLoadError
+from tilestream.ops import KeyRounding
 
 QUANT_METHOD = "tilestream"
 VERSION = 1
@@ -94,6 +95,25 @@ class FmpqCheckpoint:
         if table:
             return QuantisedTensor(codes, scale, None, group, 8)
         return QuantisedTensor(unpack_nibbles(codes), scale, zero, group, 4, self._k4_of(stem, k))
+
+    def key_rounding(self, stem: str, num_kv_heads: int, head_dim: int) -> KeyRounding | None:
+        """How what the projection `stem` gives is rounded to 4 bits; None where the directory does not say."""
+        kinds = {"offset": (torch.float32, 2), "order": (torch.int32, 2), "feedback": (torch.float16, 3)}
+        if self._stored.isdisjoint(f"{stem}.{part}" for part in kinds):
+            return None
+        parts = {part: self._read(f"{stem}.{part}", *kind) for part, kind in kinds.items()}
+        for part, tensor in parts.items():
+            expected = [num_kv_heads] + [head_dim] * (tensor.dim() - 1)
+            if list(tensor.shape) != expected:
+                raise ModelLoadError(
+                    f"{self.path / FILE_NAME}: tensor {stem}.{part} has shape {list(tensor.shape)}; expected {expected}"
+                )
+        order = parts["order"]
+        if not order.sort().values.equal(torch.arange(head_dim, dtype=torch.int32).expand_as(order)):
+            raise ModelLoadError(
+                f"{self.path / FILE_NAME}: tensor {stem}.order must have each of 0 to {head_dim - 1} once in every row"
+            )
+        return KeyRounding(parts["offset"], order, parts["feedback"].float())
 
     def _k4_of(self, stem: str, k: int) -> int:
         try:

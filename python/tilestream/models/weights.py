@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 
 import torch
 from gguf import GGMLQuantizationType
@@ -10,7 +11,9 @@ from gguf import GGMLQuantizationType
 from tilestream.layers.linear import Linear, StackedLinear
 from tilestream.models.checkpoint import Checkpoint, QuantisedTensor, RawTensor
 from tilestream.models.errors import ModelLoadError
+from tilestream.models.fmpq_checkpoint import FmpqCheckpoint
 from tilestream.models.gguf_reader import GgufFile
+from tilestream.ops.append_kv import KeyRounding
 from tilestream.ops.linear import PackedFormat, PackedWeight, pack_weight
 from tilestream.ops.memory import Arena
 from tilestream.placement import CPU, Placement
@@ -117,6 +120,17 @@ class WeightLoader:
         biases = [self._bias(name, n, part) for name, n, part in zip(names, sizes, rows, strict=True)]
         parts = [self._pack([raws[i] for i in group], [biases[i] for i in group]) for group in groups]
         return parts[0] if len(parts) == 1 else StackedLinear(parts)
+
+    def key_rounding(self, name: str, num_kv_heads: int, head_dim: int, *, heads: range) -> KeyRounding | None:
+        """How these heads of what the projection `name` gives are rounded to 4 bits, where the checkpoint says."""
+        if not isinstance(self.checkpoint, FmpqCheckpoint):
+            return None
+        rounding = self.checkpoint.key_rounding(name, num_kv_heads, head_dim)
+        if rounding is None:
+            return None
+        parts = [field.name for field in fields(rounding)]
+        self._used.update(f"{name}.{part}" for part in parts)
+        return KeyRounding(*(getattr(rounding, part)[heads.start : heads.stop].to(self.placement.device) for part in parts))
 
     def _packed_format(self, raw: RawTensor | QuantisedTensor) -> PackedFormat:
         own = raw.packed_format if isinstance(raw, QuantisedTensor) else _OWN_FORMATS[raw.type]

@@ -7,8 +7,10 @@ from dataclasses import replace
 
 import torch
 
+from tilestream.ops import KeyRounding
 from tilestream.quantize.decoder import Decoder
 from tilestream.quantize.gptq import Codes, gptq, squared_output
+from tilestream.quantize.key_rounding import KeyStatistics, find_key_rounding
 from tilestream.quantize.rounding import round_rows
 from tilestream.quantize.select import Key
 from tilestream.quantize.source import INPUTS, LayerWeights
@@ -18,8 +20,9 @@ _CHUNK = 8  # windows at a time
 
 def round_layer(
     layer_idx: int, weights: LayerWeights, k4: Mapping[Key, int], decoder: Decoder, x: torch.Tensor, group: int
-) -> tuple[dict[str, Codes], dict[str, float]]:
-    """Codes of a layer's linears, and the relative squared error that they add to what is read from each input.
+) -> tuple[dict[str, Codes], dict[str, float], KeyRounding]:
+    """Codes of a layer's linears, the relative squared error that they add to what is read from each input, and how the layer's
+    keys are to be rounded.
 
     Args:
         weights: of the layer, float.
@@ -47,6 +50,9 @@ def round_layer(
             signal += squared_output(weight, hessian)
         errors[name] = error / max(signal, 1e-30)
     rounded = replace(weights, linear={name: c.dequantise() for name, c in codes.items()})
+    statistics = KeyStatistics(decoder.config.num_kv_heads, decoder.config.head_dim)
     for part in x.split(_CHUNK):
-        part.copy_(decoder.layer(layer_idx, rounded, part, lambda name, rows: round_rows(rows, k4[layer_idx, name])))
-    return codes, errors
+        part.copy_(
+            decoder.layer(layer_idx, rounded, part, lambda name, rows: round_rows(rows, k4[layer_idx, name]), statistics.watch)
+        )
+    return codes, errors, find_key_rounding(statistics, logits_soft_cap=decoder.config.logits_soft_cap)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from tilestream.ops import KeyRounding
+
 BLOCK_K = 128  # consecutive channels with one activation scale, wholly INT4 or wholly INT8
 _LEVELS_4, _LEVELS_8 = 7, 127
 
@@ -22,7 +24,31 @@ def round_rows(rows: torch.Tensor, k4: int) -> torch.Tensor:
 
 def round_kv(heads: torch.Tensor, bits: int) -> torch.Tensor:
     """Keys or values as the cache returns them: asymmetric, one scale and one zero per token and head."""
-    levels = 2**bits - 1
+    scale, zero = _grid(heads, bits)
+    return _to_grid(heads, scale, zero, bits)
+
+
+def round_keys(keys: torch.Tensor, rounding: KeyRounding) -> torch.Tensor:
+    """Keys [windows, num_kv_heads, tokens, head_dim] as a 4-bit cache returns them, rounded with feedback.
+
+    The offset is added again, for comparison with keys that none was taken from; attention gives the same either way.
+    """
+    offset, order = rounding.offset[:, None], rounding.order[:, None].long().expand_as(keys)
+    scale, zero = _grid(keys - offset, 4)
+    left = (keys - offset).gather(-1, order)
+    for i in range(keys.size(-1)):
+        element = left[..., i : i + 1]
+        rounded = _to_grid(element, scale, zero, 4)
+        left[..., i + 1 :] -= (element - rounded) * rounding.feedback[:, None, i, i + 1 :]
+        element.copy_(rounded)
+    return torch.empty_like(left).scatter_(-1, order, left) + offset
+
+
+def _grid(heads: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
     low, high = heads.amin(-1, keepdim=True), heads.amax(-1, keepdim=True)
-    zero, scale = low.half().float(), ((high - low) / levels).half().float()
-    return ((heads - zero) / scale.masked_fill(scale == 0, torch.inf)).round_().clamp_(0, levels).mul_(scale).add_(zero)
+    return ((high - low) / (2**bits - 1)).half().float(), low.half().float()
+
+
+def _to_grid(heads: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, bits: int) -> torch.Tensor:
+    steps = (heads - zero) / scale.masked_fill(scale == 0, torch.inf)
+    return steps.round_().clamp_(0, 2**bits - 1).mul_(scale).add_(zero)

@@ -24,7 +24,15 @@ from tilestream.quantize.report import check_can_draw, write_report
 from tilestream.quantize.select import Input, Key, choose_k4, int4_share
 from tilestream.quantize.source import INPUTS, STEMS, LayerWeights, NORMS, Source
 from tilestream.quantize.transform import Identity, Transform
-from tilestream.quantize.writer import code_tensors, new_directory, table_tensors, write_json, write_tensors, write_tokenizer
+from tilestream.quantize.writer import (
+    code_tensors,
+    key_rounding_tensors,
+    new_directory,
+    table_tensors,
+    write_json,
+    write_tensors,
+    write_tokenizer,
+)
 
 logger = logging.getLogger("tilestream.quantize")
 
@@ -177,7 +185,8 @@ class _Run:
             if self.recipe.method == "rtn":
                 codes = {name: nearest(weight, self.recipe.group_size) for name, weight in weights.linear.items()}
             else:
-                codes, found = round_layer(i, weights, k4, self.decoder, x, self.recipe.group_size)
+                codes, found, rounding = round_layer(i, weights, k4, self.decoder, x, self.recipe.group_size)
+                tensors |= key_rounding_tensors(f"blk.{i}.{STEMS['k']}", rounding)
                 errors |= {(i, name): error for name, error in found.items()}
             for name, c in codes.items():
                 tensors |= code_tensors(f"blk.{i}.{STEMS[name]}", c)

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from tilestream.models.fmpq_checkpoint import FILE_NAME, pack_nibbles
 from tilestream.models.tokenizer import Tokenizer
+from tilestream.ops import KeyRounding
 from tilestream.quantize.gptq import Codes
 
 _TABLE_GROUP = 32  # of embedding and output projection, whose codes have 8 bits
@@ -50,6 +51,11 @@ def _umask() -> int:
 def code_tensors(name: str, codes: Codes) -> dict[str, torch.Tensor]:
     """A linear's tensors in the file."""
     return {f"{name}.codes": pack_nibbles(codes.q), f"{name}.scale": codes.scale, f"{name}.zero": codes.zero}
+
+
+def key_rounding_tensors(name: str, rounding: KeyRounding) -> dict[str, torch.Tensor]:
+    """What goes with the projection to keys. Feedback that is off in its last bits makes up for a little less, no more."""
+    return {f"{name}.offset": rounding.offset, f"{name}.order": rounding.order, f"{name}.feedback": rounding.feedback.half()}
 
 
 def table_tensors(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
