@@ -30,7 +30,8 @@ def rounding_for(moment: torch.Tensor, offset: torch.Tensor) -> ops.KeyRounding:
     order = diagonal.argsort(dim=1, descending=True)
     damped = moment + 0.01 * diagonal.mean(1).view(-1, 1, 1) * torch.eye(moment.shape[1]).double()
     ordered = torch.stack([m[o][:, o] for m, o in zip(damped, order, strict=True)])
-    upper = torch.linalg.cholesky(torch.linalg.inv(ordered)).mT
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(ordered))
+    upper = torch.linalg.cholesky(inverse, upper=True)
     feedback = (upper / upper.diagonal(dim1=1, dim2=2).unsqueeze(2)).triu(1)
     return ops.KeyRounding(offset, order.int(), feedback.float().contiguous())
 
