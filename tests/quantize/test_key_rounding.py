@@ -57,7 +57,8 @@ def test_feedback_is_the_best_answer_to_each_error() -> None:
         c += 0.01 * c.diagonal().mean() * torch.eye(DIM)
         for i in (0, 20, DIM - 2):
             # Where the i-th is stored less e, those behind it (r) do best to move by C_rr^-1 C_ri e.
-            best = -torch.linalg.solve(c[i + 1 :, i + 1 :], c[i + 1 :, i])
+            triangle = torch.linalg.cholesky(c[i + 1 :, i + 1 :])
+            best = -torch.cholesky_solve(c[i + 1 :, i, None], triangle)[:, 0]
             assert torch.allclose(feedback[i, i + 1 :].double(), best, atol=1e-5)
 
 
