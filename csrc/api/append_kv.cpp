@@ -24,23 +24,22 @@ const int32_t* check_slots(const at::Tensor& slot_mapping, int64_t num_tokens, c
   return slots;
 }
 
-void fill_key_rounding(AppendKvParams& p, const KvCacheArgs& cache, const std::optional<at::Tensor>& offset,
-                       const std::optional<at::Tensor>& order, const at::Tensor& feedback) {
+void fill_key_rounding(AppendKvParams& p, const KvCacheArgs& cache, const at::Tensor& offset, const at::Tensor& order,
+                       const at::Tensor& feedback) {
   TORCH_CHECK_VALUE(cache.int4, "key_rounding is for int4 caches; this one is ", cache.k.scalar_type());
-  TORCH_CHECK_VALUE(offset.has_value() && order.has_value(), "key_feedback is given without key_offset and key_order");
   const int64_t want[3] = {cache.num_kv_heads, cache.head_dim_qk, cache.head_dim_qk};
   const auto check = [&](const at::Tensor& t, const char* name, at::ScalarType dtype, int64_t dims) {
     check_tensor(t, name, {dtype}, dims);
     check_contiguous(t, name);
     for (int64_t dim = 0; dim < dims; ++dim) check_size(t, name, dim, want[dim], dim == 0 ? "num_kv_heads" : "head_dim");
   };
-  check(*offset, "key_offset", at::kFloat, 2);
-  check(*order, "key_order", at::kInt, 2);
+  check(offset, "key_offset", at::kFloat, 2);
+  check(order, "key_order", at::kInt, 2);
   check(feedback, "key_feedback", at::kFloat, 3);
-  p.key_offset = offset->const_data_ptr<float>();
-  p.key_order = order->const_data_ptr<int32_t>();
+  p.key_offset = offset.const_data_ptr<float>();
+  p.key_order = order.const_data_ptr<int32_t>();
   p.key_feedback = feedback.const_data_ptr<float>();
-  check_range(*order, p.key_order, order->numel(), "key_order", 0, cache.head_dim_qk);
+  check_range(order, p.key_order, order.numel(), "key_order", 0, cache.head_dim_qk);
 }
 
 void append_kv(const std::optional<at::Tensor>& q, const at::Tensor& k, const at::Tensor& v, const std::optional<at::Tensor>& cos_sin,
@@ -87,7 +86,9 @@ void append_kv(const std::optional<at::Tensor>& q, const at::Tensor& k, const at
     for (int dim = 0; dim < 4; ++dim) check_size(*key_stats, "key_stats", dim, want[dim], "[num_pages, num_kv_heads, 2, head_dim]");
     p.key_stats = key_stats->mutable_data_ptr<float>();
   }
-  if (key_feedback.has_value()) fill_key_rounding(p, cache, key_offset, key_order, *key_feedback);
+  TORCH_CHECK_VALUE(key_offset.has_value() == key_feedback.has_value() && key_order.has_value() == key_feedback.has_value(),
+                    "key_offset, key_order and key_feedback go together; only some are given");
+  if (key_feedback.has_value()) fill_key_rounding(p, cache, *key_offset, *key_order, *key_feedback);
   p.k = k.const_data_ptr();
   p.v = v.const_data_ptr();
   p.num_tokens = num_tokens;

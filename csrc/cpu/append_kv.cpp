@@ -121,8 +121,10 @@ class Appender {
     const int64_t slot = p_.slot_mapping[token], page = slot / p_.page_size, offset = slot % p_.page_size;
     const auto* v = static_cast<const typename E::Storage*>(p_.v) + token * p_.v_in_token_stride + head * p_.v_in_head_stride;
     float row[kMaxHeadDim];
-    load_row<E>(key_row(token, head), p_.head_dim_qk, row);
-    if (p_.cos_sin != nullptr) rotate_at(token, row);
+    if (rounded_.codes == nullptr || p_.key_stats != nullptr) {
+      load_row<E>(key_row(token, head), p_.head_dim_qk, row);
+      if (p_.cos_sin != nullptr) rotate_at(token, row);
+    }
     if (p_.key_stats != nullptr) {
       float* stats = p_.key_stats + (page * p_.num_kv_heads + head) * 2 * p_.head_dim_qk;
       update_key_stats(stats, row, p_.head_dim_qk, offset == 0);

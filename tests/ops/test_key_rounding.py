@@ -215,6 +215,7 @@ BAD_ROUNDING = {
     "order dtype": ({"order": torch.zeros(2, 64).long()}, TypeError, "key_order has dtype Long; supported: Int"),
     "order range": ({"order": torch.full((2, 64), 64).int()}, ValueError, "key_order holds 64; allowed: 0 to 63"),
     "feedback": ({"feedback": torch.zeros(2, 64, 32)}, ValueError, r"key_feedback has shape \[2, 64, 32\]; dimension 2 must be 64"),
+    "only some": ({"feedback": None}, ValueError, "go together; only some are given"),
     "feedback strides": ({"feedback": torch.zeros(2, 64, 64).mT}, ValueError, "key_feedback has strides .*contiguous"),
 }
 
