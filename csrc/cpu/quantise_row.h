@@ -47,16 +47,24 @@ inline void quantise_row(Values values, int64_t k, const QuantisedRows& out) {
   const F32x16 magic = set1(kRoundingMagic);
   for (int64_t begin = 0; begin < k; begin += 16 * kScaleK) {
     const int64_t end = k - begin < 16 * kScaleK ? k : begin + 16 * kScaleK;
-    F32x16 peaks[16];
+    const int spans4 = int(std::clamp<int64_t>((out.k4 - begin) / kScaleK, 0, 16));
+    F32x16 peaks[16], highest[16];  // highest: of INT4's values, where any is positive
     for (int s = 0; s < 16; ++s) {
-      peaks[s] = zero();
-      for (int64_t i = begin + s * kScaleK; i < end && i < begin + (s + 1) * kScaleK; i += kGroupK)
-        peaks[s] = larger_magnitude(peaks[s], larger_magnitude(values(i), values(i + 16)));
+      peaks[s] = highest[s] = zero();
+      for (int64_t i = begin + s * kScaleK; i < end && i < begin + (s + 1) * kScaleK; i += kGroupK) {
+        const F32x16 lo = values(i), hi = values(i + 16);
+        peaks[s] = larger_magnitude(peaks[s], larger_magnitude(lo, hi));
+        if (s < spans4) highest[s] = max(highest[s], max(lo, hi));
+      }
     }
     alignas(64) float inverse[16], scale[16];
-    const int64_t spans4 = (out.k4 - begin) / kScaleK;
-    const F32x16 levels = where_lt(iota(), int(spans4 < 16 ? spans4 : 16), set1(kInt4Levels), set1(kInt8Levels));
-    span_scales(larger_rows(peaks), levels, inverse, scale);
+    const F32x16 amax = larger_rows(peaks);
+    F32x16 levels = set1(kInt8Levels);
+    if (spans4 > 0) {
+      const F32x16 twice = where_ge(larger_rows(highest), amax, set1(2 * kInt4Levels));
+      levels = where_lt(iota(), spans4, sub(set1(kInt4Levels), twice), levels);
+    }
+    span_scales(amax, levels, inverse, scale);
     std::memcpy(out.scale + begin / kScaleK, scale, 4 * size_t(ceil_div(end - begin, kScaleK)));
     for (int64_t first = begin; first < end; first += 16 * kGroupK) {
       const int num = int(end - first < 16 * kGroupK ? (end - first) / kGroupK : 16);
@@ -64,8 +72,10 @@ inline void quantise_row(Values values, int64_t k, const QuantisedRows& out) {
       for (int g = 0; g < num; ++g) {
         const int64_t i = first + g * kGroupK;
         const F32x16 factor = set1(inverse[(i - begin) / kScaleK]);
-        const F32x16 lo = fma(values(i), factor, magic), hi = fma(values(i + 16), factor, magic);
+        F32x16 lo = fma(values(i), factor, magic), hi = fma(values(i + 16), factor, magic);
         if (i < out.k4) {
+          const F32x16 most = set1(kRoundingMagic + kInt4Most);
+          lo = min(lo, most), hi = min(hi, most);
           store_nibbles(out.q + i / 2, lo, hi);
         } else {
           store_low_bytes(out.q + out.row_bytes(i), lo);

@@ -30,11 +30,14 @@ def check_rows(got: QuantisedRows, values: torch.Tensor, error: float = 0.0) -> 
     tolerance = error + 2 * testing.unit_roundoff(torch.float32) * float(values.abs().max()) if values.numel() else 0.0
     assert torch.equal(got.sum.long(), q.unflatten(1, (-1, 32)).sum(2))
     if values.numel():
-        assert q.abs().max() <= 127 and q[:, : got.k4].abs().le(7).all()
-    testing.assert_within(got.scale, want_scale, 1.01 * tolerance / (7 if got.k4 else 127))
-    # Half a step from the value; an integer may differ from the reference's only where the value is near the middle.
-    steps = want_scale.repeat_interleave(reference.SCALE_K, 1)[:, : values.shape[1]]
-    assert bool(((reference.dequantise_rows(q, got.scale) - values).abs() <= 0.5 * steps + 2 * tolerance).all())
+        assert q.abs().max() <= 127 and q[:, : got.k4].ge(-8).all() and q[:, : got.k4].le(7).all()
+    testing.assert_within(got.scale, want_scale, 1.01 * tolerance / (8 if got.k4 else 127))
+    # Half a step from the value, or a whole one where INT4 has no 8; an integer may differ from the reference's only where
+    # the value is near the middle.
+    steps = want_scale.abs().repeat_interleave(reference.SCALE_K, 1)[:, : values.shape[1]]
+    allowed = torch.full_like(steps, 0.5)
+    allowed[:, : got.k4][q[:, : got.k4] == 7] = 1.0
+    assert bool(((reference.dequantise_rows(q, got.scale) - values).abs() <= allowed * steps + 2 * tolerance).all())
     differs = q != want_q
     assert bool(((values / steps.clamp(min=1e-30)).abs().frac()[differs] - 0.5).abs().max() < 1e-2) if differs.any() else True
 
@@ -61,6 +64,20 @@ def test_int4_blocks(backend: testing.Backend, rows: int, k: int, k4: int, dtype
     got = ops.fused_add_rms_norm_quant(x[:, :k], residual, weight, eps=EPS, k4=k4)
     values = norm_reference.rms_norm(residual, weight, EPS)
     check_rows(got, values, 8 * testing.unit_roundoff(torch.float32) * float(values.abs().max()))
+
+
+def test_int4_uses_all_of_its_sixteen_values(backend: testing.Backend) -> None:
+    """The largest magnitude is -8 whatever its sign, the positive one of two; what then would be 8 is 7."""
+    x = torch.zeros(5, 128)
+    x[0, :2], x[1, :2], x[2, 5], x[2, 100] = torch.tensor([4.0, -3.0]), torch.tensor([-4.0, 3.0]), 4.0, -4.0
+    x[3, :4] = torch.tensor([-4.0, 3.76, 3.74, -0.24])
+    rows = ops.quantise(x, k4=128)
+    q = reference.unpack_rows(rows.q, 128)
+    assert rows.scale[:, 0].tolist() == [-0.5, 0.5, -0.5, 0.5, 0.0]
+    assert q[0, :2].tolist() == [-8, 6] and q[1, :2].tolist() == [-8, 6]
+    assert (q[2, 5], q[2, 100]) == (-8, 7)
+    assert q[3, :4].tolist() == [-8, 7, 7, 0] and not q[4].any()
+    assert torch.equal(rows.sum.long(), q.unflatten(1, (-1, 32)).sum(2))
 
 
 @each_dtype
@@ -138,8 +155,10 @@ def test_linear_on_int4_blocks(
     weight = ops.pack_weight(q=q, scale=scale, zero=None if format.is_symmetric else zero, format=format)
     x = torch.randint(-7, 8, (rows, k)).float()
     x[:, k4:] = torch.randint(-127, 128, (rows, k - k4))
-    x[:, :k4:128], x[:, k4::128] = 7.0, -127.0  # every span's scale is 1
-    x[0, :k4] = 7.0
+    x[::2, :k4:128], x[1::2, :k4:128], x[:, k4::128] = 8.0, -8.0, -127.0  # every span's scale is 1 or -1
+    x[0, :k4] = 8.0
+    x[-1, :k4:2] = -8.0
+    x[-1, 1:k4:2] = 7.0
     want = reference.linear(x, reference.dequantise(q, scale, zero, 128))
     for num in (1, 3) if backend.name == "cpu" else (1,):
         set_num_threads(num)

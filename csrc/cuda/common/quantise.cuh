@@ -22,17 +22,22 @@ template <int kSize, class Store = StoreHere>
 __device__ __forceinline__ void store_quantised(const QuantisedRows& out, int64_t row, int64_t k, int64_t i,
                                                 const float (&values)[kSize], Store store = {}) {
   static_assert(kSize == 4 || kSize == 8, "a lane stores its integers in one instruction");
-  unsigned amax_bits = 0;  // as integers NaN is larger than infinity, and that than all numbers
+  // The magnitude's bits, and below them whether it is positive: as integers NaN is larger than infinity, that than all numbers.
+  unsigned most = 0;
 #pragma unroll
-  for (int j = 0; j < kSize; ++j) amax_bits = max(amax_bits, __float_as_uint(values[j]) & 0x7fffffffu);
+  for (int j = 0; j < kSize; ++j) {
+    const unsigned bits = __float_as_uint(values[j]) ^ 0x80000000u;
+    most = max(most, __funnelshift_l(bits, bits, 1));
+  }
 #pragma unroll
   for (int distance = kScaleK / kSize / 2; distance > 0; distance /= 2)
-    amax_bits = max(amax_bits, __shfl_xor_sync(kFullMask, amax_bits, distance));
-  const float amax = __uint_as_float(amax_bits), poison = amax - amax;
+    most = max(most, __shfl_xor_sync(kFullMask, most, distance));
+  const float amax = __uint_as_float(most >> 1), poison = amax - amax;
   const bool tiny = amax < kSmallestAmax;
   const bool int4 = i < out.k4;
-  const float levels = int4 ? kInt4Levels : kInt8Levels;
+  const float levels = !int4 ? kInt8Levels : most & 1 ? -kInt4Levels : kInt4Levels;
   const float inverse = tiny ? 0.0f : levels / amax + poison, scale = tiny ? 0.0f : amax / levels + poison;
+  const float limit = kRoundingMagic + (int4 ? kInt4Most : kInt8Levels);
 
   unsigned words[kSize / 4];
   int sum = 0;
@@ -40,7 +45,7 @@ __device__ __forceinline__ void store_quantised(const QuantisedRows& out, int64_
   for (int j = 0; j < kSize; j += 4) {
     unsigned bits[4];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) bits[i] = __float_as_uint(fmaf(values[j + i], inverse, kRoundingMagic));
+    for (int i = 0; i < 4; ++i) bits[i] = __float_as_uint(fminf(fmaf(values[j + i], inverse, kRoundingMagic), limit));
     words[j / 4] = __byte_perm(__byte_perm(bits[0], bits[1], 0x40), __byte_perm(bits[2], bits[3], 0x40), 0x5410);
     sum = __dp4a(int(words[j / 4]), 0x01010101, sum);
   }

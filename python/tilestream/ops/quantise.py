@@ -11,10 +11,10 @@ _GROUP_K, _SCALE_K = 32, 128
 
 @dataclass(frozen=True, slots=True)
 class QuantisedRows:
-    """Symmetric integers: value = q * scale, one scale per row and 128 consecutive elements (COMET, 2410.12168, section 4).
+    """Integers: value = q * scale, one scale per row and 128 consecutive elements (COMET, 2410.12168, section 4).
 
-    The first k4 elements of a row are INT4, in -7..7, the others INT8, in -127..127: W4A8's activations with k4 = 0, W4Ax's
-    otherwise.
+    The first k4 elements of a row are INT4, in -8..7, the others INT8, in -127..127: W4A8's activations with k4 = 0, W4Ax's
+    otherwise. Of INT4 the value of largest magnitude is -8, so its scale is negative where that value is positive.
 
     Args:
         q: [num_rows, k - k4 / 2], int8, k a multiple of 32: k4 / 2 bytes of nibbles (in 32 elements, byte j has element j
@@ -67,7 +67,10 @@ class QuantisedRows:
 
 
 def quantise(x: torch.Tensor, *, k4: int = 0, out: QuantisedRows | None = None) -> QuantisedRows:
-    """Round every row to integers, to nearest even, with scale = max|x| / 127 of each 128 elements (INT4: max|x| / 7).
+    """Round every row to integers, to nearest even, with scale = max|x| / 127 of each 128 elements.
+
+    INT4: scale = max|x| / -8 where the element of largest magnitude is positive, max|x| / 8 where it is negative; what rounds
+    to 8 becomes 7.
 
     Args:
         x: [num_rows, k], float32, float16 or bfloat16, last dim contiguous; k a multiple of 32.

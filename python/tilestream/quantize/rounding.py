@@ -8,18 +8,17 @@ import torch.nn.functional as F
 from tilestream.ops import KeyRounding
 
 BLOCK_K = 128  # consecutive channels with one activation scale, wholly INT4 or wholly INT8
-_LEVELS_4, _LEVELS_8 = 7, 127
 
 
 def round_rows(rows: torch.Tensor, k4: int) -> torch.Tensor:
-    """Rows as a linear gets them: symmetric, one scale for each 128 channels; the first k4 channels have 4 bits."""
+    """Rows as a linear gets them, with one scale for each 128 channels; the first k4 channels have 4 bits."""
     k = rows.size(-1)
     blocks = F.pad(rows, (0, -k % BLOCK_K)).unflatten(-1, (-1, BLOCK_K))
-    levels = torch.full((blocks.size(-2), 1), float(_LEVELS_8))
-    levels[: k4 // BLOCK_K] = _LEVELS_4
-    scale = blocks.abs().amax(-1, keepdim=True) / levels
-    steps = blocks / scale.masked_fill(scale == 0, 1.0)
-    return steps.round_().mul_(scale).flatten(-2)[..., :k]
+    amax, is_int4 = blocks.abs().amax(-1, keepdim=True), torch.arange(blocks.size(-2))[:, None] < k4 // BLOCK_K
+    levels_4 = torch.where(blocks.amax(-1, keepdim=True) == amax, -8.0, 8.0)  # the largest magnitude is -8
+    scale = amax / torch.where(is_int4, levels_4, 127.0)
+    steps = (blocks / scale.masked_fill(scale == 0, 1.0)).round_().clamp_(max=torch.where(is_int4, 7.0, 127.0))
+    return steps.mul_(scale).flatten(-2)[..., :k]
 
 
 def round_kv(heads: torch.Tensor, bits: int) -> torch.Tensor:

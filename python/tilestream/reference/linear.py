@@ -37,21 +37,22 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 
 
 def quantise(x: torch.Tensor, k4: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Symmetric integers per row and span of 128: scale = max|x| / 127, or / 7 for the first k4 elements.
+    """Integers per row and span of 128: scale = max|x| / 127; for the first k4 elements max|x| / 8, or / -8 where x = max|x|.
 
     Args:
         x: [m, k].
         k4: a multiple of 128.
     Returns:
-        q: [m, k], int64 in -127..127 or -7..7, rounded to nearest (ties to even).
+        q: [m, k], int64 in -127..127 or -8..7, rounded to nearest (ties to even).
         scale: [m, ceil(k / 128)], float64; 0 for a span of zeros.
     """
     m, k = x.shape
     padded = torch.nn.functional.pad(x.double(), (0, -k % SCALE_K)).unflatten(1, (-1, SCALE_K))
-    levels = torch.full((padded.shape[1],), 127.0, dtype=torch.float64)
-    levels[: k4 // SCALE_K] = 7.0
-    scale = padded.abs().amax(-1) / levels
+    int4, amax = k4 // SCALE_K, padded.abs().amax(-1)
+    scale = amax / 127
+    scale[:, :int4] = (amax / torch.where(padded.amax(-1) == amax, -8, 8))[:, :int4]
     q = torch.round(padded / torch.where(scale == 0, 1.0, scale).unsqueeze(-1))
+    q[:, :int4].clamp_(max=7)
     return q.flatten(1)[:, :k].long(), scale
 
 
