@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,7 @@ _LEVELS = 15
 _SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)  # of a group's range: what is cut off pays for finer steps
 # Of the mean of the Hessian's diagonal. GPTQ's 0.01 (section 3.3) fits the calibration text's rows and not the next text's.
 _DAMPING = 0.1
-_LAZY_COLUMNS = 128  # columns between two updates of all that follow
+_LAZY_COLUMNS = 64  # columns between two updates of all that follow
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +29,10 @@ class Codes:
     scale: torch.Tensor
     zero: torch.Tensor
     group: int
+
+    def split(self, sizes: Sequence[int]) -> list[Codes]:
+        """Parts of the output features, so many each."""
+        return [Codes(*parts, self.group) for parts in zip(*(t.split(sizes) for t in (self.q, self.scale, self.zero)), strict=True)]
 
     def dequantise(self) -> torch.Tensor:
         k = self.q.size(1)
@@ -54,23 +59,21 @@ def gptq(weight: torch.Tensor, hessian: torch.Tensor, group: int) -> Codes:
     importance = hessian.diagonal().clamp_min(1e-8 * float(hessian.diagonal().mean()) + 1e-30)
     scale, zero = _search_grid(weight, importance, group)
     order = importance.argsort(descending=True)
-    group_of = (order // group).tolist()
-    spread_scale, spread_zero = scale.float(), zero.float()
-    left, q = weight[:, order].clone(), torch.empty(n, k, dtype=torch.uint8)
+    # Transposed, so that a column lies together.
+    column_scale, column_zero = (t.float().t()[order // group] for t in (scale, zero))
+    left, q = weight.t()[order], torch.empty(k, n, dtype=torch.uint8)
     upper = torch.linalg.cholesky(_damped_inverse(hessian[order][:, order]), upper=True)
+    feedback = upper / upper.diagonal()[:, None]
     for begin in range(0, k, _LAZY_COLUMNS):
         end = min(begin + _LAZY_COLUMNS, k)
-        errors = torch.empty(n, end - begin)
+        errors = torch.empty(end - begin, n)
         for i in range(begin, end):
-            s, z = spread_scale[:, group_of[i]], spread_zero[:, group_of[i]]
-            column = left[:, i]
-            steps = _steps(column, s, z)
-            q[:, i] = steps.to(torch.uint8)
-            error = (column - (steps * s + z)) / upper[i, i]
-            left[:, i + 1 : end].addr_(error, upper[i, i + 1 : end], alpha=-1)
-            errors[:, i - begin] = error
-        left[:, end:] -= errors @ upper[begin:end, end:]
-    return Codes(q[:, order.argsort()].contiguous(), scale, zero, group)
+            steps = _steps(left[i], column_scale[i], column_zero[i])
+            q[i] = steps
+            errors[i - begin] = left[i] - (steps * column_scale[i] + column_zero[i])
+            left[i + 1 : end].addr_(feedback[i, i + 1 : end], errors[i - begin], alpha=-1)
+        left[end:].addmm_(feedback[begin:end, end:].t(), errors, alpha=-1)
+    return Codes(q[order.argsort()].t().contiguous(), scale, zero, group)
 
 
 def squared_output(weight: torch.Tensor, hessian: torch.Tensor) -> float:

@@ -42,13 +42,11 @@ def round_layer(
         decoder.layer(layer_idx, weights, part, watch)
     codes, errors = {}, {}
     for name, readers in INPUTS.items():
-        hessian, error, signal = hessians[name], 0.0, 0.0
-        for reader in readers:
-            weight = weights.linear[reader]
-            codes[reader] = gptq(weight, hessian, group)
-            error += squared_output(weight - codes[reader].dequantise(), hessian)
-            signal += squared_output(weight, hessian)
+        hessian, weight = hessians[name], torch.cat([weights.linear[reader] for reader in readers])
+        joint = gptq(weight, hessian, group)
+        error, signal = squared_output(weight - joint.dequantise(), hessian), squared_output(weight, hessian)
         errors[name] = error / max(signal, 1e-30)
+        codes |= zip(readers, joint.split([len(weights.linear[reader]) for reader in readers]), strict=True)
     rounded = replace(weights, linear={name: c.dequantise() for name, c in codes.items()})
     statistics = KeyStatistics(decoder.config.num_kv_heads, decoder.config.head_dim)
     for part in x.split(_CHUNK):
