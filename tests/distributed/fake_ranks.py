@@ -94,7 +94,7 @@ class FirstRunner(FakeRunner):
 
     exchange = Exchange()
 
-    def launch(self, plan: StepPlan) -> SampledTokens:
+    def launch(self, plan: StepPlan, draws: Any) -> SampledTokens:
         sampled = super().launch(plan)
         self.exchange.compare(ends(plan, self.kv, self.config.page_size), sampled.token_ids)
         return sampled
