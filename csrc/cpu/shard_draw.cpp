@@ -2,7 +2,7 @@
 //
 // Work: chunks of 1,024 logits of all rows, in equal shares for the workers. A histogram's first round weighs all logits; later
 // ones compare them with the range that is left and weigh the few inside. The draw reads one chunk.
-// Bound by exp2 and, in the first round, by the additions to bins (a nanosecond each); later rounds by memory.
+// Bound in the first round by the additions to bins, about one a nanosecond; in later ones by memory; the masses by exp2.
 #include "tilestream/shard_draw.h"
 
 #include <cfloat>

@@ -7,8 +7,9 @@
 //                     8 of them: the masses of this rank's logits, by these 8 bits, where the bits before are those found
 //   shard_masses      the masses that the filters keep, by 1,024 tokens
 //   shard_draw        the token, on the rank in whose part the draw falls
-// On a CPU the token is that of `sample` on the whole row, bit for bit. A GPU's `sample` sums whole rows in units of their own
-// for every 1,024 logits, by float32 factors: with it a draw agrees unless it comes within about 1e-6 of a token's share.
+// On a CPU the token is that of `sample` on the whole row, bit for bit. `sample` on a GPU, which reads a row once, sums it by
+// float32 factors of 1,024 logits each: there tokens agree unless the draw, or top-p's sum, comes within about 1e-6 of the end of
+// a token's share. Those of this op do not depend on the number of ranks on either.
 #pragma once
 
 #include "tilestream/types.h"
