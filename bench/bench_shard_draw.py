@@ -6,7 +6,6 @@ memory a gathered row costs a copy; what masses are for is a wire: they are a fe
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable
 
@@ -17,7 +16,7 @@ from tilestream.engine.sampling_shards import VocabularyShards
 from tilestream.ops import sample
 from tilestream.testing import Ranks
 
-from bench.bench_allreduce import EPS, SETTLE_S, connected
+from bench.bench_allreduce import SETTLE_S, connected, time_calls
 from bench.harness import Report
 
 ROUNDS, NUM_CALLS = 15, 20
@@ -34,12 +33,10 @@ def settings_of(num_rows: int, top_p: float) -> SamplingInputs:
 
 def measure(rank: int, num_rows: int, vocab_size: int, top_p: float, scale: float) -> dict[str, list[float]]:
     """Seconds of each round, both ways in turn."""
-    ranks, half = connected(), vocab_size // 2
-    parts = [range(half), range(half, vocab_size)]
-    shards, s = VocabularyShards(ranks, parts), settings_of(num_rows, top_p)
+    parts = [range(vocab_size // 2), range(vocab_size // 2, vocab_size)]
+    shards, s = VocabularyShards(connected(), parts), settings_of(num_rows, top_p)
     rows = scale * torch.randn(num_rows, vocab_size, generator=torch.Generator().manual_seed(0))
     logits = rows[:, parts[rank].start : parts[rank].stop].contiguous()
-    meeting = ranks.empty(16).view(torch.float32).view(1, 4)
 
     def by_masses() -> torch.Tensor:
         return shards.agreed(shards.drawn(logits, s if rank == 0 else None, num_rows if top_p < 1.0 else 0))
@@ -59,13 +56,7 @@ def measure(rank: int, num_rows: int, vocab_size: int, top_p: float, scale: floa
     for _ in range(ROUNDS):
         for name, run in ways.items():
             time.sleep(SETTLE_S)
-            taken = []
-            for _ in range(NUM_CALLS):
-                ranks.allreduce_rmsnorm(meeting, None, None, eps=EPS)
-                start = time.perf_counter()
-                run()
-                taken.append(time.perf_counter() - start)
-            times[name].append(statistics.median(taken))
+            times[name].append(time_calls(lambda: None, run, NUM_CALLS))
     return times
 
 

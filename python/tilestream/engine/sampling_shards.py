@@ -168,7 +168,7 @@ class VocabularyShards:
             s: rank 0's parameters of the rows, of which top_k and penalties are off; None on other ranks.
             num_top_p: rows, the first ones, that have a top_p.
         """
-        communicator, num_rows = self._communicator, logits.size(0)
+        communicator = self._communicator
         rows = self._shared(logits.amax(1), s)  # NaN where a logit is
         histograms = torch.empty(HISTOGRAM_ROUNDS, num_top_p, HISTOGRAM_BINS, dtype=torch.int64, device=logits.device)
         for i in range(HISTOGRAM_ROUNDS if num_top_p else 0):
