@@ -25,6 +25,7 @@ from tilestream.engine.request import Request
 from tilestream.engine.step_plan import StepPlan
 from tilestream.ops import ShardRows, sample, shard_draw, shard_histogram, shard_masses
 from tilestream.ops.shard_draw import HISTOGRAM_BINS, HISTOGRAM_ROUNDS
+from tilestream.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from tilestream.distributed.communicator import Communicator
@@ -91,35 +92,33 @@ class DrawPlan:
 
 def draw_plan(plan: StepPlan) -> DrawPlan:
     """The draws of a step."""
-    requests = [item.request for item in plan.scheduled if item.samples]
-    needed = [_num_candidates(request) for request in requests]
-    unbounded = [row for row, num in enumerate(needed) if num is None]
-    parted = [row for row in unbounded if _is_plain(requests[row]) and requests[row].params.top_k == 0]
-    parted.sort(key=lambda row: requests[row].params.top_p == 1.0)
+    few, with_top_p, others, whole, num_candidates = [], [], [], [], 0
+    for row, request in enumerate(item.request for item in plan.scheduled if item.samples):
+        params = request.params
+        if request.edits_logits or params.has_penalties or params.logprobs is not None:
+            whole.append(row)
+        elif num := _num_candidates(params):
+            few.append(row)
+            num_candidates = max(num_candidates, num)
+        elif params.top_k > 0:
+            whole.append(row)
+        else:
+            (with_top_p if params.top_p < 1.0 else others).append(row)
     return DrawPlan(
-        few=tuple(row for row, num in enumerate(needed) if num is not None),
-        num_candidates=max((num for num in needed if num is not None), default=0),
-        parted=tuple(parted),
-        num_top_p=sum(requests[row].params.top_p < 1.0 for row in parted),
-        whole=tuple(row for row in unbounded if row not in parted),
+        few=tuple(few),
+        num_candidates=num_candidates,
+        parted=(*with_top_p, *others),
+        num_top_p=len(with_top_p),
+        whole=tuple(whole),
         scored=tuple((chunk.first_row, chunk.num_rows) for chunk in scored_chunks(plan)),
     )
 
 
-def _is_plain(request: Request) -> bool:
-    """Whether the logits are drawn from as they are, and no more is wanted than a token."""
-    params = request.params
-    return not (request.edits_logits or params.has_penalties or params.logprobs is not None)
-
-
-def _num_candidates(request: Request) -> int | None:
-    """How many of a row's largest logits a draw can depend on; None: more than it pays to collect."""
-    params = request.params
-    if not _is_plain(request):
-        return None
+def _num_candidates(params: SamplingParams) -> int:
+    """How many of a row's largest logits a draw can depend on; 0: more than it pays to collect."""
     if params.temperature == 0.0:
         return 1
-    return params.top_k if 0 < params.top_k <= MOST_CANDIDATES else None
+    return params.top_k if params.top_k <= MOST_CANDIDATES else 0
 
 
 class VocabularyShards:
