@@ -12,6 +12,7 @@
 #include "tilestream/norm.h"
 #include "tilestream/quantise.h"
 #include "tilestream/sample.h"
+#include "tilestream/shard_draw.h"
 
 namespace tilestream::cpu {
 

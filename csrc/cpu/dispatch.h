@@ -18,7 +18,10 @@
   X(rms_norm, RmsNormParams)                   \
   X(act_and_mul, ActAndMulParams)              \
   X(allreduce_rmsnorm, AllReduceRmsNormParams) \
-  X(sample, SampleParams)
+  X(sample, SampleParams)                      \
+  X(shard_histogram, ShardDrawParams)          \
+  X(shard_masses, ShardDrawParams)             \
+  X(shard_draw, ShardDrawParams)
 
 namespace tilestream::cpu {
 

@@ -26,7 +26,6 @@ namespace tilestream::cpu::TILESTREAM_LEVEL {
 namespace {
 
 constexpr long kMinLogitsPerWorker = 16384;  // about 5 us of work
-constexpr float kLog2E = 1.44269504f;
 
 // ---- statistics ---------------------------------------------------------------------------------
 
@@ -200,8 +199,7 @@ void sample_row(Row& r, const SampleParams& p, long b) {
   if (!(std::fabs(r.max) <= FLT_MAX)) return write_invalid(p, b);
   const long k = p.top_k[b];
   if (p.temperature[b] == 0.0f || k == 1) return write_token(p, b, arg_max(r), lse);
-  // Kept away from 0 and infinity, whose products with the other are NaN.
-  r.inverse_scale = std::fmin(std::fmax(kLog2E / p.temperature[b], FLT_MIN), FLT_MAX / 64);
+  r.inverse_scale = inverse_scale_of(p.temperature[b]);
   r.threshold = -INFINITY;
   r.least_weight = 0.0f;
   const uint64_t bits = philox(uint64_t(p.seeds[b]), uint64_t(p.positions[b]));

@@ -1,4 +1,4 @@
-// Part of sample.cpp: weights and their fixed-point masses, the top-p threshold, the draw.
+// Part of sample.cpp: the top-p threshold, the draw.
 //
 // Top-p without a sort: the largest logit x such that the mass of all logits >= x reaches top_p of the whole. A guess from
 // the lane maxima and a sample of the other logits gives a range that holds x nearly always; one pass sums the masses above
@@ -23,36 +23,6 @@ constexpr double kDeviations = 3.0;      // half the width of the range, in stan
 
 // ---- masses -------------------------------------------------------------------------------------
 
-// exp((x - max) / temperature), in [0, 1].
-inline F32x16 weights(const Row& r, F32x16 x) {
-  return exp2_weight(mul(sub(x, set1(r.max)), set1(r.inverse_scale)));
-}
-
-// 0 for those that the draw does not keep.
-inline F32x16 kept_weights(const Row& r, F32x16 x) {
-  const F32x16 w = weights(r, x);
-  return where_ge(w, set1(r.least_weight), where_ge(x, set1(r.threshold), w));
-}
-
-inline uint64_t fixed_point(float weight) {
-  const double shifted = double(weight) + kFixedPoint;
-  int64_t bits;
-  std::memcpy(&bits, &shifted, 8);
-  return uint64_t(bits - kFixedPointBits);
-}
-
-// Kept masses of x[0 .. n), which -inf follows up to a multiple of 16, as do masses of 0; returns their sum.
-uint64_t kept_masses(const Row& r, const float* x, long n, uint64_t* mass) {
-  uint64_t total = 0;
-  for (long i = 0; i < n; i += kLanes) {
-    float w[kLanes];
-    store(w, kept_weights(r, load(x + i)));
-    for (long j = 0; j < kLanes; ++j) mass[i + j] = fixed_point(w[j]);
-    for (long j = 0; j < kLanes; ++j) total += mass[i + j];
-  }
-  return total;
-}
-
 // The sum of kept masses, n a multiple of 16.
 uint64_t kept_mass(const Row& r, const float* x, long n) {
   FixedSum sum = no_mass();
@@ -67,12 +37,6 @@ uint64_t chunk_kept_mass(const Row& r, long chunk) {
     sum += kept_mass(r, block_of(r, r.x, b, padded), kBlock);
   }
   return sum;
-}
-
-// The least mass that reaches the fraction top_p of `total`.
-uint64_t needed_mass(float top_p, uint64_t total) {
-  const double need = std::ceil(double(top_p) * double(total));
-  return need < 1.0 ? 1 : need < double(total) ? uint64_t(need) : total;
 }
 
 // ---- top-p --------------------------------------------------------------------------------------
@@ -174,26 +138,6 @@ void find_top_p(Row& r, float top_p) {
 }
 
 // ---- the draw -----------------------------------------------------------------------------------
-
-// 64 random bits of Philox4x32-10 with key = seed, counter = position.
-uint64_t philox(uint64_t seed, uint64_t position) {
-  uint32_t c[4] = {uint32_t(position), uint32_t(position >> 32), 0, 0};
-  uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
-  for (int round = 0; round < 10; ++round) {
-    const uint64_t a = 0xD2511F53ull * c[0], b = 0xCD9E8D57ull * c[2];
-    const uint32_t next[4] = {uint32_t(b >> 32) ^ c[1] ^ k0, uint32_t(b), uint32_t(a >> 32) ^ c[3] ^ k1,
-                              uint32_t(a)};
-    std::memcpy(c, next, sizeof(c));
-    k0 += 0x9E3779B9u;
-    k1 += 0xBB67AE85u;
-  }
-  return uint64_t(c[1]) << 32 | c[0];
-}
-
-// floor(u * total) for u = bits / 2^64.
-uint64_t scaled_draw(uint64_t bits, uint64_t total) {
-  return uint64_t((unsigned __int128)bits * total >> 64);
-}
 
 // Top-p, min-p and the draw over a list of n candidates, the row's maximum among them.
 int64_t draw_from_list(Row& r, long n, float top_p, float min_p, uint64_t random_bits) {

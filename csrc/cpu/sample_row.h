@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "cpu/common/thread_pool.h"
+#include "cpu/sample_weights.h"
 #include "cpu/simd/vec.h"
 #include "tilestream/types.h"
 
@@ -14,7 +15,6 @@ namespace {
 
 constexpr long kBlock = 256;  // logits with one vector of lane maxima
 constexpr long kChunk = 2048;  // unit of work, and of the fixed-order sums
-constexpr long kLanes = 16;
 constexpr long kSegment = kChunk + kLanes;  // a chunk's candidates, ended by -inf
 
 struct HistoryEntry {
@@ -23,7 +23,7 @@ struct HistoryEntry {
 };
 
 // Working memory of one row.
-struct Row {
+struct Row : Filter {
   float* copy;           // [vocab_size] penalised logits
   float* lane_max;       // [num_blocks][16] of the logits that are sampled
   float* chunk_max;      // [num_chunks] of the raw logits
@@ -42,11 +42,7 @@ struct Row {
 
   long vocab_size, num_blocks, num_chunks;
   int num_workers;
-  const float* x;       // logits that are sampled: raw or `copy`
-  float max;            // of x
-  float inverse_scale;  // log2(e) / temperature
-  float threshold;      // the draw keeps logits from here on
-  float least_weight;   // and of those, weights from here on (min-p)
+  const float* x;  // logits that are sampled: raw or `copy`; Filter::max is theirs
 };
 
 // ---- memory -------------------------------------------------------------------------------------
@@ -108,21 +104,6 @@ void for_chunks(const Row& r, F&& f) {
 }
 
 // ---- selection without sorting ------------------------------------------------------------------
-
-// Order-preserving bits; -0 and +0 are one value.
-inline uint32_t ordered_bits(float x) {
-  const float y = x + 0.0f;
-  uint32_t bits;
-  std::memcpy(&bits, &y, 4);
-  return bits ^ (bits >> 31 ? 0xffffffffu : 0x80000000u);
-}
-
-inline float from_ordered_bits(uint32_t key) {
-  const uint32_t bits = key ^ (key >> 31 ? 0x80000000u : 0xffffffffu);
-  float x;
-  std::memcpy(&x, &bits, 4);
-  return x;
-}
 
 // Puts x[0 .. n) with masses (1 each when null) behind the first `num` keys; returns how many there are then.
 long add_keys(Row& r, long num, const float* x, const uint64_t* mass, long n) {

@@ -8,6 +8,7 @@
 #include "tilestream/norm.h"
 #include "tilestream/quantise.h"
 #include "tilestream/sample.h"
+#include "tilestream/shard_draw.h"
 
 #define TILESTREAM_CUDA_OPS(X)                 \
   X(attention, AttentionParams)                \
@@ -20,4 +21,7 @@
   X(rms_norm, RmsNormParams)                   \
   X(act_and_mul, ActAndMulParams)              \
   X(allreduce_rmsnorm, AllReduceRmsNormParams) \
-  X(sample, SampleParams)
+  X(sample, SampleParams)                      \
+  X(shard_histogram, ShardDrawParams)          \
+  X(shard_masses, ShardDrawParams)             \
+  X(shard_draw, ShardDrawParams)

@@ -1,4 +1,5 @@
-// Part of sample.cu: filters and the draw of one row, by one block of 1,024 threads.
+// Part of sample.cu, and of shard_draw.cu (the search of a chunk): filters and the draw of one row, by one block
+// of 1,024 threads.
 //
 // What they look at is either the row's list of candidates in shared memory, or, where that does not reach,
 // the row itself in L2. All of them are searches for the key at which masses reach a sum (common/select.cuh).
@@ -196,8 +197,7 @@ __device__ __forceinline__ int64_t find_id(DrawStorage& s, const Logits& logits,
 }
 
 // The chunk in which the draw falls, given the mass of this thread's, and what of the draw is left in it.
-__device__ __forceinline__ void find_chunk(DrawStorage& s, Mass mass, const Scan& scan, uint64_t random) {
-  const Mass target = __umul64hi(random, scan.total);
+__device__ __forceinline__ void find_chunk(DrawStorage& s, Mass mass, const Scan& scan, Mass target) {
   if (scan.below <= target && target < scan.below + mass)
     s.chunk = int(threadIdx.x), s.left = target - scan.below;
   __syncthreads();
@@ -233,7 +233,8 @@ __device__ __forceinline__ int64_t draw_kept(DrawStorage& s, const Logits& logit
   }
   __syncthreads();
   const Mass mass = int(threadIdx.x) < num_chunks ? s.chunk_mass[threadIdx.x] : 0;
-  find_chunk(s, mass, block_scan(s.select, mass), row.random);
+  const Scan scan = block_scan(s.select, mass);
+  find_chunk(s, mass, scan, __umul64hi(row.random, scan.total));
   return find_id(s, chunk_of(logits.x, logits.num, s.chunk), s.left + 1, mass_of);
 }
 
@@ -242,7 +243,7 @@ __device__ __forceinline__ int64_t draw_kept(DrawStorage& s, const Logits& logit
 __device__ __forceinline__ int64_t draw_unfiltered(DrawStorage& s, const ChunkRecord& record, Mass mass,
                                                    const Scan& scan, float scale, const float* x,
                                                    const Row& row) {
-  find_chunk(s, mass, scan, row.random);
+  find_chunk(s, mass, scan, __umul64hi(row.random, scan.total));
   if (int(threadIdx.x) == s.chunk) {
     s.left = min(Mass(double(s.left) / double(scale)), record.mass - 1);
     s.largest = logit_of(record.best);

@@ -1,5 +1,6 @@
-// Part of sample.cu: the pass over the logits. Each is read once, into registers, and all that is said of a
-// chunk of 1,024 comes from there: its maximum, its sums, its candidates for the filters.
+// Part of sample.cu, and of shard_draw.cu (chunks, weights): the pass over the logits. Each is read once, into
+// registers, and all that is said of a chunk of 1,024 comes from there: its maximum, its sums, its candidates
+// for the filters.
 //
 // A warp takes a chunk, a lane 8 vectors of 4 of it; a block takes 8 chunks that are num_blocks apart, since
 // likely tokens tend to be neighbours. At 64 registers 4 blocks share an SM: 128 KB of loads in flight.
@@ -48,6 +49,11 @@ struct Scratch {
 
 // ---- what a row asks for --------------------------------------------------------------------------
 
+// Kept away from 0 and infinity, whose products with the other are NaN.
+__device__ __forceinline__ float inverse_scale_of(float temperature) {
+  return fminf(fmaxf(kLog2E / temperature, kFloatMin), kFloatMax / 64.0f);
+}
+
 struct Rule {
   int top_k;  // 0: off
   float top_p, min_p;
@@ -60,8 +66,7 @@ struct Rule {
     top_k = k < p.vocab_size ? k : 0, top_p = p.top_p[b], min_p = p.min_p[b];
     greedy = temperature == 0.0f || k == 1;
     filtered = top_k > 0 || top_p < 1.0f || min_p > 0.0f;
-    // Kept away from 0 and infinity, whose products with the other are NaN.
-    inverse_scale = fminf(fmaxf(kLog2E / temperature, kFloatMin), kFloatMax / 64.0f);
+    inverse_scale = inverse_scale_of(temperature);
     penalties =
         p.repetition_penalty != nullptr && p.history_indptr[b + 1] > p.history_indptr[b] &&
         (p.repetition_penalty[b] != 1.0f || p.presence_penalty[b] != 0.0f || p.frequency_penalty[b] != 0.0f);

@@ -94,7 +94,8 @@ class FirstRunner(FakeRunner):
 
     exchange = Exchange()
 
-    def launch(self, plan: StepPlan) -> SampledTokens:
+    def launch(self, plan: StepPlan, draws: Any) -> SampledTokens:
+        assert draws == [item.samples for item in plan.scheduled]
         sampled = super().launch(plan)
         self.exchange.compare(ends(plan, self.kv, self.config.page_size), sampled.token_ids)
         return sampled

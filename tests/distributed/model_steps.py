@@ -91,8 +91,9 @@ class TellingRunner(ModelRunner):
         items = [
             (item.request.token_ids, item.request.pages, item.start, item.num_new_tokens, item.samples) for item in plan.scheduled
         ]
-        self.member.from_first((items, plan.prefix_groups, draw_plan(plan)))
-        return super().launch(plan)
+        draws = draw_plan(plan)
+        self.member.from_first((items, plan.prefix_groups, draws))
+        return super().launch(plan, draws)
 
 
 def answers(member: Member | None, load: Load, prompts: list[list[int]], params: list[SamplingParams]) -> list | None:

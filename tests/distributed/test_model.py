@@ -91,11 +91,12 @@ def test_odd_sizes(world_size: int, ranks: Ranks, hf_model) -> None:
 
 
 def draws(seed: int) -> list[SamplingParams]:
-    """Of every kind: from few candidates, from whole rows, and what only rank 0 knows of."""
+    """Of every kind: from few candidates, from masses, from whole rows, and what only rank 0 knows of."""
     kinds = [
         {"top_k": 20}, {"top_k": 5, "top_p": 0.8}, {"top_k": 300}, {"top_p": 0.9}, {"temperature": 0.0, "logprobs": 3},
         {"top_k": 50, "frequency_penalty": 0.5}, {"temperature": 0.0}, {"top_k": 9, "logprobs": 0, "prompt_logprobs": 2},
         {"temperature": 0.0, "logit_bias": ((7, 5.0),), "min_tokens": 3}, {"top_k": 256, "min_p": 0.01},
+        {}, {"temperature": 0.6, "min_p": 0.02}, {"temperature": 1.5, "top_p": 0.7, "min_p": 0.001},
     ]  # fmt: skip
     return [SamplingParams(**{"temperature": 1.0, "max_tokens": 10, "seed": seed + i} | kind) for i, kind in enumerate(kinds)]
 

@@ -101,6 +101,9 @@ STEMS = {
     "gelu_tanh_and_mul": ("activation", "activation", "activation"),
     "gelu_tanh_and_mul_quant": ("activation", "activation", "quantise"),
     "sample": ("sample", "sample", "sample"),
+    "shard_histogram": ("shard_draw", "shard_draw", "shard_draw"),
+    "shard_masses": ("shard_draw", "shard_draw", "shard_draw"),
+    "shard_draw": ("shard_draw", "shard_draw", "shard_draw"),
     "allreduce_rmsnorm": ("allreduce", "norm", "allreduce"),
 }
 

@@ -16,7 +16,7 @@ class TensorParallelRunner:
     """See Runner. An error in the middle of a step leaves the ranks waiting for each other: it is the end of all of them.
 
     Args:
-        runner: of this rank's part.
+        runner: of this rank's part; its launch() takes the draws too.
         ranks: the others, which have built theirs.
         draws: what the others need to know for their part of the draw.
     """
@@ -31,7 +31,7 @@ class TensorParallelRunner:
         draws = self._draws(plan)
         with self._for_all():
             self._ranks.send(self._steps.write(plan, draws))
-            return self._runner.launch(plan)
+            return self._runner.launch(plan, draws)
 
     def collect(self, launched: Any) -> SampledTokens:
         with self._for_all():

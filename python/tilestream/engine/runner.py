@@ -17,7 +17,6 @@ from tilestream.engine.sampling_shards import (
     SCORED_ROWS,
     DrawPlan,
     VocabularyShards,
-    draw_plan,
     sample_candidates,
     scored_chunks,
 )
@@ -71,11 +70,12 @@ class ModelRunner:
             for _ in range(m.num_layers)
         ]
         self.batch = BatchBuilder.of(model, config, kv_dtype)
-        self.sampling, self.few_sampling = SamplingBuilder(placement.device), SamplingBuilder(placement.device)
+        self.sampling = SamplingBuilder(placement.device)
         self.communicator, self.shards = model.communicator, None
         self.split_rule: SplitRule | None = None  # which steps run in two halves
         if self.communicator is not None:
             self.shards = VocabularyShards(self.communicator, model.shard.vocabularies)
+            self.few_sampling, self.parted_sampling = SamplingBuilder(placement.device), SamplingBuilder(placement.device)
             self.halves = [BatchBuilder.of(model, config, kv_dtype, num_taken_sms=COMMUNICATION_BLOCKS) for _ in range(2)]
             for half in self.halves:
                 half.pads = False  # no graph holds a half, and padding would stand between rows of logits
@@ -87,8 +87,13 @@ class ModelRunner:
         self._drawn = torch.zeros(1, dtype=torch.int64, device=placement.device)  # by the step launched last
 
     @torch.inference_mode()
-    def launch(self, plan: StepPlan) -> LaunchedStep:
-        """Start one step: it computes its tokens' KV, and draws a token for each request that is up to date."""
+    def launch(self, plan: StepPlan, draws: DrawPlan | None = None) -> LaunchedStep:
+        """Start one step: it computes its tokens' KV, and draws a token for each request that is up to date.
+
+        Args:
+            plan: the step.
+            draws: draw_plan() of it, which the other ranks have too; None: there are none.
+        """
         logits = self._forward(plan)
         requests = [item.request for item in plan.scheduled if item.samples]
         drawn = ()
@@ -97,7 +102,7 @@ class ModelRunner:
             if self.shards is None:
                 drawn = self._draw(logits, requests)
             else:
-                drawn = self._draw_of_shards(logits, requests, draw_plan(plan))
+                drawn = self._draw_of_shards(logits, draws, requests)
             self._drawn = drawn[0]
         scores, scored = self._score_prompts(plan)  # after the draw: it overwrites the logits
         return _to_host(drawn + scored, scores, self.model.placement.device)
@@ -111,11 +116,8 @@ class ModelRunner:
             draws: draw_plan() of it, from rank 0, which knows the requests.
         """
         logits = self._forward(plan)
-        num_rows = len(draws.few) + len(draws.whole)
-        if num_rows:
-            self._gather(logits[:num_rows], draws)
-            if self.overlaps:
-                self._drawn = self.shards.of_rank_0(torch.zeros(num_rows, dtype=torch.int64, device=logits.device))
+        if draws.num_rows:
+            (self._drawn,) = self._draw_of_shards(logits[: draws.num_rows], draws, None)
         for first_row, num in draws.scored:
             self._logits_of(first_row, num)
         self.communicator.check()
@@ -148,30 +150,37 @@ class ModelRunner:
         logits = self.model.logits_of(rows)
         return logits if self.shards is None else self.shards.whole(logits)
 
-    def _gather(self, logits: torch.Tensor, draws: DrawPlan) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """What rank 0 needs of the others' logits: candidates of the rows that are drawn from few, and other rows whole."""
-        few = whole = None
+    def _draw_of_shards(
+        self, logits: torch.Tensor, draws: DrawPlan, requests: list[Request] | None
+    ) -> tuple[torch.Tensor, ...]:
+        """This rank's part of the draws; of the tensors of _draw() the first, the tokens, may be known on rank 0 only.
+
+        Args:
+            logits: [num_rows, this rank's tokens].
+            requests: of the rows; None on all ranks but 0.
+        """
+
+        def of(rows: tuple[int, ...]) -> list[Request]:
+            return [requests[row] for row in rows]
+
+        tokens = torch.full((draws.num_rows,), -1, dtype=torch.int64, device=logits.device)
+        reported = ()
         if draws.few:
-            few = self.shards.candidates(_rows(logits, draws.few), draws.num_candidates)
+            keys = self.shards.candidates(_rows(logits, draws.few), draws.num_candidates)
+            if keys is not None:
+                _put(tokens, draws.few, sample_candidates(keys, self.few_sampling.build(of(draws.few))))
+        if draws.parted:
+            s = self.parted_sampling.build(of(draws.parted)) if requests is not None else None
+            _put(tokens, draws.parted, self.shards.drawn(_rows(logits, draws.parted), s, draws.num_top_p))
         if draws.whole:
             whole = self.shards.whole(_rows(logits, draws.whole))
-        return few, whole
-
-    def _draw_of_shards(
-        self, logits: torch.Tensor, requests: list[Request], draws: DrawPlan
-    ) -> tuple[torch.Tensor, ...]:
-        few, whole = self._gather(logits, draws)
-        drawn = ()
-        if whole is not None:
-            drawn = self._draw(whole, [requests[row] for row in draws.whole])
-            drawn = tuple(_spread(tensor, draws.whole, len(requests)) for tensor in drawn)
-        if few is not None:
-            tokens = sample_candidates(few, self.few_sampling.build([requests[row] for row in draws.few]))
-            tokens = _spread(tokens, draws.few, len(requests))
-            drawn = (tokens + drawn[0], *drawn[1:]) if drawn else (tokens,)  # each has zeros where the other has rows
-        if self.overlaps:  # every rank has to know what the next step begins with
-            self.shards.of_rank_0(drawn[0])
-        return drawn
+            if whole is not None:
+                drawn, *reported = self._draw(whole, of(draws.whole))
+                _put(tokens, draws.whole, drawn)
+                reported = tuple(_spread(tensor, draws.whole, draws.num_rows) for tensor in reported)
+        if draws.parted or self.overlaps:  # every rank has to know what the next step begins with
+            tokens = self.shards.agreed(tokens)
+        return tokens, *reported
 
     def _draw(self, logits: torch.Tensor, requests: list[Request]) -> tuple[torch.Tensor, ...]:
         edited = [(row, request) for row, request in enumerate(requests) if request.edits_logits]
@@ -260,13 +269,15 @@ class ModelRunner:
 
 
 def _rows(logits: torch.Tensor, rows: tuple[int, ...]) -> torch.Tensor:
-    return logits if len(rows) == logits.size(0) else logits[_indices(rows, logits)]
+    return logits if rows == tuple(range(logits.size(0))) else logits[_indices(rows, logits)]
+
+
+def _put(tokens: torch.Tensor, rows: tuple[int, ...], values: torch.Tensor) -> None:
+    tokens[_indices(rows, tokens)] = values
 
 
 def _spread(tensor: torch.Tensor, rows: tuple[int, ...], num_rows: int) -> torch.Tensor:
     """[num_rows, ...] with these rows, and zeros elsewhere."""
-    if len(rows) == num_rows:
-        return tensor
     spread = tensor.new_zeros(num_rows, *tensor.shape[1:])
     spread[_indices(rows, tensor)] = tensor
     return spread

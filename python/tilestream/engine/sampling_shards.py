@@ -1,7 +1,14 @@
-"""Draws where ranks have the logits of different tokens: few candidates of a row cross, and whole rows where that is not enough.
+"""Draws where ranks have the logits of different tokens. What of a row crosses depends on its request:
 
-The largest logit of a row is among the ranks' largest ones, the k largest among their k largest each. So tilestream.ops.sample
-draws from those candidates what it would have drawn from the row, bit for bit: masses are exact sums, in the order of token ids.
+    candidates   greedy and small top_k: the largest logit of a row is among the ranks' largest ones, the k largest among their
+                 k largest each, and tilestream.ops.sample draws from those what it would have drawn from the row
+    masses       temperature, top_p, min_p: sums of probability masses. For top_p four rounds find the threshold, 8 bits of it a
+                 round; then each rank's kept mass says in whose part the draw falls, and that rank draws
+                 (csrc/include/tilestream/shard_draw.h)
+    whole rows   everything else: rank 0 gets the logits, and samples
+
+Masses are fixed point, so sums of parts are exact: on a CPU all three give the token of one rank, bit for bit. What every rank
+does follows from the plan alone: nothing waits for what a GPU has computed.
 """
 
 from __future__ import annotations
@@ -16,12 +23,14 @@ from torch.nn.functional import pad
 from tilestream.engine.batch import SamplingInputs
 from tilestream.engine.request import Request
 from tilestream.engine.step_plan import StepPlan
-from tilestream.ops import sample
+from tilestream.ops import ShardRows, sample, shard_draw, shard_histogram, shard_masses
+from tilestream.ops.shard_draw import HISTOGRAM_BINS, HISTOGRAM_ROUNDS
+from tilestream.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from tilestream.distributed.communicator import Communicator
 
-MOST_CANDIDATES = 256  # of a rank and row; beyond it, and without top_k, rows are gathered whole
+MOST_CANDIDATES = 256  # of a rank and row; beyond it, rows are gathered whole
 SCORED_ROWS = 32  # prompt tokens whose logits are held at a time: 4 to 20 MB
 _BLOCK = 32  # logits that are looked at by their largest first
 _ID_BITS = (1 << 31) - 1
@@ -62,35 +71,54 @@ class DrawPlan:
     Args:
         few: rows, among those that are sampled, whose largest logits are enough for a draw.
         num_candidates: how many of them each rank gives.
+        parted: rows that the ranks draw from where their logits are; those with top_p first.
+        num_top_p: how many these are.
         whole: the other rows that are sampled: rank 0 gets all of their logits.
         scored: (first row, number of rows) of the step's tokens that rank 0 then scores, in turn.
     """
 
     few: tuple[int, ...]
     num_candidates: int
+    parted: tuple[int, ...]
+    num_top_p: int
     whole: tuple[int, ...]
     scored: tuple[tuple[int, int], ...]
+
+    @property
+    def num_rows(self) -> int:
+        """That are sampled."""
+        return len(self.few) + len(self.parted) + len(self.whole)
 
 
 def draw_plan(plan: StepPlan) -> DrawPlan:
     """The draws of a step."""
-    needed = [_num_candidates(item.request) for item in plan.scheduled if item.samples]
+    few, with_top_p, others, whole, num_candidates = [], [], [], [], 0
+    for row, request in enumerate(item.request for item in plan.scheduled if item.samples):
+        params = request.params
+        if request.edits_logits or params.has_penalties or params.logprobs is not None:
+            whole.append(row)
+        elif num := _num_candidates(params):
+            few.append(row)
+            num_candidates = max(num_candidates, num)
+        elif params.top_k > 0:
+            whole.append(row)
+        else:
+            (with_top_p if params.top_p < 1.0 else others).append(row)
     return DrawPlan(
-        few=tuple(row for row, num in enumerate(needed) if num),
-        num_candidates=max(needed, default=0),
-        whole=tuple(row for row, num in enumerate(needed) if not num),
+        few=tuple(few),
+        num_candidates=num_candidates,
+        parted=(*with_top_p, *others),
+        num_top_p=len(with_top_p),
+        whole=tuple(whole),
         scored=tuple((chunk.first_row, chunk.num_rows) for chunk in scored_chunks(plan)),
     )
 
 
-def _num_candidates(request: Request) -> int:
-    """How many of a row's largest logits a draw can depend on; 0: all of them."""
-    params = request.params
-    if request.edits_logits or params.has_penalties or params.logprobs is not None:
-        return 0
+def _num_candidates(params: SamplingParams) -> int:
+    """How many of a row's largest logits a draw can depend on; 0: more than it pays to collect."""
     if params.temperature == 0.0:
         return 1
-    return params.top_k if 0 < params.top_k <= MOST_CANDIDATES else 0
+    return params.top_k if params.top_k <= MOST_CANDIDATES else 0
 
 
 class VocabularyShards:
@@ -98,7 +126,7 @@ class VocabularyShards:
 
     Args:
         communicator: of the ranks; all of them make the same calls.
-        vocabularies: tokens of each rank.
+        vocabularies: tokens of each rank, in order.
     """
 
     def __init__(self, communicator: Communicator, vocabularies: Sequence[range]) -> None:
@@ -130,6 +158,39 @@ class VocabularyShards:
         gathered = gathered.transpose(0, 1).flatten(1)
         return gathered.gather(1, _ids(gathered).argsort(1))
 
+    def drawn(self, logits: torch.Tensor, s: SamplingInputs | None, num_top_p: int) -> torch.Tensor:
+        """Draws from all ranks' logits as tilestream.ops.sample does: [num_rows], the tokens of the rows whose draw falls into
+        this rank's part, -1 in others.
+
+        Args:
+            logits: [num_rows, this rank's tokens], float32.
+            s: rank 0's parameters of the rows, of which top_k and penalties are off; None on other ranks.
+            num_top_p: rows, the first ones, that have a top_p.
+        """
+        communicator = self._communicator
+        rows = self._shared(logits.amax(1), s)  # NaN where a logit is
+        histograms = torch.empty(HISTOGRAM_ROUNDS, num_top_p, HISTOGRAM_BINS, dtype=torch.int64, device=logits.device)
+        for i in range(HISTOGRAM_ROUNDS if num_top_p else 0):
+            histogram = shard_histogram(logits, rows, histograms[:i])
+            torch.sum(communicator.all_gather(histogram), 0, out=histograms[i])
+        chunk_masses = shard_masses(logits, rows, histograms)
+        masses = communicator.all_gather(chunk_masses.sum(1))
+        return shard_draw(
+            logits, rows, histograms, chunk_masses, masses, rank=communicator.rank, first_id=self._first_id
+        )
+
+    def _shared(self, maxima: torch.Tensor, s: SamplingInputs | None) -> ShardRows:
+        """Rank 0's parameters, and the largest of all ranks' maxima, on every rank."""
+        message = torch.zeros(8, maxima.size(0), dtype=torch.int32, device=maxima.device)
+        floats, integers = message[:4].view(torch.float32), message[4:].view(-1).view(torch.int64).view(2, -1)
+        floats[0] = maxima
+        if s is not None:
+            torch.stack([s.temperature, s.top_p, s.min_p], out=floats[1:])
+            torch.stack([s.seeds, s.positions], out=integers)
+        gathered = self._communicator.all_gather(message)
+        floats, integers = gathered[0, 1:4].view(torch.float32), gathered[0, 4:].view(-1).view(torch.int64).view(2, -1)
+        return ShardRows(gathered[:, 0].view(torch.float32).amax(0), *floats, *integers)
+
     def whole(self, logits: torch.Tensor) -> torch.Tensor | None:
         """On rank 0 the rows of all tokens, [num_rows, vocab_size]. None on others.
 
@@ -142,9 +203,13 @@ class VocabularyShards:
         parts = [part[:, : len(ids)] for part, ids in zip(gathered, self._vocabularies, strict=True)]
         return torch.cat(parts, 1)
 
-    def of_rank_0(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Rank 0's tensor, on all of them; others give one of the same shape."""
-        return self._communicator.all_gather(tokens)[0]
+    def agreed(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The tokens of all ranks' rows, on every rank.
+
+        Args:
+            tokens: [num_rows], int64; -1 in rows that are another rank's to draw, or that nobody can draw.
+        """
+        return self._communicator.all_gather(tokens).amax(0)
 
 
 def sample_candidates(keys: torch.Tensor, s: SamplingInputs) -> torch.Tensor:

@@ -22,6 +22,7 @@ from tilestream.ops.norm import fused_add_rms_norm, fused_add_rms_norm_quant, rm
 from tilestream.ops.plan import AttentionPlan, AttentionPlanner
 from tilestream.ops.quantise import QuantisedRows, quantise
 from tilestream.ops.sample import Penalties, SampleOutput, sample
+from tilestream.ops.shard_draw import ShardRows, shard_draw, shard_histogram, shard_masses
 
 __all__ = [
     "AttentionPlan",
@@ -34,6 +35,7 @@ __all__ = [
     "Penalties",
     "QuantisedRows",
     "SampleOutput",
+    "ShardRows",
     "allreduce_rmsnorm",
     "append_kv",
     "attention",
@@ -51,6 +53,9 @@ __all__ = [
     "rank_table",
     "rms_norm",
     "sample",
+    "shard_draw",
+    "shard_histogram",
+    "shard_masses",
     "silu_and_mul",
     "silu_and_mul_quant",
 ]

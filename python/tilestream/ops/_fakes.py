@@ -23,6 +23,9 @@ OPS = (
     "gelu_tanh_and_mul_quant",
     "quantise",
     "sample",
+    "shard_histogram",
+    "shard_masses",
+    "shard_draw",
     "allreduce_rmsnorm",
 )
 
