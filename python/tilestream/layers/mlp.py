@@ -17,7 +17,8 @@ class GatedMlp:
     """down(act(gate(x)) * up(x)).
 
     Args:
-        gate_up: [2 * intermediate, hidden], gate's rows first.
+        gate_up: [2 * intermediate, hidden]: with a gate of its own, rows that alternate between gate and up; without, gate's
+            rows first.
         down: [hidden, intermediate].
         activation: "silu" or "gelu_tanh".
     """
@@ -26,6 +27,7 @@ class GatedMlp:
         self.gate_up, self.down = gate_up, down
         self._act = getattr(torch.ops.tilestream, activation + "_and_mul").default
         self._act_quant = getattr(torch.ops.tilestream, activation + "_and_mul_quant").default
+        self._quantise = torch.ops.tilestream.quantise.default
 
     def __call__(self, x: torch.Tensor | QuantisedRows, buf: Scratch) -> None:
         """Writes the MLP's output for x, the normalised rows, into buf.x, buf.mlp_rows rows at a time."""
@@ -33,11 +35,22 @@ class GatedMlp:
         for begin in range(0, num_tokens, step):
             rows = slice(begin, min(begin + step, num_tokens))
             part = slice(0, rows.stop - begin)
-            self.gate_up(x[rows], buf.gate_up[part])
-            if buf.act_int8 is not None and self.down.takes_int8:
-                act = buf.act_int8.with_k4(self.down.k4)[part]
-                self._act_quant(buf.gate_up[part], act.q, act.scale, act.sum)
-                self.down(act, buf.x[rows])
-            else:
-                self._act(buf.gate_up[part], buf.act[part])
-                self.down(buf.act[part], buf.x[rows])
+            self.down(self._inner(x[rows], buf, part), buf.x[rows])
+
+    def _inner(self, x: torch.Tensor | QuantisedRows, buf: Scratch, part: slice) -> torch.Tensor | QuantisedRows:
+        """act(gate(x)) * up(x), as `down` takes it, in those rows of a buffer."""
+        act, int8 = buf.act[part], None
+        if buf.act_int8 is not None and self.down.takes_int8:
+            int8 = buf.act_int8.with_k4(self.down.k4)[part]
+        if self.gate_up.gate is not None:
+            self.gate_up(x, act)
+            if int8 is None or self.down.k4 == 0:
+                return act  # quantised in down's own launch
+            self._quantise(act, int8.q, int8.scale, int8.sum)
+            return int8
+        self.gate_up(x, buf.gate_up[part])
+        if int8 is None:
+            self._act(buf.gate_up[part], act)
+            return act
+        self._act_quant(buf.gate_up[part], int8.q, int8.scale, int8.sum)
+        return int8

@@ -83,7 +83,7 @@ def _build_layer(
         key_rounding=weights.key_rounding(prefix + "attn_k", config.num_kv_heads, config.head_dim, heads=shard.kv_heads),
     )
     mlp = GatedMlp(
-        weights.stacked([prefix + "ffn_gate", prefix + "ffn_up"], [inner, inner], hidden, rows=[shard.columns] * 2),
+        weights.gated([prefix + "ffn_gate", prefix + "ffn_up"], inner, hidden, config.activation, rows=shard.columns),
         weights.linear(prefix + "ffn_down", hidden, inner, columns=shard.columns),
         config.activation,
     )
