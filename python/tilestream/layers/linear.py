@@ -35,15 +35,19 @@ class Linear:
         self._data, self._format = weight.data, int(weight.format)
         self._op, self._quant_op = torch.ops.tilestream.linear.default, torch.ops.tilestream.linear_quant.default
 
-    def __call__(self, x: torch.Tensor | QuantisedRows, out: torch.Tensor) -> None:
-        """Writes [num_tokens, n] into `out` from x [num_tokens, k], integers where `takes_int8`; rows may be strided."""
+    def __call__(self, x: torch.Tensor | QuantisedRows, out: torch.Tensor, residual: torch.Tensor | None = None) -> None:
+        """Writes [num_tokens, n] into `out` from x [num_tokens, k], integers where `takes_int8`; rows may be strided.
+
+        residual: as `out`, which it may be; added.
+        """
         n, format, gate = self.weight.n, self._format, self.gate
         if isinstance(x, QuantisedRows):
-            self._quant_op(x.q, x.scale, x.sum, self._data, self.bias, out, n=n, format=format, gate=gate)
+            self._quant_op(x.q, x.scale, x.sum, self._data, self.bias, out, n=n, format=format, gate=gate, residual=residual)
         elif self.weight.format.is_row_major:
-            linear(x, self.weight, self.bias, out=out, kernel=self._kernel, gate=gate)
+            linear(x, self.weight, self.bias, out=out, kernel=self._kernel, gate=gate, residual=residual)
         else:
-            self._op(x, self._data, self.bias, out, n=n, format=format, act_bits=self._act_bits, gate=gate)
+            act_bits = self._act_bits
+            self._op(x, self._data, self.bias, out, n=n, format=format, act_bits=act_bits, gate=gate, residual=residual)
 
 
 class StackedLinear:

@@ -30,12 +30,13 @@ class GatedMlp:
         self._quantise = torch.ops.tilestream.quantise.default
 
     def __call__(self, x: torch.Tensor | QuantisedRows, buf: Scratch) -> None:
-        """Writes the MLP's output for x, the normalised rows, into buf.x, buf.mlp_rows rows at a time."""
-        num_tokens, step = buf.x.size(0), buf.mlp_rows
+        """Writes the MLP's output for x, the normalised rows, into buf.branch, buf.mlp_rows rows at a time."""
+        (out, residual), step = buf.branch, buf.mlp_rows
+        num_tokens = out.size(0)
         for begin in range(0, num_tokens, step):
             rows = slice(begin, min(begin + step, num_tokens))
             part = slice(0, rows.stop - begin)
-            self.down(self._inner(x[rows], buf, part), buf.x[rows])
+            self.down(self._inner(x[rows], buf, part), out[rows], None if residual is None else residual[rows])
 
     def _inner(self, x: torch.Tensor | QuantisedRows, buf: Scratch, part: slice) -> torch.Tensor | QuantisedRows:
         """act(gate(x)) * up(x), as `down` takes it, in those rows of a buffer."""

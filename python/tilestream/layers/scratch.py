@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from tilestream.models.config import ModelConfig
 
 # Rows that go through an MLP together on a CPU: what it writes in between, its widest buffers, then stays in L2.
-_CPU_MLP_ROWS = 128
+CPU_MLP_ROWS = 128
 _ALIGNMENT_BYTES = 64
 
 
@@ -50,6 +50,7 @@ class Scratch:
     Args:
         shared: memory for x and x_int8, which all ranks see; its layout is the same on all of them.
         base: memory for the others.
+        branches_add: attention and MLP add to the residual stream themselves.
     Attributes:
         x, residual: [num_tokens, hidden].
         qkv: [num_tokens, qo_size + 2 * kv_size]; q, k, v are its [num_tokens, heads, head_dim] views.
@@ -58,15 +59,23 @@ class Scratch:
         gate_up, act: [mlp_rows, 2 * intermediate] and [mlp_rows, intermediate].
         x_int8, heads_int8, act_int8: as x, heads_flat and act, for the linears that take integers; None where the width is no
             multiple of 32.
+        branch: what attention and MLP write to, and what they add: (x, None) or (residual, residual).
         channel: of the communicator, for its norms.
         num_shared_bytes, num_bytes: of all of them, in either memory.
     """
 
     def __init__(
-        self, config: ModelConfig, placement: Placement, shared: torch.Tensor, base: torch.Tensor, num_tokens: int
+        self,
+        config: ModelConfig,
+        placement: Placement,
+        shared: torch.Tensor,
+        base: torch.Tensor,
+        num_tokens: int,
+        *,
+        branches_add: bool = False,
     ) -> None:
         seen, own, dtype = _Memory(shared), _Memory(base), placement.dtype
-        most_rows = _CPU_MLP_ROWS if placement.device.type == "cpu" else num_tokens
+        most_rows = CPU_MLP_ROWS if placement.device.type == "cpu" else num_tokens
         self.mlp_rows = -(-num_tokens // -(-num_tokens // most_rows))
         self.x = seen.take(num_tokens, config.hidden_size, dtype)
         self.x_int8 = seen.take_int8(num_tokens, config.hidden_size)
@@ -77,6 +86,7 @@ class Scratch:
         self.act = own.take(self.mlp_rows, config.intermediate_size, dtype)
         self.heads_int8 = own.take_int8(num_tokens, config.qo_size)
         self.act_int8 = own.take_int8(self.mlp_rows, config.intermediate_size)
+        self.branch = (self.residual, self.residual) if branches_add else (self.x, None)
         self.channel = 0
         self.num_shared_bytes, self.num_bytes = seen.num_bytes, own.num_bytes
         head_dim, qo, kv = config.head_dim, config.qo_size, config.kv_size
@@ -91,6 +101,7 @@ class Scratch:
         for name in ("x", "residual", "qkv", "q", "k", "v", "heads", "heads_flat", "x_int8", "heads_int8"):
             rows = getattr(self, name)
             setattr(part, name, None if rows is None else rows[begin:end])
+        part.branch = (part.x, None)  # only ranks have parts, and they add in their norms
         part.mlp_rows, part.channel = min(self.mlp_rows, end - begin), channel
         return part
 
@@ -107,10 +118,18 @@ class ScratchPool:
 
     Args:
         communicator: gives the memory that all ranks see; None: there is one rank.
+        branches_add: see Scratch.
     """
 
-    def __init__(self, config: ModelConfig, placement: Placement, communicator: Communicator | None = None) -> None:
-        self._config, self._placement = config, placement
+    def __init__(
+        self,
+        config: ModelConfig,
+        placement: Placement,
+        communicator: Communicator | None = None,
+        *,
+        branches_add: bool = False,
+    ) -> None:
+        self._config, self._placement, self._branches_add = config, placement, branches_add
         self._empty_shared = self._empty if communicator is None else communicator.empty
         self._shared = self._base = self._empty(0)
         self._views: dict[int, Scratch] = {}
@@ -125,7 +144,7 @@ class ScratchPool:
             if self._base.numel() < num_bytes:
                 self._base = self._empty(num_bytes)
                 self._views.clear()
-            views = Scratch(self._config, self._placement, self._shared, self._base, num_tokens)
+            views = Scratch(self._config, self._placement, self._shared, self._base, num_tokens, branches_add=self._branches_add)
             self._views[num_tokens] = views
         return views
 
