@@ -116,7 +116,8 @@ class LlamaModel:
         self._ropes, self._rope_rows = list(ropes), 0
         self.embedding, self.layers, self.norm, self.lm_head = embedding, list(layers), norm, lm_head
         self._branches_add = norm.has_sum
-        self._scratch = ScratchPool(config, placement, communicator, branches_add=norm.has_sum)
+        has_gate_up = any(layer.mlp.gate_up.gate is None for layer in layers)
+        self._scratch = ScratchPool(config, placement, communicator, branches_add=norm.has_sum, has_gate_up=has_gate_up)
         self._programs = LayerPrograms(placement.device)
         self._streams = TwoStreams(placement.device)
         self._replays = communicator is None or communicator.replays
