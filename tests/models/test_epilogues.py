@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,9 +12,13 @@ from gguf import GGMLQuantizationType as Type
 from tests.models.conftest import build_hf_model
 from tests.models.gguf_files import write_model
 from tests.models.helpers import PagedRunner
+from tilestream import ops
+from tilestream.layers.linear import Linear
+from tilestream.layers.mlp import GatedMlp
 from tilestream.models import build, load_model
 from tilestream.models.llama import LlamaModel
 from tilestream.models.weights import WeightLoader
+from tilestream.ops import PackedFormat, QuantisedRows
 
 PROMPTS = [list(range(2, 152)), [7, 5, 3]]  # of many rows, and of few
 
@@ -61,3 +66,19 @@ def test_gate_and_up_of_different_types_stay_apart(tmp_path: Path, monkeypatch: 
     fused, plain = load_both(path, monkeypatch)
     assert [part.weight.format.name for part in fused.layers[0].mlp.gate_up.parts] == ["U4G32S", "U8G32S"]
     assert_same_bits(fused, plain)
+
+
+@pytest.mark.parametrize("k4", [0, 128])
+def test_int4_channels_into_down(k4: int) -> None:
+    """Five rows, three at a time."""
+    hidden, inner, format = 64, 256, PackedFormat.U4G128S
+    gate, up, down = (torch.randint(16, shape, dtype=torch.uint8) for shape in ((inner, hidden), (inner, hidden), (hidden, inner)))
+    x, results = torch.randn(5, hidden), []
+    pack = lambda q: ops.pack_weight(q=q, scale=torch.full((q.size(0), -(-q.size(1) // 128)), 2.0**-5), format=format)  # noqa: E731
+    for rows, name in ((ops.interleave_gate_up(gate, up), "silu"), (torch.cat([gate, up]), None)):
+        mlp = GatedMlp(Linear(pack(rows), gate=name), Linear(pack(down), k4=k4), "silu")
+        out = torch.full((5, hidden), float("nan"))
+        mlp(ops.quantise(x), SimpleNamespace(
+            branch=(out, None), mlp_rows=3, gate_up=torch.empty(3, 2 * inner), act=torch.empty(3, inner), act_int8=QuantisedRows.empty(3, inner)))
+        results.append(out)
+    assert torch.equal(*results)

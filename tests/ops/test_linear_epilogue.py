@@ -251,6 +251,8 @@ def test_refusals() -> None:
     for arguments, message in (
         ({"gate": "relu"}, "gate is 'relu'; allowed: silu, gelu_tanh, or none"),
         ({"gate": "silu", "residual": torch.zeros(2, 2).bfloat16()}, "gate is 'silu' and a residual is given"),
+        ({"residual": torch.zeros(4).bfloat16()}, r"residual is \[4\] torch.bfloat16; it must be as out, \[2, 4\]"),
+        ({"residual": torch.zeros(2, 4)}, r"residual is \[2, 4\] torch.float32; it must be as out, .* torch.bfloat16"),
     ):
         with pytest.raises(ValueError, match=message):
             ops.linear(x, rows, kernel=LinearKernel.CUBLAS, **arguments)

@@ -40,18 +40,15 @@ class GatedMlp:
 
     def _inner(self, x: torch.Tensor | QuantisedRows, buf: Scratch, part: slice) -> torch.Tensor | QuantisedRows:
         """act(gate(x)) * up(x), as `down` takes it, in those rows of a buffer."""
-        act, int8 = buf.act[part], None
-        if buf.act_int8 is not None and self.down.takes_int8:
-            int8 = buf.act_int8.with_k4(self.down.k4)[part]
-        if self.gate_up.gate is not None:
-            self.gate_up(x, act)
-            if int8 is None or self.down.k4 == 0:
-                return act  # quantised in down's own launch
-            self._quantise(act, int8.q, int8.scale, int8.sum)
-            return int8
-        self.gate_up(x, buf.gate_up[part])
-        if int8 is None:
-            self._act(buf.gate_up[part], act)
+        act, is_gated = buf.act[part], self.gate_up.gate is not None
+        both = act if is_gated else buf.gate_up[part]
+        self.gate_up(x, both)
+        takes_int8 = buf.act_int8 is not None and self.down.takes_int8
+        if is_gated and not (takes_int8 and self.down.k4):
+            return act  # where down takes integers, all INT8, it quantises by itself
+        if not takes_int8:
+            self._act(both, act)
             return act
-        self._act_quant(buf.gate_up[part], int8.q, int8.scale, int8.sum)
+        int8 = buf.act_int8.with_k4(self.down.k4)[part]
+        (self._quantise if is_gated else self._act_quant)(both, int8.q, int8.scale, int8.sum)
         return int8

@@ -170,6 +170,9 @@ def _by_cublas(
     residual: torch.Tensor | None,
 ) -> torch.Tensor:
     """`linear` on a weight [n, k] by torch.mm. A gate takes two products, of every second row each, and an op of its own."""
+    if residual is not None and (residual.shape, residual.dtype) != (out.shape, out.dtype):
+        alike = f"residual is {list(residual.shape)} {residual.dtype}; it must be as out, {list(out.shape)} {out.dtype}"
+        raise ValueError(alike)
     if gate is None:
         if residual is None:
             torch.mm(x, weight.t(), out=out)
