@@ -65,6 +65,13 @@ void fused_add_rms_norm(const at::Tensor& x, const at::Tensor& residual, const a
   launch(x, cpu::rms_norm, cuda::rms_norm, p);
 }
 
+void rms_norm_quant(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& q, const at::Tensor& scale, const at::Tensor& sum, double eps) {
+  RmsNormParams p = norm_params(x, weight, eps);
+  TORCH_CHECK_VALUE(x.dim() == 2, "x has shape ", x.sizes(), "; it needs [num_tokens, hidden]");
+  p.quantised = check_quantised(q, scale, sum, x.size(0), x.size(1));
+  launch(x, cpu::rms_norm, cuda::rms_norm, p);
+}
+
 void fused_add_rms_norm_quant(const at::Tensor& x, const at::Tensor& residual, const at::Tensor& weight, const at::Tensor& q,
                               const at::Tensor& scale, const at::Tensor& sum, double eps) {
   RmsNormParams p = norm_params(x, weight, eps);
@@ -118,6 +125,7 @@ void quantise(const at::Tensor& x, const at::Tensor& q, const at::Tensor& scale,
 
 void implement(torch::Library& m) {
   impl<"rms_norm", rms_norm>(m);
+  impl<"rms_norm_quant", rms_norm_quant>(m);
   impl<"fused_add_rms_norm", fused_add_rms_norm>(m);
   impl<"fused_add_rms_norm_quant", fused_add_rms_norm_quant>(m);
   impl<"silu_and_mul", act_and_mul<Activation::kSilu>>(m);
@@ -131,6 +139,7 @@ void implement(torch::Library& m) {
 
 TORCH_LIBRARY_FRAGMENT(tilestream, m) {
   m.def("rms_norm(Tensor x, Tensor weight, Tensor(a!) out, *, float eps) -> ()");
+  m.def("rms_norm_quant(Tensor x, Tensor weight, Tensor(a!) q, Tensor(b!) scale, Tensor(c!) sum, *, float eps) -> ()");
   m.def("fused_add_rms_norm(Tensor(a!) x, Tensor(b!) residual, Tensor weight, *, float eps) -> ()");
   m.def("fused_add_rms_norm_quant(Tensor x, Tensor(a!) residual, Tensor weight, Tensor(b!) q, Tensor(c!) scale, Tensor(d!) sum, *, float eps) -> ()");
   m.def("silu_and_mul(Tensor x, Tensor(a!) out) -> ()");

@@ -94,6 +94,7 @@ STEMS = {
     "pack_gguf": ("pack_weight", None, "pack_gguf"),  # the reference is the gguf package
     "embedding": ("embedding", "linear", "linear"),
     "rms_norm": ("norm", "norm", "norm"),
+    "rms_norm_quant": ("norm", "norm", "quantise"),
     "fused_add_rms_norm": ("norm", "norm", "norm"),
     "fused_add_rms_norm_quant": ("norm", "norm", "quantise"),
     "silu_and_mul": ("activation", "activation", "activation"),

@@ -64,6 +64,7 @@ def test_int4_blocks(backend: testing.Backend, rows: int, k: int, k4: int, dtype
     got = ops.fused_add_rms_norm_quant(x[:, :k], residual, weight, eps=EPS, k4=k4)
     values = norm_reference.rms_norm(residual, weight, EPS)
     check_rows(got, values, 8 * testing.unit_roundoff(torch.float32) * float(values.abs().max()))
+    check_rows(ops.rms_norm_quant(residual, weight, eps=EPS, k4=k4), values, 8 * testing.unit_roundoff(torch.float32) * float(values.abs().max()))
 
 
 def test_int4_uses_all_of_its_sixteen_values(backend: testing.Backend) -> None:
@@ -91,6 +92,19 @@ def test_fused_add_rms_norm_quant(backend: testing.Backend, rows: int, k: int, d
     assert torch.equal(residual, plain_residual)
     values = norm_reference.rms_norm(residual, weight, EPS)
     check_rows(rows_out, values, 8 * testing.unit_roundoff(torch.float32) * float(values.abs().max()) if rows else 0.0)
+
+
+@each_dtype
+@pytest.mark.parametrize(("rows", "k"), SHAPES)
+def test_rms_norm_quant(backend: testing.Backend, rows: int, k: int, dtype: torch.dtype) -> None:
+    """As quantised after an addition of nothing, bit for bit."""
+    x, weight = testing.Guarded((rows, k), dtype, fill=torch.randn(rows, k)).tensor, 1 + 0.2 * torch.randn(k)
+    values = norm_reference.rms_norm(x, weight, EPS)
+    got = ops.rms_norm_quant(x, weight, eps=EPS)
+    check_rows(got, values, 8 * testing.unit_roundoff(torch.float32) * float(values.abs().max()) if rows else 0.0)
+    added = ops.fused_add_rms_norm_quant(x, torch.zeros(rows, k, dtype=dtype), weight, eps=EPS)
+    for part in ("q", "scale", "sum"):
+        assert torch.equal(getattr(got, part), getattr(added, part))
 
 
 @each_dtype
@@ -211,6 +225,7 @@ def test_opcheck() -> None:
     x, out = torch.randn(3, 64), QuantisedRows.empty(3, 64)
     rows = (out.q, out.scale, out.sum)
     torch.library.opcheck(op.quantise.default, (x, *rows))
+    torch.library.opcheck(op.rms_norm_quant.default, (x, torch.ones(64), *rows), {"eps": EPS})
     torch.library.opcheck(op.fused_add_rms_norm_quant.default, (x, torch.randn(3, 64), torch.ones(64), *rows), {"eps": EPS})
     for name in ("silu_and_mul_quant", "gelu_tanh_and_mul_quant"):
         torch.library.opcheck(getattr(op, name).default, (torch.randn(3, 128), *rows))

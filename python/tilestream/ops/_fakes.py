@@ -15,6 +15,7 @@ OPS = (
     "pack_weight",
     "embedding",
     "rms_norm",
+    "rms_norm_quant",
     "fused_add_rms_norm",
     "fused_add_rms_norm_quant",
     "silu_and_mul",

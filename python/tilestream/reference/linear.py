@@ -2,6 +2,8 @@
 
 import torch
 
+from tilestream.reference import activation
+
 SCALE_K = 128  # consecutive k that share an activation scale; the last of a row may be fewer
 
 
@@ -34,6 +36,19 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     """
     y = x.double() @ weight.double().T
     return y if bias is None else y + bias.double()
+
+
+def gated(y: torch.Tensor, gate: str) -> torch.Tensor:
+    """act(y[:, ::2]) * y[:, 1::2].
+
+    Args:
+        y: [m, 2n].
+        gate: "silu" or "gelu_tanh".
+    Returns:
+        [m, n], float64.
+    """
+    act = {"silu": activation.silu_and_mul, "gelu_tanh": activation.gelu_tanh_and_mul}[gate]
+    return act(torch.cat([y[:, ::2], y[:, 1::2]], -1))
 
 
 def quantise(x: torch.Tensor, k4: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
