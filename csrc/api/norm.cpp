@@ -113,13 +113,32 @@ void act_and_mul_quant(const at::Tensor& x, const at::Tensor& q, const at::Tenso
   launch(x, cpu::act_and_mul, cuda::act_and_mul, p);
 }
 
-void quantise(const at::Tensor& x, const at::Tensor& q, const at::Tensor& scale, const at::Tensor& sum) {
+QuantiseParams rows_params(const at::Tensor& x, bool hadamard) {
   check_tensor(x, "x", kFloatTypes, 2);
+  TORCH_CHECK_VALUE(!hadamard || x.size(1) % kScaleK == 0, "x has shape ", x.sizes(), "; with hadamard dimension 1 must be a multiple of ",
+                    kScaleK);
   QuantiseParams p{};
   p.x = x.const_data_ptr();
   p.rows = x.size(0), p.k = x.size(1), p.x_row_stride = x.stride(0);
-  p.x_dtype = dtype_of(x);
+  p.dtype = dtype_of(x);
+  p.hadamard = hadamard;
+  return p;
+}
+
+void quantise(const at::Tensor& x, const at::Tensor& q, const at::Tensor& scale, const at::Tensor& sum, bool hadamard) {
+  QuantiseParams p = rows_params(x, hadamard);
   p.out = check_quantised(q, scale, sum, p.rows, p.k);
+  launch(x, cpu::quantise, cuda::quantise, p);
+}
+
+void hadamard(const at::Tensor& x, const at::Tensor& out) {
+  QuantiseParams p = rows_params(x, true);
+  check_tensor(out, "out", kFloatTypes, 2);
+  check_same_dtype(out, "out", x, "x");
+  check_size(out, "out", 0, p.rows, "rows of x");
+  check_size(out, "out", 1, p.k, "k");
+  p.y = out.mutable_data_ptr();
+  p.y_row_stride = out.stride(0);
   launch(x, cpu::quantise, cuda::quantise, p);
 }
 
@@ -133,6 +152,7 @@ void implement(torch::Library& m) {
   impl<"gelu_tanh_and_mul", act_and_mul<Activation::kGeluTanh>>(m);
   impl<"gelu_tanh_and_mul_quant", act_and_mul_quant<Activation::kGeluTanh>>(m);
   impl<"quantise", quantise>(m);
+  impl<"hadamard", hadamard>(m);
 }
 
 }  // namespace
@@ -146,7 +166,8 @@ TORCH_LIBRARY_FRAGMENT(tilestream, m) {
   m.def("silu_and_mul_quant(Tensor x, Tensor(a!) q, Tensor(b!) scale, Tensor(c!) sum) -> ()");
   m.def("gelu_tanh_and_mul(Tensor x, Tensor(a!) out) -> ()");
   m.def("gelu_tanh_and_mul_quant(Tensor x, Tensor(a!) q, Tensor(b!) scale, Tensor(c!) sum) -> ()");
-  m.def("quantise(Tensor x, Tensor(a!) q, Tensor(b!) scale, Tensor(c!) sum) -> ()");
+  m.def("quantise(Tensor x, Tensor(a!) q, Tensor(b!) scale, Tensor(c!) sum, *, bool hadamard=False) -> ()");
+  m.def("hadamard(Tensor x, Tensor(a!) out) -> ()");
 }
 TORCH_LIBRARY_IMPL(tilestream, CPU, m) { implement(m); }
 TORCH_LIBRARY_IMPL(tilestream, CUDA, m) { implement(m); }

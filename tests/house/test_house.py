@@ -88,6 +88,7 @@ STEMS = {
     "append_kv": ("append_kv", "append_kv", "append_kv"),
     "gather_kv": ("gather_kv", "append_kv", "append_kv"),
     "quantise": ("quantise", "linear", "quantise"),
+    "hadamard": ("quantise", "linear", "quantise"),
     "linear": ("linear", "linear", "linear"),
     "linear_quant": ("linear", "linear", "quantise"),
     "pack_weight": ("pack_weight", "linear", "linear"),

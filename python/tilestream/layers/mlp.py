@@ -21,13 +21,14 @@ class GatedMlp:
             rows first.
         down: [hidden, intermediate].
         activation: "silu" or "gelu_tanh".
+        hadamard: what down reads is multiplied by Hadamard matrices (`ops.hadamard`), as its weight was.
     """
 
-    def __init__(self, gate_up: Linear | StackedLinear, down: Linear, activation: str) -> None:
-        self.gate_up, self.down = gate_up, down
+    def __init__(self, gate_up: Linear | StackedLinear, down: Linear, activation: str, *, hadamard: bool = False) -> None:
+        self.gate_up, self.down, self._hadamard = gate_up, down, hadamard
         self._act = getattr(torch.ops.tilestream, activation + "_and_mul").default
         self._act_quant = getattr(torch.ops.tilestream, activation + "_and_mul_quant").default
-        self._quantise = torch.ops.tilestream.quantise.default
+        self._quantise, self._turn = torch.ops.tilestream.quantise.default, torch.ops.tilestream.hadamard.default
 
     def __call__(self, x: torch.Tensor | QuantisedRows, buf: Scratch) -> None:
         """Writes the MLP's output for x, the normalised rows, into buf.branch, buf.mlp_rows rows at a time."""
@@ -44,11 +45,17 @@ class GatedMlp:
         both = act if is_gated else buf.gate_up[part]
         self.gate_up(x, both)
         takes_int8 = buf.act_int8 is not None and self.down.takes_int8
-        if is_gated and not (takes_int8 and self.down.k4):
-            return act  # where down takes integers, all INT8, it quantises by itself
-        if not takes_int8:
+        if not is_gated and (self._hadamard or not takes_int8):
             self._act(both, act)
+        if not takes_int8:
+            if self._hadamard:
+                self._turn(act, act)
             return act
+        if is_gated and not self._hadamard and self.down.k4 == 0:
+            return act  # all INT8: down quantises by itself
         int8 = buf.act_int8.with_k4(self.down.k4)[part]
-        (self._quantise if is_gated else self._act_quant)(both, int8.q, int8.scale, int8.sum)
+        if is_gated or self._hadamard:
+            self._quantise(act, int8.q, int8.scale, int8.sum, hadamard=self._hadamard)
+        else:
+            self._act_quant(both, int8.q, int8.scale, int8.sum)
         return int8

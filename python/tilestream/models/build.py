@@ -93,6 +93,7 @@ def _build_layer(
         weights.gated([prefix + "ffn_gate", prefix + "ffn_up"], inner, hidden, config.activation, rows=shard.columns),
         weights.linear(prefix + "ffn_down", hidden, inner, columns=shard.columns),
         config.activation,
+        hadamard=weights.down_hadamard,
     )
     return DecoderLayer(
         attention,

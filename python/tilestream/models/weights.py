@@ -11,7 +11,7 @@ from gguf import GGMLQuantizationType
 from tilestream.layers.linear import Linear, StackedLinear
 from tilestream.models.checkpoint import Checkpoint, QuantisedTensor, RawTensor
 from tilestream.models.errors import ModelLoadError
-from tilestream.models.fmpq_checkpoint import FmpqCheckpoint
+from tilestream.models.fmpq_checkpoint import HADAMARD_K, FmpqCheckpoint
 from tilestream.models.gguf_reader import GgufFile
 from tilestream.ops.append_kv import KeyRounding
 from tilestream.ops.linear import PackedFormat, PackedWeight, interleave_gate_up, pack_weight
@@ -175,8 +175,15 @@ class WeightLoader:
             raw, rows = _as_floats(raw.part(rows, range(k))), range(len(rows))
         return raw if len(rows) == n and len(columns) == k else raw.part(rows, columns)
 
+    @property
+    def down_hadamard(self) -> bool:
+        """Whether what the MLPs' `down` reads is to be multiplied by Hadamard matrices."""
+        return isinstance(self.checkpoint, FmpqCheckpoint) and self.checkpoint.down_hadamard
+
     def block(self, names: Sequence[str]) -> int:
-        """The most columns of these weights that a cut must leave together."""
+        """The most columns of these weights of `down` that a cut must leave together."""
+        if self.down_hadamard:
+            return HADAMARD_K
         if self._format is not None or not isinstance(self.checkpoint, GgufFile):
             return 1  # what other checkpoints keep together is never more than what a cut does anyway
         return max(self.checkpoint.tensor(name + ".weight").block for name in names)

@@ -20,7 +20,7 @@ from tilestream.ops.linear import PackedFormat, PackedWeight, embedding, interle
 from tilestream.ops.linear_choice import LinearKernel
 from tilestream.ops.norm import fused_add_rms_norm, fused_add_rms_norm_quant, rms_norm, rms_norm_quant
 from tilestream.ops.plan import AttentionPlan, AttentionPlanner
-from tilestream.ops.quantise import QuantisedRows, quantise
+from tilestream.ops.quantise import QuantisedRows, hadamard, quantise
 from tilestream.ops.sample import Penalties, SampleOutput, sample
 
 __all__ = [
@@ -43,6 +43,7 @@ __all__ = [
     "gather_kv",
     "gelu_tanh_and_mul",
     "gelu_tanh_and_mul_quant",
+    "hadamard",
     "interleave_gate_up",
     "linear",
     "merge_states",

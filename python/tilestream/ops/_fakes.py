@@ -23,6 +23,7 @@ OPS = (
     "gelu_tanh_and_mul",
     "gelu_tanh_and_mul_quant",
     "quantise",
+    "hadamard",
     "sample",
     "allreduce_rmsnorm",
 )

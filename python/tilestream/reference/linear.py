@@ -71,6 +71,15 @@ def quantise(x: torch.Tensor, k4: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     return q.flatten(1)[:, :k].long(), scale
 
 
+def hadamard(x: torch.Tensor) -> torch.Tensor:
+    """x [m, k] with each 128 elements multiplied by the orthogonal Hadamard matrix, float64: entry (i, j) is -1 to the number of
+    bits that i and j share, over the root of 128."""
+    i = torch.arange(SCALE_K)
+    shared = (i[:, None] & i)[:, :, None] >> torch.arange(7) & 1
+    matrix = (1 - 2 * (shared.sum(2) % 2)).double() / SCALE_K**0.5
+    return (x.double().unflatten(1, (-1, SCALE_K)) @ matrix).flatten(1)
+
+
 def unpack_rows(q: torch.Tensor, k4: int) -> torch.Tensor:
     """The integers of quantised rows, [m, k] int64, from q [m, k - k4 / 2] int8."""
     nibbles = q[:, : k4 // 2].unflatten(1, (-1, 16)).long()
