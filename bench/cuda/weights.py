@@ -52,15 +52,20 @@ class RandomWeights:
         self, name: str, n: int, k: int, *, rows: range | None = None, columns: range | None = None
     ) -> Linear:
         n, k = len(rows or range(n)), len(columns or range(k))
-        weight, _ = random_weight(n, k, self._format, self.placement.device)
-        if name != "token_embd":
-            self.num_bytes += weight.data.nbytes
-        return Linear(weight)
+        return Linear(self._weight(n, k, is_read_whole=name != "token_embd"))
 
     def stacked(
         self, names: Sequence[str], sizes: Sequence[int], k: int, *, rows: Sequence[range] | None = None
     ) -> Linear:
         return self.linear(" ".join(names), sum(map(len, rows)) if rows else sum(sizes), k)
+
+    def gated(self, names: Sequence[str], n: int, k: int, activation: str, *, rows: range | None = None) -> Linear:
+        return Linear(self._weight(2 * len(rows or range(n)), k), gate=activation)
+
+    def _weight(self, n: int, k: int, *, is_read_whole: bool = True) -> PackedWeight:
+        weight, _ = random_weight(n, k, self._format, self.placement.device)
+        self.num_bytes += weight.data.nbytes if is_read_whole else 0
+        return weight
 
     def check_all_used(self) -> None:
         pass

@@ -1,6 +1,7 @@
 // tilestream::linear, its weight packing, and the embedding lookup: tensors -> checks -> params -> backend.
 #include "tilestream/linear.h"
 
+#include <ATen/MemoryOverlap.h>
 #include <torch/library.h>
 
 #include "api/checks.h"
@@ -25,12 +26,41 @@ PackedFormat check_packed(const at::Tensor& packed, const char* name, int64_t n,
   return f;
 }
 
+Activation activation_of(std::optional<std::string_view> gate) {
+  if (!gate.has_value()) return Activation::kNone;
+  if (*gate == "silu") return Activation::kSilu;
+  TORCH_CHECK_VALUE(*gate == "gelu_tanh", "gate is '", *gate, "'; allowed: silu, gelu_tanh, or none");
+  return Activation::kGeluTanh;
+}
+
+// What follows the product.
+struct Epilogue {
+  std::optional<std::string_view> gate;
+  const std::optional<at::Tensor>& residual;
+};
+
+void set_epilogue(LinearParams& p, const at::Tensor& out, const Epilogue& epilogue) {
+  p.gate = activation_of(epilogue.gate);
+  const bool is_gated = p.gate != Activation::kNone;
+  TORCH_CHECK_VALUE(!is_gated || p.n % 2 == 0, "n is ", p.n, "; with a gate the weight's rows alternate between gate and up, so it must be even");
+  check_size(out, "out", 1, is_gated ? p.n / 2 : p.n, is_gated ? "n / 2, for there is a gate" : "n");
+  if (!epilogue.residual.has_value()) return;
+  const at::Tensor& residual = *epilogue.residual;
+  TORCH_CHECK_VALUE(!is_gated, "gate is '", *epilogue.gate, "' and a residual is given; allowed: one of them");
+  check_tensor(residual, "residual", kFloatTypes, 2);
+  check_same_dtype(residual, "residual", out, "out");
+  TORCH_CHECK_VALUE(residual.sizes() == out.sizes(), "residual has shape ", residual.sizes(), "; it must be that of out, ", out.sizes());
+  TORCH_CHECK_VALUE(at::get_overlap_status(residual, out) != at::MemOverlapStatus::Partial,
+                    "residual shares a part of out's memory; allowed: all of it in the same order, or none");
+  p.residual = residual.const_data_ptr();
+  p.residual_row_stride = residual.stride(0);
+}
+
 // Everything but the input.
 LinearParams linear_params(const at::Tensor& weight, const std::optional<at::Tensor>& bias, const at::Tensor& out, int64_t rows,
-                           int64_t n, int64_t k, int64_t format) {
+                           int64_t n, int64_t k, int64_t format, const Epilogue& epilogue) {
   check_tensor(out, "out", kFloatTypes, 2);
   check_size(out, "out", 0, rows, "rows of x");
-  check_size(out, "out", 1, n, "n");
   LinearParams p{};
   p.format = check_packed(weight, "weight", n, k, format);
   if (bias.has_value()) {
@@ -43,14 +73,15 @@ LinearParams linear_params(const at::Tensor& weight, const std::optional<at::Ten
   p.m = rows, p.n = n, p.k = k;
   p.y_row_stride = out.stride(0);
   p.dtype = dtype_of(out);
+  set_epilogue(p, out, epilogue);
   return p;
 }
 
 void linear(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias, const at::Tensor& out, int64_t n,
-            int64_t format, bool gemv, int64_t act_bits) {
+            int64_t format, bool gemv, int64_t act_bits, std::optional<std::string_view> gate, const std::optional<at::Tensor>& residual) {
   check_tensor(x, "x", kFloatTypes, 2);
   check_same_dtype(out, "out", x, "x");
-  LinearParams p = linear_params(weight, bias, out, x.size(0), n, x.size(1), format);
+  LinearParams p = linear_params(weight, bias, out, x.size(0), n, x.size(1), format, {gate, residual});
   p.x = x.const_data_ptr();
   p.x_row_stride = x.stride(0);
   p.gemv = gemv;
@@ -69,11 +100,12 @@ void linear(const at::Tensor& x, const at::Tensor& weight, const std::optional<a
 }
 
 void linear_quant(const at::Tensor& q, const at::Tensor& scale, const at::Tensor& sum, const at::Tensor& weight,
-                  const std::optional<at::Tensor>& bias, const at::Tensor& out, int64_t n, int64_t format) {
+                  const std::optional<at::Tensor>& bias, const at::Tensor& out, int64_t n, int64_t format,
+                  std::optional<std::string_view> gate, const std::optional<at::Tensor>& residual) {
   check_tensor(q, "q", {at::kChar}, 2);
   check_tensor(sum, "sum", {at::kInt}, 2);
   const int64_t k = sum.size(1) * kGroupK;
-  LinearParams p = linear_params(weight, bias, out, q.size(0), n, k, format);
+  LinearParams p = linear_params(weight, bias, out, q.size(0), n, k, format, {gate, residual});
   TORCH_CHECK_VALUE(is_quantised(p.format), "format is ", format, "; quantised activations need a group-quantised weight, 2 to 8");
   p.x_q = check_quantised(q, scale, sum, q.size(0), k);
   launch(out, cpu::linear, cuda::linear, p);
@@ -177,8 +209,10 @@ void implement(torch::Library& m) {
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(tilestream, m) {
-  m.def("linear(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) out, *, int n, int format, bool gemv=False, int act_bits=8) -> ()");
-  m.def("linear_quant(Tensor q, Tensor scale, Tensor sum, Tensor weight, Tensor? bias, Tensor(a!) out, *, int n, int format) -> ()");
+  m.def("linear(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) out, *, int n, int format, bool gemv=False, int act_bits=8, "
+        "str? gate=None, Tensor? residual=None) -> ()");
+  m.def("linear_quant(Tensor q, Tensor scale, Tensor sum, Tensor weight, Tensor? bias, Tensor(a!) out, *, int n, int format, "
+        "str? gate=None, Tensor? residual=None) -> ()");
   m.def("pack_gguf(Tensor rows, int gguf_type, Tensor(a!) packed, *, int n, int k, int panel_begin, int format) -> ()");
   m.def("pack_weight(Tensor? values, Tensor? q, Tensor? scale, Tensor? zero, int group, Tensor(a!) packed, *, int n, int k, int format) -> ()");
   m.def("embedding(Tensor ids, Tensor weight, Tensor(a!) out, *, int n, int format) -> ()");

@@ -65,6 +65,13 @@ void fused_add_rms_norm(const at::Tensor& x, const at::Tensor& residual, const a
   launch(x, cpu::rms_norm, cuda::rms_norm, p);
 }
 
+void rms_norm_quant(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& q, const at::Tensor& scale, const at::Tensor& sum, double eps) {
+  RmsNormParams p = norm_params(x, weight, eps);
+  TORCH_CHECK_VALUE(x.dim() == 2, "x has shape ", x.sizes(), "; it needs [num_tokens, hidden]");
+  p.quantised = check_quantised(q, scale, sum, x.size(0), x.size(1));
+  launch(x, cpu::rms_norm, cuda::rms_norm, p);
+}
+
 void fused_add_rms_norm_quant(const at::Tensor& x, const at::Tensor& residual, const at::Tensor& weight, const at::Tensor& q,
                               const at::Tensor& scale, const at::Tensor& sum, double eps) {
   RmsNormParams p = norm_params(x, weight, eps);
@@ -106,18 +113,38 @@ void act_and_mul_quant(const at::Tensor& x, const at::Tensor& q, const at::Tenso
   launch(x, cpu::act_and_mul, cuda::act_and_mul, p);
 }
 
-void quantise(const at::Tensor& x, const at::Tensor& q, const at::Tensor& scale, const at::Tensor& sum) {
+QuantiseParams rows_params(const at::Tensor& x, bool hadamard) {
   check_tensor(x, "x", kFloatTypes, 2);
+  TORCH_CHECK_VALUE(!hadamard || x.size(1) % kScaleK == 0, "x has shape ", x.sizes(), "; with hadamard dimension 1 must be a multiple of ",
+                    kScaleK);
   QuantiseParams p{};
   p.x = x.const_data_ptr();
   p.rows = x.size(0), p.k = x.size(1), p.x_row_stride = x.stride(0);
-  p.x_dtype = dtype_of(x);
+  p.dtype = dtype_of(x);
+  p.hadamard = hadamard;
+  return p;
+}
+
+void quantise(const at::Tensor& x, const at::Tensor& q, const at::Tensor& scale, const at::Tensor& sum, bool hadamard) {
+  QuantiseParams p = rows_params(x, hadamard);
   p.out = check_quantised(q, scale, sum, p.rows, p.k);
+  launch(x, cpu::quantise, cuda::quantise, p);
+}
+
+void hadamard(const at::Tensor& x, const at::Tensor& out) {
+  QuantiseParams p = rows_params(x, true);
+  check_tensor(out, "out", kFloatTypes, 2);
+  check_same_dtype(out, "out", x, "x");
+  check_size(out, "out", 0, p.rows, "rows of x");
+  check_size(out, "out", 1, p.k, "k");
+  p.y = out.mutable_data_ptr();
+  p.y_row_stride = out.stride(0);
   launch(x, cpu::quantise, cuda::quantise, p);
 }
 
 void implement(torch::Library& m) {
   impl<"rms_norm", rms_norm>(m);
+  impl<"rms_norm_quant", rms_norm_quant>(m);
   impl<"fused_add_rms_norm", fused_add_rms_norm>(m);
   impl<"fused_add_rms_norm_quant", fused_add_rms_norm_quant>(m);
   impl<"silu_and_mul", act_and_mul<Activation::kSilu>>(m);
@@ -125,19 +152,22 @@ void implement(torch::Library& m) {
   impl<"gelu_tanh_and_mul", act_and_mul<Activation::kGeluTanh>>(m);
   impl<"gelu_tanh_and_mul_quant", act_and_mul_quant<Activation::kGeluTanh>>(m);
   impl<"quantise", quantise>(m);
+  impl<"hadamard", hadamard>(m);
 }
 
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(tilestream, m) {
   m.def("rms_norm(Tensor x, Tensor weight, Tensor(a!) out, *, float eps) -> ()");
+  m.def("rms_norm_quant(Tensor x, Tensor weight, Tensor(a!) q, Tensor(b!) scale, Tensor(c!) sum, *, float eps) -> ()");
   m.def("fused_add_rms_norm(Tensor(a!) x, Tensor(b!) residual, Tensor weight, *, float eps) -> ()");
   m.def("fused_add_rms_norm_quant(Tensor x, Tensor(a!) residual, Tensor weight, Tensor(b!) q, Tensor(c!) scale, Tensor(d!) sum, *, float eps) -> ()");
   m.def("silu_and_mul(Tensor x, Tensor(a!) out) -> ()");
   m.def("silu_and_mul_quant(Tensor x, Tensor(a!) q, Tensor(b!) scale, Tensor(c!) sum) -> ()");
   m.def("gelu_tanh_and_mul(Tensor x, Tensor(a!) out) -> ()");
   m.def("gelu_tanh_and_mul_quant(Tensor x, Tensor(a!) q, Tensor(b!) scale, Tensor(c!) sum) -> ()");
-  m.def("quantise(Tensor x, Tensor(a!) q, Tensor(b!) scale, Tensor(c!) sum) -> ()");
+  m.def("quantise(Tensor x, Tensor(a!) q, Tensor(b!) scale, Tensor(c!) sum, *, bool hadamard=False) -> ()");
+  m.def("hadamard(Tensor x, Tensor(a!) out) -> ()");
 }
 TORCH_LIBRARY_IMPL(tilestream, CPU, m) { implement(m); }
 TORCH_LIBRARY_IMPL(tilestream, CUDA, m) { implement(m); }

@@ -1,4 +1,4 @@
-// y = x . W^T + bias on packed weights.
+// y = x . W^T + bias on packed weights, with a residual or a gate.
 //
 // Rows are cut into tiles of at most kTileRows, tiles into blocks whose activations stay in L2, and the
 // (block, panel) pairs are dealt to the workers in contiguous shares, panels innermost: at small M every
@@ -6,6 +6,7 @@
 // Every (row, column) is computed by the same operations in the same order whatever M, tile and worker.
 #include <algorithm>
 
+#include "cpu/activate.h"
 #include "cpu/common/thread_pool.h"
 #include "cpu/dequantise_panel.h"
 #include "cpu/dispatch.h"
@@ -138,19 +139,51 @@ PreparedRows prepared_in(uint8_t* memory, const LinearParams& p) {
   return {memory, row_bytes<F>(p.k)};
 }
 
-// Adds the bias and writes `rows` rows of one panel's columns in y's dtype; columns past n are not touched.
-void write_tile(const LinearParams& p, const float* tile, int64_t first_row, int64_t rows, int64_t column) {
+// `num` bias values from `column` on.
+F32x16 bias_of(const LinearParams& p, int64_t column, int64_t num) {
+  return p.bias != nullptr ? load_first(static_cast<const float*>(p.bias) + column, int(num)) : zero();
+}
+
+// What write_tile() does, for y's elements.
+template <class E>
+void write_sums(const LinearParams& p, const float* tile, int64_t first_row, int64_t rows, int64_t column) {
+  using T = typename E::Storage;
+  T* y = static_cast<T*>(p.y) + first_row * p.y_row_stride + column;
+  const T* residual = static_cast<const T*>(p.residual);
+  if (residual != nullptr) residual += first_row * p.residual_row_stride + column;
   const int64_t columns = std::min<int64_t>(kPanelColumns, p.n - column);
+  for (int64_t c = 0; c < columns; c += 16) {
+    const int64_t num = std::min<int64_t>(16, columns - c);
+    const F32x16 bias = bias_of(p, column + c, num);
+    for (int64_t r = 0; r < rows; ++r) {
+      F32x16 sum = add(load(tile + r * kPanelColumns + c), bias);
+      if (residual != nullptr) sum = add(sum, load_part<E>(residual + r * p.residual_row_stride + c, num));
+      store_part<E>(y + r * p.y_row_stride + c, sum, num);
+    }
+  }
+}
+
+template <class E, Activation A>
+void write_gated(const LinearParams& p, const float* tile, int64_t first_row, int64_t rows, int64_t column) {
+  auto* y = static_cast<typename E::Storage*>(p.y) + first_row * p.y_row_stride + column / 2;
+  const int64_t columns = std::min<int64_t>(kPanelColumns, p.n - column);
+  const F32x16 low_bias = bias_of(p, column, std::min<int64_t>(16, columns));
+  const F32x16 high_bias = columns > 16 ? bias_of(p, column + 16, columns - 16) : zero();
+  for (int64_t r = 0; r < rows; ++r, tile += kPanelColumns, y += p.y_row_stride) {
+    const F32x16 low = add(load(tile), low_bias), high = add(load(tile + 16), high_bias);
+    store_part<E>(y, mul(activate<A>(evens(low, high)), odds(low, high)), columns / 2);
+  }
+}
+
+// Adds the bias, then the residual, or joins gate and up, and writes what `rows` rows of one panel's columns become in y's
+// dtype; columns past n are not touched.
+void write_tile(const LinearParams& p, const float* tile, int64_t first_row, int64_t rows, int64_t column) {
   with_element(p.dtype, [&](auto element) {
     using E = decltype(element);
-    auto* y = static_cast<typename E::Storage*>(p.y) + first_row * p.y_row_stride + column;
-    for (int64_t c = 0; c < columns; c += 16) {
-      const int64_t num = std::min<int64_t>(16, columns - c);
-      const F32x16 bias =
-          p.bias != nullptr ? load_first(static_cast<const float*>(p.bias) + column + c, int(num)) : zero();
-      for (int64_t r = 0; r < rows; ++r) {
-        store_part<E>(y + r * p.y_row_stride + c, add(load(tile + r * kPanelColumns + c), bias), num);
-      }
+    switch (p.gate) {
+      case Activation::kNone: return write_sums<E>(p, tile, first_row, rows, column);
+      case Activation::kSilu: return write_gated<E, Activation::kSilu>(p, tile, first_row, rows, column);
+      case Activation::kGeluTanh: return write_gated<E, Activation::kGeluTanh>(p, tile, first_row, rows, column);
     }
   });
 }
@@ -158,9 +191,10 @@ void write_tile(const LinearParams& p, const float* tile, int64_t first_row, int
 // Lines that write_tile() will write come while the tile is computed: rows of a wide output lie far apart.
 // Inlined, or GCC drops a call that does nothing but fetch.
 [[gnu::always_inline]] inline void fetch_output(const LinearParams& p, int64_t first_row, int64_t rows, int64_t column) {
-  const int64_t bytes = dtype_bytes(p.dtype, std::min<int64_t>(kPanelColumns, p.n - column));
+  const int64_t columns = std::min<int64_t>(kPanelColumns, p.n - column), shares = p.gate == Activation::kNone ? 1 : 2;
+  const int64_t bytes = dtype_bytes(p.dtype, columns / shares);
   for (int64_t r = first_row; r < first_row + rows; ++r) {
-    const auto* y = static_cast<const uint8_t*>(p.y) + dtype_bytes(p.dtype, r * p.y_row_stride + column);
+    const auto* y = static_cast<const uint8_t*>(p.y) + dtype_bytes(p.dtype, r * p.y_row_stride + column / shares);
     for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(y + i, 1, 3);
   }
 }

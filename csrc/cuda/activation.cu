@@ -1,16 +1,13 @@
 // Gated activations: out = act(gate) * up, the two halves of a row.
 //
-// Both are x * sigmoid(s): SiLU with s = x; tanh-GELU with s = 2 sqrt(2/pi) (x + 0.044715 x^3), since
-// (1 + tanh(u)) / 2 = sigmoid(2u). Written x / (1 + e^-s), which saturates rightly at both ends.
-//
 // A thread takes two vectors of 16 bytes, a block of 256 threads a stretch of one row. Memory-bound: the roof
 // is a copy of the same bytes (two read, one written). With 8 blocks an SM has 64 KB under way, where an
 // H200's 4.8 TB/s with a latency of 1 us (an estimate) ask for 24 KB of reads; and 300 instructions for each
 // 1.5 KB of a warp, which exact division and exponential, or a division of indices, would take up: 16-bit
 // elements get the fast ones. No shared memory.
+#include "cuda/common/activation.cuh"
 #include "cuda/common/quantise.cuh"
 #include "cuda/common/vec.cuh"
-#include "cuda/ptx/math.cuh"
 #include "cuda/runtime.cuh"
 #include "tilestream/norm.h"
 
@@ -18,19 +15,6 @@ namespace tilestream::cuda {
 namespace {
 
 constexpr int kBlockThreads = 256;
-constexpr float kSqrt2OverPi = 0.797884561f;
-constexpr float kGeluCubic = 0.044715f;
-constexpr float kFloatMax = 3.402823466e38f;
-constexpr float kLog2e = 1.44269504f;
-
-template <Activation kActivation, bool kFast>
-__device__ __forceinline__ float activate(float x) {
-  const float s = kActivation == Activation::kSilu ? x : 2.0f * kSqrt2OverPi * (x * fmaf(x * x, kGeluCubic, 1.0f));
-  // -inf becomes the smallest float: it then gives -0, not inf/inf. A NaN stays: no comparison with it holds.
-  const float bounded = x < -kFloatMax ? -kFloatMax : x;
-  if constexpr (kFast) return __fdividef(bounded, 1.0f + ptx::ex2_approx(-kLog2e * s));
-  else return bounded / (1.0f + expf(-s));
-}
 
 // Blocks: (tokens, stretches of a row).
 template <class T, bool kAligned, Activation kActivation>
@@ -43,7 +27,7 @@ __global__ void __launch_bounds__(kBlockThreads) act_and_mul_kernel(const __grid
   float product[Vec<T>::kSize];
 #pragma unroll
   for (int k = 0; k < Vec<T>::kSize; ++k)
-    product[k] = activate<kActivation, sizeof(T) == 2>(to_float(gate.at[k])) * to_float(up.at[k]);
+    product[k] = activate(kActivation, sizeof(T) == 2, to_float(gate.at[k])) * to_float(up.at[k]);
   if (p.quantised.q != nullptr) return store_quantised(p.quantised, token, p.hidden, i, product);
   Vec<T> out;
 #pragma unroll

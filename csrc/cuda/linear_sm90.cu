@@ -30,10 +30,12 @@ __device__ __forceinline__ void merge_slices(const LinearParams& p, const Linear
   const int tile = work.first_tile(), rank = int(blockIdx.x) % work.num_slices;
   for (int i = rank * C::kThreads + threadIdx.x; i < C::kTokens * C::kColumns; i += work.num_slices * C::kThreads) {
     const int64_t row = work.first_row(tile) + i / C::kColumns, n = work.first_column(tile) + i % C::kColumns;
-    if (row >= p.m || n >= p.n) continue;
-    float sum = *slice_sum(p, 0, row, n);
-    for (int slice = 1; slice < work.num_slices; ++slice) sum += *slice_sum(p, slice, row, n);
-    store_as(p.dtype, p.y, row * p.y_row_stride + n, sum + bias_of(p, n));
+    if (row >= p.m || n >= p.n || (is_gated(p) && n % 2 != 0)) continue;
+    store_output(p, row, n, [&](int64_t of) {
+      float sum = *slice_sum(p, 0, row, of);
+      for (int slice = 1; slice < work.num_slices; ++slice) sum += *slice_sum(p, slice, row, of);
+      return sum;
+    });
   }
 }
 

@@ -84,7 +84,9 @@ class Multiplier {
         put_partial(tile);
       } else {
         add_bias(tile);
-        with_type([&](auto* y) { store(tile, y); });
+        if (is_gated(p_)) join_gates();
+        else if (p_.residual != nullptr) with_type([&](auto type) { add_residual<decltype(type)>(tile); });
+        with_type([&](auto type) { store<decltype(type)>(tile); });
       }
     }
   }
@@ -239,15 +241,27 @@ class Multiplier {
     }
   }
 
-  // Calls run(place, column, total, total of the next column) for a lane's pairs of neighbours; row 0 is at `to`.
+  // Of each pair of neighbours its first becomes their output.
+  __device__ __forceinline__ void join_gates() {
+#pragma unroll
+    for (int m = 0; m < C::kHalves; ++m) {
+#pragma unroll
+      for (int i = 0; i < C::kTokens / 2; ++i) {
+        if (i / 2 % 2 == 0) total_[m][i] = gated(p_, total_[m][i], total_[m][i + 2]);
+      }
+    }
+  }
+
+  // Calls run(place, column, total, total of the next column) for a lane's pairs of neighbours. Row 0 is at `to`, where the
+  // first of a pair has the place of column / columns_per_place.
   template <class T, class Run>
-  __device__ __forceinline__ void for_each_pair(int tile, T* to, int64_t row_stride, Run run) const {
+  __device__ __forceinline__ void for_each_pair(int tile, T* to, int64_t row_stride, int columns_per_place, Run run) {
     const int first_row = work_.first_row(tile) + lane() % 4 * 2;
 #pragma unroll
     for (int m = 0; m < C::kHalves; ++m) {
       const int n = column(tile, m);
       if (n >= p_.n) continue;
-      T* place = to + first_row * row_stride + n;
+      T* place = to + first_row * row_stride + (columns_per_place == 1 ? n : n / 2);
 #pragma unroll
       for (int i = 0; i < C::kTokens / 4; ++i) {
         const int at = i / 2 * 4 + i % 2;
@@ -257,25 +271,39 @@ class Multiplier {
     }
   }
 
-  __device__ __forceinline__ void put_partial(int tile) const {
+  __device__ __forceinline__ void put_partial(int tile) {
     float* const sums = slice_sum(p_, work_.first_slice(), 0, 0);
-    for_each_pair(tile, sums, round_up(p_.n, kPanelColumns), [](float* place, int, float one, float two) {
+    for_each_pair(tile, sums, round_up(p_.n, kPanelColumns), 1, [](float* place, int, float one, float two) {
       *reinterpret_cast<float2*>(place) = make_float2(one, two);
     });
   }
 
   template <class Run>
   __device__ __forceinline__ void with_type(Run run) const {
-    if (p_.dtype == DType::kBFloat16) run(static_cast<__nv_bfloat16*>(p_.y));
-    else if (p_.dtype == DType::kFloat16) run(static_cast<__half*>(p_.y));
-    else run(static_cast<float*>(p_.y));
+    if (p_.dtype == DType::kBFloat16) run(__nv_bfloat16{});
+    else if (p_.dtype == DType::kFloat16) run(__half{});
+    else run(float{});
   }
 
-  // Wide blocks store pairs (sm90_is_wide).
   template <class T>
-  __device__ __forceinline__ void store(int tile, T* y) const {
+  __device__ __forceinline__ void add_residual(int tile) {
+    const auto* const residual = static_cast<const T*>(p_.residual);
+    for_each_pair(tile, residual, p_.residual_row_stride, 1, [&](const T* place, int n, float& one, float& two) {
+      one += to_float(place[0]);
+      if (n + 1 < p_.n) two += to_float(place[1]);
+    });
+  }
+
+  // Wide blocks store pairs (sm90_is_wide), but for gated ones.
+  template <class T>
+  __device__ __forceinline__ void store(int tile) {
     struct alignas(2 * sizeof(T)) Pair { T at[2]; };
-    for_each_pair(tile, y, p_.y_row_stride, [&](T* place, int n, float one, float two) {
+    const bool gated_pairs = is_gated(p_);
+    for_each_pair(tile, static_cast<T*>(p_.y), p_.y_row_stride, columns_per_output(p_), [&](T* place, int n, float one, float two) {
+      if (gated_pairs) {
+        place[0] = from_float<T>(one);
+        return;
+      }
       const Pair pair{from_float<T>(one), from_float<T>(two)};
       if constexpr (C::kWide) {
         *reinterpret_cast<Pair*>(place) = pair;

@@ -124,6 +124,22 @@ def test_biases_come_once() -> None:
     stacked = loader.stacked(["w", "w"], [N, N], K, rows=rows)
     assert torch.equal(stacked.bias, bias[:64])
     assert torch.equal(values_of(stacked), tensor.values[:64])
+    gated = loader.gated(["w", "w"], N, K, "silu", rows=ROWS)
+    assert torch.equal(gated.bias, bias[32:67].repeat_interleave(2))
+    values = torch.empty(2 * gated.n, K)
+    Embedding(gated.weight)(torch.arange(2 * gated.n), values)
+    assert torch.equal(values, tensor.values[32:67].repeat_interleave(2, 0))
+
+
+@pytest.mark.parametrize(("bits", "with_zero"), [(4, True), (4, False), (8, False)])
+def test_gate_and_up_of_a_rank(bits: int, with_zero: bool) -> None:
+    """Their integers, scales and zeros in turn."""
+    tensor = quantised(64, bits, with_zero=with_zero)
+    gated = WeightLoader(Held(tensor), "auto", None, 0).gated(["w", "w"], N, K, "gelu_tanh", rows=ROWS)
+    assert (gated.gate, gated.n) == ("gelu_tanh", len(ROWS))
+    values = torch.empty(2 * gated.n, K)
+    Embedding(gated.weight)(torch.arange(2 * gated.n), values)
+    assert torch.equal(values, values_of(part(tensor))[32:67].repeat_interleave(2, 0))
 
 
 def test_roundings_of_keys_are_cut_by_heads(tmp_path: Path) -> None:

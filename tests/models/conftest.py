@@ -25,6 +25,7 @@ _GEMMA_ROPE = dict(full_attention=dict(rope_type="linear", factor=8.0, rope_thet
 # name -> (transformers' config class, arguments beside _SHAPE)
 HF_MODELS: dict[str, tuple[str, dict]] = {
     "llama": ("LlamaConfig", dict(tie_word_embeddings=True)),
+    "llama-wide-mlp": ("LlamaConfig", dict(intermediate_size=512, attention_bias=True, mlp_bias=True)),
     "llama-biases": ("LlamaConfig", dict(attention_bias=True, mlp_bias=True)),
     "llama-llama3-rope": ("LlamaConfig", dict(rope_parameters=_LLAMA3)),
     "llama-linear-rope": ("LlamaConfig", dict(rope_parameters=dict(rope_type="linear", rope_theta=1e4, factor=2.0))),

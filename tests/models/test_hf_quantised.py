@@ -104,6 +104,11 @@ def test_weights(config: dict, group: int, format: PackedFormat, dtype: str, tmp
     # A zero is stored as float16: an error of its last bit.
     most_zero = max(float((part.zeros * part.scale.float()).max()) for part in parts)
     assert float((got - want).abs().max()) <= 2.0**-11 * most_zero + 1e-6 * float(want.abs().max())
+    gated = loader.gated(["blk.0.ffn_gate", "blk.0.ffn_up"], n, k, "silu")
+    assert (gated.gate, gated.n, gated.weight.format) == ("silu", n, linear.weight.format)
+    in_turn = torch.empty(2 * n, k)
+    Embedding(gated.weight)(torch.arange(2 * n), in_turn)
+    assert torch.equal(torch.cat([in_turn[::2], in_turn[1::2]]), got)
 
 
 def quantise_layers(path: Path, config: dict, group: int) -> dict[str, torch.Tensor]:

@@ -87,6 +87,27 @@ def test_wide_tiles_are_the_narrow_ones_bit_for_bit(backend: testing.Backend) ->
         assert torch.equal(all_rows[:some], ops.linear(first(rows, some), weight, out=torch.empty(some, n)))
 
 
+@each_format
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_wide_tiles_gate_and_add_as_narrow_ones(backend: testing.Backend, dtype: torch.dtype, format: PackedFormat) -> None:
+    (m, n), k = WIDE, 544
+    weight = test_linear.Weight(n, k, format).packed
+    rows, bias, residual = ops.quantise(torch.randn(m, k)), torch.randn(n), torch.randn(m, n + 1).to(dtype)[:, :n]
+    y = ops.linear(rows, weight, bias)
+    gated = testing.Guarded((m, n // 2), dtype)
+    ops.linear(rows, weight, bias, gate="silu", out=gated.tensor)
+    gated.assert_untouched_outside()
+    added = ops.linear(rows, weight, bias, residual=residual)
+    halves = torch.cat([y[:, ::2], y[:, 1::2]], 1)
+    for got, want in ((gated.tensor, ops.silu_and_mul(halves)), (added, y + residual)):
+        testing.assert_within(got, want.double(), 2 * testing.unit_roundoff(dtype) * float(want.abs().max()))
+    for some in (5, 130):
+        few = first(rows, some)
+        narrow = ops.linear(few, weight, bias, gate="silu", out=torch.empty(some, n // 2, dtype=dtype))
+        assert torch.equal(gated.tensor[:some], narrow)
+        assert torch.equal(added[:some], ops.linear(few, weight, bias, residual=residual[:some]))
+
+
 @pytest.mark.parametrize(("n", "stride", "begin"), [(259, 259, 0), (258, 262, 1)])
 def test_results_that_are_no_pairs(backend: testing.Backend, n: int, stride: int, begin: int) -> None:
     """Many rows, but wide tiles store pairs of neighbours."""

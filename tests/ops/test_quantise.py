@@ -64,6 +64,7 @@ def test_int4_blocks(backend: testing.Backend, rows: int, k: int, k4: int, dtype
     got = ops.fused_add_rms_norm_quant(x[:, :k], residual, weight, eps=EPS, k4=k4)
     values = norm_reference.rms_norm(residual, weight, EPS)
     check_rows(got, values, 8 * testing.unit_roundoff(torch.float32) * float(values.abs().max()))
+    check_rows(ops.rms_norm_quant(residual, weight, eps=EPS, k4=k4), values, 8 * testing.unit_roundoff(torch.float32) * float(values.abs().max()))
 
 
 def test_int4_uses_all_of_its_sixteen_values(backend: testing.Backend) -> None:
@@ -94,6 +95,19 @@ def test_fused_add_rms_norm_quant(backend: testing.Backend, rows: int, k: int, d
 
 
 @each_dtype
+@pytest.mark.parametrize(("rows", "k"), SHAPES)
+def test_rms_norm_quant(backend: testing.Backend, rows: int, k: int, dtype: torch.dtype) -> None:
+    """As quantised after an addition of nothing, bit for bit."""
+    x, weight = testing.Guarded((rows, k), dtype, fill=torch.randn(rows, k)).tensor, 1 + 0.2 * torch.randn(k)
+    values = norm_reference.rms_norm(x, weight, EPS)
+    got = ops.rms_norm_quant(x, weight, eps=EPS)
+    check_rows(got, values, 8 * testing.unit_roundoff(torch.float32) * float(values.abs().max()) if rows else 0.0)
+    added = ops.fused_add_rms_norm_quant(x, torch.zeros(rows, k, dtype=dtype), weight, eps=EPS)
+    for part in ("q", "scale", "sum"):
+        assert torch.equal(getattr(got, part), getattr(added, part))
+
+
+@each_dtype
 @pytest.mark.parametrize("name", ["silu", "gelu_tanh"])
 @pytest.mark.parametrize(("rows", "k"), SHAPES)
 def test_gated_activations(backend: testing.Backend, rows: int, k: int, name: str, dtype: torch.dtype) -> None:
@@ -104,11 +118,60 @@ def test_gated_activations(backend: testing.Backend, rows: int, k: int, name: st
 
 
 @each_dtype
+@pytest.mark.parametrize(("rows", "k", "k4"), [(0, 128, 0), (1, 128, 0), *K4[:1], (3, 640, 256), (5, 1536, 1408), (2, 4224, 2304)])
+def test_hadamard(backend: testing.Backend, rows: int, k: int, k4: int, dtype: torch.dtype) -> None:
+    """Turned rows, as floats and as integers."""
+    x = torch.randn(rows, k + 8).to(dtype)[:, 8:]
+    values = reference.hadamard(x)
+    error = 16 * testing.unit_roundoff(torch.float32) * (float(x.abs().max()) if rows else 0.0)
+    out = testing.Guarded((rows, k), dtype)
+    ops.hadamard(x, out=out.tensor)
+    out.assert_untouched_outside()
+    rounding = testing.unit_roundoff(dtype) * (float(values.abs().max()) if rows else 0.0)
+    testing.assert_within(out.tensor, values, error + rounding)
+    check_rows(ops.quantise(x, k4=k4, hadamard=True), values, error)
+    in_place = x.clone()
+    assert torch.equal(ops.hadamard(in_place, out=in_place), out.tensor)
+
+
+def test_hadamard_undoes_itself_and_spreads_outliers(backend: testing.Backend) -> None:
+    x = torch.zeros(2, 256)
+    x[0, 5], x[1] = 128**0.5, torch.randn(256)
+    turned = ops.hadamard(x)
+    torch.testing.assert_close(turned[0, :128].abs(), torch.ones(128))
+    assert not turned[0, 128:].any()
+    torch.testing.assert_close(ops.hadamard(turned), x, atol=1e-5, rtol=0)
+
+
+def test_hadamard_of_what_is_not_finite(backend: testing.Backend) -> None:
+    x = torch.randn(1, 384)
+    clean = ops.quantise(x, hadamard=True)
+    x[0, 130] = float("inf")
+    turned, rows = ops.hadamard(x), ops.quantise(x, hadamard=True)
+    assert not turned[0, 128:256].isfinite().any() and turned[0, :128].isfinite().all() and turned[0, 256:].isfinite().all()
+    assert bool(rows.scale[0, 1].isnan()) and torch.equal(rows.scale[0, [0, 2]], clean.scale[0, [0, 2]])
+
+
+def test_hadamard_errors() -> None:
+    with pytest.raises(ValueError, match=r"x has shape \[2, 160\]; with hadamard dimension 1 must be a multiple of 128"):
+        ops.hadamard(torch.zeros(2, 160))
+    with pytest.raises(ValueError, match=r"multiple of 128"):
+        ops.quantise(torch.zeros(2, 160), hadamard=True)
+    with pytest.raises(ValueError, match=r"out has shape"):
+        ops.hadamard(torch.zeros(2, 128), out=torch.zeros(3, 128))
+    with pytest.raises(TypeError, match=r"out"):
+        ops.hadamard(torch.zeros(2, 128), out=torch.zeros(2, 128, dtype=torch.float16))
+
+
+@each_dtype
 def test_every_simd_level(simd_level: str, dtype: torch.dtype) -> None:
     x = torch.randn(5, 576).to(dtype)
     check_rows(ops.quantise(x), x.double())
     values = activation_reference.silu_and_mul(x)
     check_rows(ops.silu_and_mul_quant(x), values, 16 * testing.unit_roundoff(torch.float32) * float(values.abs().max()))
+    check_rows(ops.quantise(x[:, :512], k4=256), x[:, :512].double())
+    error = 16 * testing.unit_roundoff(torch.float32) * float(x.abs().max())
+    check_rows(ops.quantise(x[:, :512], k4=256, hadamard=True), reference.hadamard(x[:, :512]), error)
 
 
 @pytest.mark.parametrize("format", [f for f in PackedFormat if f.is_quantised], ids=lambda f: f.name)
@@ -211,9 +274,13 @@ def test_opcheck() -> None:
     x, out = torch.randn(3, 64), QuantisedRows.empty(3, 64)
     rows = (out.q, out.scale, out.sum)
     torch.library.opcheck(op.quantise.default, (x, *rows))
+    torch.library.opcheck(op.rms_norm_quant.default, (x, torch.ones(64), *rows), {"eps": EPS})
     torch.library.opcheck(op.fused_add_rms_norm_quant.default, (x, torch.randn(3, 64), torch.ones(64), *rows), {"eps": EPS})
     for name in ("silu_and_mul_quant", "gelu_tanh_and_mul_quant"):
         torch.library.opcheck(getattr(op, name).default, (torch.randn(3, 128), *rows))
+    wide = QuantisedRows.empty(3, 128)
+    torch.library.opcheck(op.quantise.default, (torch.randn(3, 128), wide.q, wide.scale, wide.sum), {"hadamard": True})
+    torch.library.opcheck(op.hadamard.default, (torch.randn(3, 128), torch.empty(3, 128)))
     weight = ops.pack_weight(q=torch.zeros(33, 64, dtype=torch.uint8), scale=torch.ones(33, 2), format=PackedFormat.U4G32S)
     sizes = {"n": 33, "format": int(PackedFormat.U4G32S)}
     torch.library.opcheck(op.linear_quant.default, (*rows, weight.data, torch.randn(33), torch.empty(3, 33)), sizes)

@@ -30,10 +30,12 @@ def _error(path: Path, expected: torch.Tensor, **options) -> float:
     return float((_logits(path, **options) - expected).norm() / expected.norm())
 
 
-@pytest.mark.parametrize("group_size", [32, 128])
-@pytest.mark.parametrize("rotate", [True, False])
-def test_quantise_load_and_generate(group_size: int, rotate: bool, hf_model, tmp_path: Path) -> None:
-    _, path = hf_model("llama")
+@pytest.mark.parametrize(
+    ("name", "group_size", "rotate"),
+    [("llama", 32, True), ("llama", 128, False), ("llama-wide-mlp", 128, True), ("llama-wide-mlp", 32, False)],
+)
+def test_quantise_load_and_generate(name: str, group_size: int, rotate: bool, hf_model, tmp_path: Path) -> None:
+    _, path = hf_model(name)
     out, steps = tmp_path / "out", []
     recipe = Recipe(group_size=group_size, rotate=rotate, int4_share=0.6, **RECIPE)
     share = quantize(str(path), TEXT, out, recipe, lambda done, total, what: steps.append((done, total, what)))
@@ -43,14 +45,18 @@ def test_quantise_load_and_generate(group_size: int, rotate: bool, hf_model, tmp
         "config.json", "generation_config.json", "int8_share.png", "model.safetensors", "report.md", "tokenizer.json",
         "tokenizer_config.json",
     }  # fmt: skip
-    k4 = json.loads((out / "config.json").read_text())["quantization_config"]["k4"]
-    for layer, values in zip(load_model(out, act_bits="4").model.layers, k4, strict=True):
+    settings = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert settings["down_hadamard"] is (rotate and name == "llama-wide-mlp")  # whose MLP has whole blocks of 128
+    for layer, values in zip(load_model(out, act_bits="4").model.layers, settings["k4"], strict=True):
         linears = (layer.attention.qkv, layer.attention.o, layer.mlp.gate_up, layer.mlp.down)
         assert [linear.k4 for linear in linears] == [values[name] for name in ("qkv", "o", "gate_up", "down")]
     assert all(layer.mlp.down.k4 == 0 for layer in load_model(out).model.layers)  # a CPU gains nothing by 4 bits
     expected = _logits(path, dtype="float32")
     assert _error(out, expected) < 0.6
     assert _error(out, expected, act_bits="4") < 0.6
+    exact = _logits(out, dtype="float32")  # what the weights mean; integers and floats read them alike
+    assert _error(out, exact, act_bits="16") < 1e-4
+    assert _error(out, exact) < 0.1
     runner, tokens = PagedRunner(load_model(out, act_bits="4").model), load_model(out).tokenizer.encode(TEXT)[:100]
     steps = [runner.step({0: [token]}) for token in tokens]  # from the second on a program is replayed
     assert torch.allclose(torch.cat(steps), _logits(out, act_bits="4"), atol=1e-2)
@@ -153,7 +159,7 @@ def test_directories_that_do_not_load(hf_model, tmp_path: Path) -> None:
         with pytest.raises(ModelLoadError, match=match):
             load_model(out, act_bits="4")
 
-    broken(lambda q, t: q.update(version=2), "version 2")
+    broken(lambda q, t: q.update(version=3), "version 3")
     broken(lambda q, t: q.update(k4=q["k4"][:2]), "no k4 for blk.2.attn_q")
     broken(lambda q, t: q["k4"][0].update(o=96), "k4 of blk.0.attn_output is 96")
     broken(lambda q, t: t.pop("blk.1.ffn_up.scale"), "the tensor blk.1.ffn_up.scale is missing")

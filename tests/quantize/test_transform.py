@@ -25,7 +25,7 @@ def _logits(source: Source, transform) -> torch.Tensor:
     return torch.tanh(logits / config.final_soft_cap) * config.final_soft_cap if config.final_soft_cap else logits
 
 
-@pytest.mark.parametrize("name", ["llama", "llama-biases", "llama-llama3-rope", "mistral", "qwen2", "qwen3", "gemma3"])
+@pytest.mark.parametrize("name", ["llama", "llama-wide-mlp", "llama-biases", "llama-llama3-rope", "mistral", "qwen2", "qwen3", "gemma3"])
 @pytest.mark.parametrize("rotate", [True, False])
 def test_outputs_stay(name: str, rotate: bool, hf_model) -> None:
     model, path = hf_model(name)
@@ -42,6 +42,7 @@ def test_outputs_stay(name: str, rotate: bool, hf_model) -> None:
         assert torch.allclose(_logits(source, turned), expected, atol=5e-4 * float(expected.abs().max()))
         first = turned.layer(0, source.layer(0)).linear
         assert not torch.allclose(first["k"], source.layer(0).linear["k"], atol=1e-2)  # something did move
+        assert turned.down_hadamard is (rotate and source.config.intermediate_size % 128 == 0)
 
 
 def test_bases() -> None:

@@ -22,6 +22,7 @@
 //   F larger_magnitude(F, F)                   max(|a|, |b|), NaN if either is
 //   F add_rows(const F (&)[16])                lane i = sum of vector i; add_rows and larger_rows (by larger_magnitude,
 //   F larger_rows(const F (&)[16])             of vectors without sign bits) have one fixed order
+//   F evens(F a, F b), odds(F a, F b)          every second lane of a, then of b, from the first or the second on
 //   float reduce_add(F), reduce_max(F);  F exp2(F);  F round_nearest(F)
 //   void load_no_earlier()                     the compiler moves no load above it: registers stay free until then
 //   V in_register(V)       the same value, kept in a register where the level has enough of them

@@ -165,6 +165,12 @@ inline F32x16 larger_rows(const F32x16 (&v)[16]) {
   std::memcpy(out, lanes, sizeof(out));
   return load(out);
 }
+template <int kPick>  // of each 128 bits, two of either
+inline __m256 every_second(F32x16 a) {
+  return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(_mm256_shuffle_ps(a.lo, a.hi, kPick)), 0xd8));
+}
+inline F32x16 evens(F32x16 a, F32x16 b) { return {every_second<0x88>(a), every_second<0x88>(b)}; }
+inline F32x16 odds(F32x16 a, F32x16 b) { return {every_second<0xdd>(a), every_second<0xdd>(b)}; }
 inline F32x16 round_nearest(F32x16 a) {
   constexpr int mode = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
   return {_mm256_round_ps(a.lo, mode), _mm256_round_ps(a.hi, mode)};

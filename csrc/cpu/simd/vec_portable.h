@@ -179,6 +179,12 @@ inline F32x16 larger_rows(const F32x16 (&v)[16]) {
   });
 }
 // Adding and subtracting 1.5 * 2^23 leaves the nearest integer (ties to even) for |a| < 2^22.
+inline F32x16 evens(F32x16 a, F32x16 b) {
+  return make([&](int i) { return i < 8 ? a.v[i / 2][i % 2 * 2] : b.v[i / 2 - 4][i % 2 * 2]; });
+}
+inline F32x16 odds(F32x16 a, F32x16 b) {
+  return make([&](int i) { return i < 8 ? a.v[i / 2][i % 2 * 2 + 1] : b.v[i / 2 - 4][i % 2 * 2 + 1]; });
+}
 inline F32x16 round_nearest(F32x16 a) {
   const F32x16 magic = set1(12582912.0f), big = set1(4194304.0f), m = abs(a);
   TILESTREAM_LANES(m.v[i] < big.v[i] ? (a.v[i] + magic.v[i]) - magic.v[i] : a.v[i]);

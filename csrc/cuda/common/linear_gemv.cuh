@@ -66,12 +66,11 @@ __global__ void __launch_bounds__(kGemvThreads) gemv_kernel(const __grid_constan
     }
   }
 #pragma unroll
-  for (int i = 0; i < kRows * kGemvColumns; ++i) {
-    const int r = i / kGemvColumns, c = i % kGemvColumns;
-    const float sum = warp_sum(acc[r][c]);
-    const int64_t row = first_row + r, n = first_column + c;
-    if (lane == i && row < p.m && n < p.n)
-      store_as(p.dtype, p.y, row * p.y_row_stride + n, sum + bias_of(p, n));
+  for (int r = 0; r < kRows; ++r) {
+    float sums[kGemvColumns];
+#pragma unroll
+    for (int c = 0; c < kGemvColumns; ++c) sums[c] = warp_sum(acc[r][c]);
+    if (lane == r && first_row + r < p.m) store_outputs<kGemvColumns>(p, first_row + r, first_column, sums);
   }
 }
 

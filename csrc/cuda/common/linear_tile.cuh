@@ -8,9 +8,8 @@
 
 #include <type_traits>
 
+#include "cuda/common/linear_epilogue.cuh"
 #include "cuda/common/reduce.cuh"
-#include "cuda/common/vec.cuh"
-#include "tilestream/linear.h"
 
 namespace tilestream::cuda {
 
@@ -56,24 +55,22 @@ __device__ __forceinline__ void put_fragments(float (&sums)[8 * kTiles][kPanelCo
   }
 }
 
-__device__ __forceinline__ float bias_of(const LinearParams& p, int64_t n) {
-  return p.bias != nullptr ? static_cast<const float*>(p.bias)[n] : 0.0f;
-}
-
-// Adds up what every warp has put into `sums`, and the bias. The whole block takes part.
+// Adds up what every warp has put into `sums`. The whole block takes part.
 template <int kRows>
 __device__ __forceinline__ void store_tile(const LinearParams& p, const SliceSums<kRows>& sums) {
   __syncthreads();
   const int column = threadIdx.x % kPanelColumns;
   const int64_t n = int64_t(blockIdx.x) * kPanelColumns + column, first_row = int64_t(blockIdx.y) * kRows;
-  if (n >= p.n) return;
-  const float bias = bias_of(p, n);
+  if (n >= p.n || (is_gated(p) && column % 2 != 0)) return;
   const int num_rows = int(min(int64_t(kRows), p.m - first_row));
   for (int r = threadIdx.x / kPanelColumns; r < num_rows; r += kBlockThreads / kPanelColumns) {
-    float sum = sums[0][r][column];
+    store_output(p, first_row + r, n, [&](int64_t of) {
+      const int at = column + int(of - n);
+      float sum = sums[0][r][at];
 #pragma unroll
-    for (int slice = 1; slice < kSlices; ++slice) sum += sums[slice][r][column];
-    store_as(p.dtype, p.y, (first_row + r) * p.y_row_stride + n, sum + bias);
+      for (int slice = 1; slice < kSlices; ++slice) sum += sums[slice][r][at];
+      return sum;
+    });
   }
 }
 
@@ -90,7 +87,7 @@ __device__ __forceinline__ float* partial_sum(const LinearParams& p, int slice, 
 
 constexpr int kAllSlices = -1;
 
-// A warp's finished rows of one panel: to y with the bias, or one slice of them to the partial sums.
+// A warp's finished rows of one panel: to y, or one slice of them to the partial sums.
 template <int kTiles>
 __device__ __forceinline__ void store_fragments(const LinearParams& p, int64_t first_row, int64_t panel,
                                                 const Fragments<kTiles>& from, int slice,
@@ -105,11 +102,7 @@ __device__ __forceinline__ void store_fragments(const LinearParams& p, int64_t f
     if (slice != kAllSlices) {
       *reinterpret_cast<float4*>(partial_sum(p, slice, row, n, shared)) = four;
     } else {
-      const float values[4] = {four.x, four.y, four.z, four.w};
-#pragma unroll
-      for (int c = 0; c < 4; ++c) {
-        if (n + c < p.n) store_as(p.dtype, p.y, row * p.y_row_stride + n + c, values[c] + bias_of(p, n + c));
-      }
+      store_outputs<4>(p, row, n, {four.x, four.y, four.z, four.w});
     }
   }
 }
@@ -119,16 +112,19 @@ constexpr int kSumThreads = 256;
 
 static __global__ void __launch_bounds__(kSumThreads)
     sum_slices_kernel(const __grid_constant__ LinearParams p, SharedTiles shared, int num_slices) {
-  const int64_t n = shared.column + int64_t(blockIdx.y) * kSumThreads + threadIdx.x, row = blockIdx.x;
+  const int64_t output = int64_t(blockIdx.y) * kSumThreads + threadIdx.x, row = blockIdx.x;
+  const int64_t n = shared.column + output * columns_per_output(p);
   if (n >= p.n || (n < shared.column + kTileColumns && row < shared.row)) return;
-  float sum = *partial_sum(p, 0, row, n, shared);
+  store_output(p, row, n, [&](int64_t of) {
+    float sum = *partial_sum(p, 0, row, of, shared);
 #pragma unroll 4
-  for (int slice = 1; slice < num_slices; ++slice) sum += *partial_sum(p, slice, row, n, shared);
-  store_as(p.dtype, p.y, row * p.y_row_stride + n, sum + bias_of(p, n));
+    for (int slice = 1; slice < num_slices; ++slice) sum += *partial_sum(p, slice, row, of, shared);
+    return sum;
+  });
 }
 
 inline void launch_sum(const LinearParams& p, const SharedTiles& shared, int slices, Stream stream) {
-  const dim3 grid(unsigned(p.m), unsigned(ceil_div(p.n - shared.column, kSumThreads)));
+  const dim3 grid(unsigned(p.m), unsigned(ceil_div((p.n - shared.column) / columns_per_output(p), kSumThreads)));
   launch(sum_slices_kernel, {.grid = grid, .block = kSumThreads, .stream = stream}, p, shared, slices);
 }
 

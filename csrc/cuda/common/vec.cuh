@@ -25,6 +25,13 @@ __device__ __forceinline__ void store_as(DType dtype, void* p, int64_t i, float 
   else static_cast<__nv_bfloat16*>(p)[i] = from_float<__nv_bfloat16>(v);
 }
 
+// Element i of p.
+__device__ __forceinline__ float load_as(DType dtype, const void* p, int64_t i) {
+  if (dtype == DType::kFloat32) return static_cast<const float*>(p)[i];
+  if (dtype == DType::kFloat16) return to_float(static_cast<const __half*>(p)[i]);
+  return to_float(static_cast<const __nv_bfloat16*>(p)[i]);
+}
+
 template <class T>
 struct alignas(16) Vec {
   static constexpr int kSize = 16 / int(sizeof(T));

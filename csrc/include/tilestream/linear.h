@@ -1,4 +1,7 @@
-// y = x . W^T (+ bias) on packed weights, and the packing itself.
+// y = x . W^T (+ bias) on packed weights, and the packing itself. What may follow in float32, before the one rounding to y:
+//   + residual;
+//   gate: the weight's rows alternate between those of gate and of up (2i and 2i + 1), y = act(gate) * up. Neighbours, for
+//         every kernel then holds both in one thread.
 //
 // Packed formats (PackedFormat). N is padded to a multiple of 32 columns ("panel"); panels follow one
 // another; within a panel K runs outermost, in groups of 32 (G32) or 128 (G128) consecutive k. A group is, for each 32 k,
@@ -19,6 +22,7 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "tilestream/activation.h"
 #include "tilestream/quantise.h"
 
 namespace tilestream {
@@ -95,11 +99,13 @@ struct LinearParams {
   QuantisedRows x_q;   // m rows, for the group-quantised formats; q null where x is given
   const void* weight;  // packed_bytes(format, n, k) bytes, 64-byte aligned
   const void* bias;    // [n] float32, or null
-  void* y;             // [m, n], dtype; last dim contiguous
+  const void* residual;  // [m, n], dtype; last dim contiguous; may be y; or null
+  void* y;             // [m, n], with a gate [m, n / 2]; dtype; last dim contiguous
   int64_t m, n, k;
-  int64_t x_row_stride, y_row_stride;
-  DType dtype;         // of x and y: float32, float16, bfloat16; the weight's own where that is row-major
+  int64_t x_row_stride, y_row_stride, residual_row_stride;
+  DType dtype;         // of x, residual and y: float32, float16, bfloat16; the weight's own where that is row-major
   PackedFormat format;
+  Activation gate = Activation::kNone;  // with one: n even, no residual
   bool gemv;           // row-major formats, whose x has rows at multiples of 16 bytes: without tensor cores, for few rows
   bool weight_only;    // group-quantised formats, x given: floats meet dequantised weights (W4A16, W8A16)
   void* workspace;     // cuda::workspace_bytes() bytes, 16-byte aligned; unused by the CPU backend
@@ -173,11 +179,11 @@ inline int64_t most_shared_columns(const LinearParams& p) {
 }
 
 // Hopper's linears on groups of 128 (linear_sm90.cu). Blocks of 64 columns by all of K; or for many rows of 256 columns by 128
-// rows, where those are a third of the SMs' number at least, and y takes pairs of elements.
+// rows, where those are a third of the SMs' number at least, and y takes pairs of elements or a gate leaves one of two.
 constexpr int64_t kSm90Sms = 132, kSm90WideBytes = 4 * 128 * 256;
 inline bool sm90_is_wide(const LinearParams& p) {
-  return p.m > 64 && ceil_div(p.m, 128) * ceil_div(p.n, 256) >= kSm90Sms / 3 && p.n % 2 == 0 && p.y_row_stride % 2 == 0 &&
-         reinterpret_cast<uintptr_t>(p.y) % dtype_bytes(p.dtype, 2) == 0;
+  const bool takes_pairs = p.n % 2 == 0 && p.y_row_stride % 2 == 0 && reinterpret_cast<uintptr_t>(p.y) % dtype_bytes(p.dtype, 2) == 0;
+  return p.m > 64 && ceil_div(p.m, 128) * ceil_div(p.n, 256) >= kSm90Sms / 3 && (takes_pairs || p.gate != Activation::kNone);
 }
 // Slices of K with a sum each, where 64 columns a block are not two blocks for each SM. Of n and k alone: a row's bits do not
 // depend on m.

@@ -1,6 +1,7 @@
 // RMS normalisation and gated activations, row by row; the result as floats or, for a linear that takes it, as int8.
 #pragma once
 
+#include "tilestream/activation.h"
 #include "tilestream/quantise.h"
 
 namespace tilestream {
@@ -18,8 +19,6 @@ struct RmsNormParams {
   DType dtype;
 };
 
-enum class Activation : int32_t { kSilu = 0, kGeluTanh = 1 };
-
 // out[t, i] = act(x[t, i]) * x[t, hidden + i]
 struct ActAndMulParams {
   const void* x;  // [num_tokens, 2 * hidden]; last dim contiguous
@@ -27,7 +26,7 @@ struct ActAndMulParams {
   QuantisedRows quantised;  // [num_tokens, hidden]; q null where out is given
   int64_t num_tokens, hidden, x_row_stride, out_row_stride;
   DType dtype;
-  Activation activation;
+  Activation activation;  // not kNone
 };
 
 namespace cpu {

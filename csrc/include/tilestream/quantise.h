@@ -34,11 +34,15 @@ TILESTREAM_HOST_DEVICE constexpr int64_t quantised_bytes(int64_t rows, int64_t k
   return rows * (k + 4 * ceil_div(k, kScaleK) + 4 * (k / kGroupK));
 }
 
+// With `hadamard` every kScaleK elements are first multiplied by the orthogonal Hadamard matrix of their number (Sylvester's):
+// a few outliers become a part of all of them (QuaRot, 2404.00456). k is then a multiple of kScaleK.
 struct QuantiseParams {
-  const void* x;  // [rows, k], x_dtype; last dim contiguous
+  const void* x;  // [rows, k], dtype; last dim contiguous
   QuantisedRows out;
-  int64_t rows, k, x_row_stride;
-  DType x_dtype;
+  void* y;        // [rows, k], dtype; last dim contiguous, may be x: gets the turned rows, and `out` is not used; or null
+  int64_t rows, k, x_row_stride, y_row_stride;
+  DType dtype;
+  bool hadamard;  // true where y is given
 };
 
 namespace cpu {

@@ -59,7 +59,7 @@ class Attention:
     def __call__(
         self, x: torch.Tensor | QuantisedRows, buf: Scratch, step: StepInputs, cache: KvCache
     ) -> None:
-        """Writes the attention's output for x, the normalised rows, into buf.x; appends their keys and values."""
+        """Writes the attention's output for x, the normalised rows, into buf.branch; appends their keys and values."""
         q, k, k_cache, v_cache, scales = buf.q, buf.k, cache.k_cache, cache.v_cache, cache.kv_scales
         self.qkv(x, buf.qkv)
         if self.q_norm is not None and self.k_norm is not None:
@@ -80,6 +80,6 @@ class Attention:
         if self.o.k4 and buf.heads_int8 is not None:
             rows = buf.heads_int8.with_k4(self.o.k4)
             self._quantise(buf.heads_flat, rows.q, rows.scale, rows.sum)
-            self.o(rows, buf.x)
+            self.o(rows, *buf.branch)
         else:
-            self.o(buf.heads_flat, buf.x)
+            self.o(buf.heads_flat, *buf.branch)

@@ -41,13 +41,19 @@ def build_model(config: ModelConfig, weights: WeightLoader, communicator: Commun
     tokens = shard.vocabulary
     table = weights.linear("token_embd", config.vocab_size, hidden, rows=tokens)
     layers = [_build_layer(config, weights, i, ropes, shard, communicator) for i in range(config.num_layers)]
-    norm = RmsNorm(weights.vector("output_norm.weight", hidden), eps, None if config.post_norms else communicator)
+    adding = None if config.post_norms else communicator
+    norm = RmsNorm(weights.vector("output_norm.weight", hidden), eps, adding, has_sum=_branches_add(config, communicator))
     lm_head = table if config.tied_embeddings else weights.linear("output", config.vocab_size, hidden, rows=tokens)
     weights.check_all_used()
     embedding = Embedding(table.weight, config.embedding_scale, tokens if world_size > 1 else None)
     return LlamaModel(
         shard.local_config(config), embedding, layers, norm, lm_head, list(ropes.values()), weights.placement, shard, communicator
     )
+
+
+def _branches_add(config: ModelConfig, communicator: Communicator | None) -> bool:
+    """Attention and MLP add their results to the residual stream: where nothing happens to these in between."""
+    return communicator is None and not config.post_norms
 
 
 def _build_layer(
@@ -62,9 +68,10 @@ def _build_layer(
     q_rows, kv_rows = shard.q_rows(config), shard.kv_rows(config)
     # The norm that follows attention and MLP directly adds what ranks have of their results.
     branch_end, branch_begin = (communicator, None) if config.post_norms else (None, communicator)
+    has_sum = _branches_add(config, communicator)
 
-    def norm(name: str, size: int, communicator: Communicator | None = None) -> RmsNorm:
-        return RmsNorm(weights.vector(f"{prefix}{name}.weight", size), config.rms_eps, communicator)
+    def norm(name: str, size: int, communicator: Communicator | None = None, *, has_sum: bool = False) -> RmsNorm:
+        return RmsNorm(weights.vector(f"{prefix}{name}.weight", size), config.rms_eps, communicator, has_sum=has_sum)
 
     attention = Attention(
         weights.stacked(
@@ -83,15 +90,16 @@ def _build_layer(
         key_rounding=weights.key_rounding(prefix + "attn_k", config.num_kv_heads, config.head_dim, heads=shard.kv_heads),
     )
     mlp = GatedMlp(
-        weights.stacked([prefix + "ffn_gate", prefix + "ffn_up"], [inner, inner], hidden, rows=[shard.columns] * 2),
+        weights.gated([prefix + "ffn_gate", prefix + "ffn_up"], inner, hidden, config.activation, rows=shard.columns),
         weights.linear(prefix + "ffn_down", hidden, inner, columns=shard.columns),
         config.activation,
+        hadamard=weights.down_hadamard,
     )
     return DecoderLayer(
         attention,
         mlp,
-        attn_norm=norm("attn_norm", hidden, branch_begin),
-        mlp_norm=norm("ffn_norm", hidden, branch_begin),
+        attn_norm=norm("attn_norm", hidden, branch_begin, has_sum=has_sum),
+        mlp_norm=norm("ffn_norm", hidden, branch_begin, has_sum=has_sum),
         post_attn_norm=norm("post_attention_norm", hidden, branch_end) if config.post_norms else None,
         post_mlp_norm=norm("post_ffw_norm", hidden, branch_end) if config.post_norms else None,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -11,7 +11,7 @@ import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
-from tilestream.ops.linear import PackedFormat
+from tilestream.ops.linear import PackedFormat, interleave_gate_up
 
 _GROUP_K, _SCALE_K = 32, 128  # of csrc/include/tilestream/quantise.h: what k and k4 are multiples of
 
@@ -53,6 +53,10 @@ class RawTensor:
         block, block_bytes = GGML_QUANT_SIZES[self.type]
         bounds = slice(columns.start // block * block_bytes, columns.stop // block * block_bytes)
         return RawTensor(self.type, self.rows[rows.start : rows.stop, bounds], len(columns))
+
+    def interleaved(self, up: RawTensor) -> RawTensor:
+        """This gate's rows and those of `up`, of the same type, in turn."""
+        return replace(self, rows=interleave_gate_up(self.rows, up.rows))
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +118,11 @@ class QuantisedTensor:
             self.bits,
             max(0, min(self.k4 - begin, len(columns))) // _SCALE_K * _SCALE_K,
         )
+
+    def interleaved(self, up: QuantisedTensor) -> QuantisedTensor:
+        """This gate's rows and those of `up`, which has the same bits, group and k4, in turn."""
+        zero = None if self.zero is None else interleave_gate_up(self.zero, up.zero)
+        return replace(self, q=interleave_gate_up(self.q, up.q), scale=interleave_gate_up(self.scale, up.scale), zero=zero)
 
     @property
     def packed_format(self) -> PackedFormat:

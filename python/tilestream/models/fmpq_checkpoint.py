@@ -14,9 +14,10 @@ from tilestream.models.errors import ModelLoadError
 from tilestream.ops import KeyRounding
 
 QUANT_METHOD = "tilestream"
-VERSION = 1
+VERSION = 2  # 1 had no down_hadamard
 FILE_NAME = "model.safetensors"
 GROUP_SIZES = (32, 128)
+HADAMARD_K = 128  # channels of a matrix
 _TABLE_GROUP = 32
 # Which entry of k4 is a linear's: that of the input that it reads.
 _INPUT_OF_STEM = {"attn_q": "qkv", "attn_k": "qkv", "attn_v": "qkv", "attn_output": "o", "ffn_gate": "gate_up", "ffn_up": "gate_up",
@@ -47,18 +48,21 @@ class FmpqCheckpoint:
     Args:
         path: the directory.
         quantisation: quantization_config of its config.json.
+    Attributes:
+        down_hadamard: the columns of `down` were multiplied by Hadamard matrices, and so must be what it reads.
     Raises:
         ModelLoadError: a missing, damaged or foreign file.
     """
 
     def __init__(self, path: Path, quantisation: Mapping[str, Any]) -> None:
         self.path, self._config = path, path / "config.json"
-        if quantisation.get("version") != VERSION or quantisation.get("group_size") not in GROUP_SIZES:
+        if quantisation.get("version") not in (1, VERSION) or quantisation.get("group_size") not in GROUP_SIZES:
             raise ModelLoadError(
                 f"{self._config}: quantization_config has version {quantisation.get('version')!r} and group_size "
-                f"{quantisation.get('group_size')!r}; this build reads version {VERSION} and groups of {GROUP_SIZES}"
+                f"{quantisation.get('group_size')!r}; this build reads versions 1 and {VERSION} and groups of {GROUP_SIZES}"
             )
         self._group, self._k4 = quantisation["group_size"], quantisation.get("k4")
+        self.down_hadamard = bool(quantisation.get("down_hadamard", False))
         try:
             self._file = safe_open(path / FILE_NAME, framework="pt")
         except (SafetensorError, OSError) as error:

@@ -2,6 +2,8 @@
 
     residual += x;  x = attention(norm(residual));  residual += x;  x = mlp(norm(residual));  ...
 
+The additions are in the norms; or, on one rank and without post norms, in attention's and the MLP's last linear.
+
 Families differ in data, not in code: biases, per-head norms, post norms, windows, RoPE and scales come from the
 configuration and from which weights a checkpoint has.
 
@@ -113,7 +115,9 @@ class LlamaModel:
         self.config, self.placement, self.shard, self.communicator = config, placement, shard, communicator
         self._ropes, self._rope_rows = list(ropes), 0
         self.embedding, self.layers, self.norm, self.lm_head = embedding, list(layers), norm, lm_head
-        self._scratch = ScratchPool(config, placement, communicator)
+        self._branches_add = norm.has_sum
+        has_gate_up = any(layer.mlp.gate_up.gate is None for layer in layers)
+        self._scratch = ScratchPool(config, placement, communicator, branches_add=norm.has_sum, has_gate_up=has_gate_up)
         self._programs = LayerPrograms(placement.device)
         self._streams = TwoStreams(placement.device)
         self._replays = communicator is None or communicator.replays
@@ -143,8 +147,9 @@ class LlamaModel:
         self._reach(step.max_position)
         num_tokens, rows = step.token_ids.size(0), step.logits_rows
         buf, logits = self._scratch.get(num_tokens), self._head_rows(num_tokens if rows is None else rows.size(0))
-        self.embedding(step.token_ids, buf.x)
-        buf.residual.zero_()
+        self.embedding(step.token_ids, buf.branch[0])
+        if not self._branches_add:
+            buf.residual.zero_()
         # On a GPU decode steps, which are padded to few sizes.
         is_small = rows is None if self.placement.asynchronous else num_tokens <= _MAX_PROGRAM_TOKENS
         if is_small and self._replays:
@@ -189,7 +194,8 @@ class LlamaModel:
             self._to_logits(_rows_of(self._normed(buf), rows), logits)
             return self._finish(logits)
         x, residual = self._last[:, : rows.size(0)]
-        torch.index_select(buf.x, 0, rows, out=x)
+        if not self._branches_add:
+            torch.index_select(buf.x, 0, rows, out=x)
         torch.index_select(buf.residual, 0, rows, out=residual)
         self._project(x, residual, logits)
         return self._finish(logits)

@@ -11,10 +11,10 @@ from gguf import GGMLQuantizationType
 from tilestream.layers.linear import Linear, StackedLinear
 from tilestream.models.checkpoint import Checkpoint, QuantisedTensor, RawTensor
 from tilestream.models.errors import ModelLoadError
-from tilestream.models.fmpq_checkpoint import FmpqCheckpoint
+from tilestream.models.fmpq_checkpoint import HADAMARD_K, FmpqCheckpoint
 from tilestream.models.gguf_reader import GgufFile
 from tilestream.ops.append_kv import KeyRounding
-from tilestream.ops.linear import PackedFormat, PackedWeight, pack_weight
+from tilestream.ops.linear import PackedFormat, PackedWeight, interleave_gate_up, pack_weight
 from tilestream.ops.memory import Arena
 from tilestream.placement import CPU, Placement
 
@@ -104,6 +104,25 @@ class WeightLoader:
         """
         rows = rows or [range(n) for n in sizes]
         raws = [self._raw(name, n, k, part, range(k)) for name, n, part in zip(names, sizes, rows, strict=True)]
+        biases = [self._bias(name, n, part) for name, n, part in zip(names, sizes, rows, strict=True)]
+        return self._stack(raws, biases)
+
+    def gated(self, names: Sequence[str], n: int, k: int, activation: str, *, rows: range | None = None) -> Linear | StackedLinear:
+        """Gate and up, or a rank's rows of them, in one packed weight that gates by itself; as `stacked` has them where they
+        lie in different ways."""
+        rows = rows or range(n)
+        gate, up = (self._raw(name, n, k, rows, range(k)) for name in names)
+        biases = [self._bias(name, n, rows) for name in names]
+        if _kind(gate) != _kind(up):
+            return self._stack([gate, up], biases)
+        if any(bias is not None for bias in biases):
+            zeros = torch.zeros(len(rows), device=self.placement.device)
+            biases = [interleave_gate_up(*(zeros if bias is None else bias for bias in biases))]
+        return self._pack([gate.interleaved(up)], biases[:1], gate=activation)
+
+    def _stack(
+        self, raws: Sequence[RawTensor | QuantisedTensor], biases: Sequence[torch.Tensor | None]
+    ) -> Linear | StackedLinear:
         groups: list[list[int]] = []
         for i, raw in enumerate(raws):
             joins = (
@@ -117,7 +136,6 @@ class WeightLoader:
                 groups[-1].append(i)
             else:
                 groups.append([i])
-        biases = [self._bias(name, n, part) for name, n, part in zip(names, sizes, rows, strict=True)]
         parts = [self._pack([raws[i] for i in group], [biases[i] for i in group]) for group in groups]
         return parts[0] if len(parts) == 1 else StackedLinear(parts)
 
@@ -157,8 +175,15 @@ class WeightLoader:
             raw, rows = _as_floats(raw.part(rows, range(k))), range(len(rows))
         return raw if len(rows) == n and len(columns) == k else raw.part(rows, columns)
 
+    @property
+    def down_hadamard(self) -> bool:
+        """Whether what the MLPs' `down` reads is to be multiplied by Hadamard matrices."""
+        return isinstance(self.checkpoint, FmpqCheckpoint) and self.checkpoint.down_hadamard
+
     def block(self, names: Sequence[str]) -> int:
-        """The most columns of these weights that a cut must leave together."""
+        """The most columns of these weights of `down` that a cut must leave together."""
+        if self.down_hadamard:
+            return HADAMARD_K
         if self._format is not None or not isinstance(self.checkpoint, GgufFile):
             return 1  # what other checkpoints keep together is never more than what a cut does anyway
         return max(self.checkpoint.tensor(name + ".weight").block for name in names)
@@ -167,7 +192,9 @@ class WeightLoader:
         name += ".bias"
         return self.vector(name, n)[rows.start : rows.stop] if self.has(name) else None
 
-    def _pack(self, raws: Sequence[RawTensor | QuantisedTensor], biases: Sequence[torch.Tensor | None]) -> Linear:
+    def _pack(
+        self, raws: Sequence[RawTensor | QuantisedTensor], biases: Sequence[torch.Tensor | None], gate: str | None = None
+    ) -> Linear:
         """One packed weight of tensors that share a format; all but a lone one fill whole panels."""
         format = self._packed_format(raws[0])
         n, k = sum(raw.num_rows for raw in raws), raws[0].num_columns
@@ -192,7 +219,7 @@ class WeightLoader:
             device = self.placement.device
             zeros = (torch.zeros(raw.num_rows, device=device) for raw in raws)
             bias = torch.cat([zero if part is None else part for part, zero in zip(biases, zeros, strict=True)])
-        return Linear(packed.to(self.placement.device), bias, self.placement.linear_kernel, k4=k4, act_bits=act_bits)
+        return Linear(packed.to(self.placement.device), bias, self.placement.linear_kernel, k4=k4, act_bits=act_bits, gate=gate)
 
     def _advance(self, num_bytes: int) -> None:
         self._done_bytes += num_bytes
@@ -214,6 +241,11 @@ class WeightLoader:
 
 def _as_floats(raw: RawTensor | QuantisedTensor) -> RawTensor:
     return RawTensor(GGMLQuantizationType.F32, raw.values.view(torch.uint8), raw.num_columns)
+
+
+def _kind(raw: RawTensor | QuantisedTensor) -> tuple:
+    """What tensors have in common whose rows can alternate in one."""
+    return (raw.type,) if isinstance(raw, RawTensor) else (raw.packed_format, raw.group, raw.k4)
 
 
 def _group(raw: RawTensor | QuantisedTensor) -> int:

@@ -16,11 +16,11 @@ from tilestream.ops.allreduce import allreduce_rmsnorm, rank_table
 from tilestream.ops.append_kv import KeyRounding, append_kv, gather_kv
 from tilestream.ops.attention import attention, merge_states
 from tilestream.ops.kv_cache import KvCache
-from tilestream.ops.linear import PackedFormat, PackedWeight, embedding, linear, pack_gguf, pack_weight
+from tilestream.ops.linear import PackedFormat, PackedWeight, embedding, interleave_gate_up, linear, pack_gguf, pack_weight
 from tilestream.ops.linear_choice import LinearKernel
-from tilestream.ops.norm import fused_add_rms_norm, fused_add_rms_norm_quant, rms_norm
+from tilestream.ops.norm import fused_add_rms_norm, fused_add_rms_norm_quant, rms_norm, rms_norm_quant
 from tilestream.ops.plan import AttentionPlan, AttentionPlanner
-from tilestream.ops.quantise import QuantisedRows, quantise
+from tilestream.ops.quantise import QuantisedRows, hadamard, quantise
 from tilestream.ops.sample import Penalties, SampleOutput, sample
 from tilestream.ops.shard_draw import ShardRows, shard_draw, shard_histogram, shard_masses
 
@@ -45,6 +45,8 @@ __all__ = [
     "gather_kv",
     "gelu_tanh_and_mul",
     "gelu_tanh_and_mul_quant",
+    "hadamard",
+    "interleave_gate_up",
     "linear",
     "merge_states",
     "pack_gguf",
@@ -52,6 +54,7 @@ __all__ = [
     "quantise",
     "rank_table",
     "rms_norm",
+    "rms_norm_quant",
     "sample",
     "shard_draw",
     "shard_histogram",

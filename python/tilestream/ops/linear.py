@@ -8,9 +8,12 @@ from enum import IntEnum
 import torch
 
 from tilestream._native import _C
+from tilestream.ops.activation import gelu_tanh_and_mul, silu_and_mul
 from tilestream.ops.linear_choice import LinearKernel, kernel_for
 from tilestream.ops.memory import Arena
 from tilestream.ops.quantise import QuantisedRows
+
+ACTIVATIONS = {"silu": silu_and_mul, "gelu_tanh": gelu_tanh_and_mul}  # what a gate may be
 
 
 class PackedFormat(IntEnum):
@@ -107,46 +110,102 @@ def linear(
     out: torch.Tensor | None = None,
     kernel: LinearKernel | None = None,
     act_bits: int = 8,
+    gate: str | None = None,
+    residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """y = x . W^T (+ bias) on a packed weight: W4A16, W4A8, W8A8, or W4Ax by COMET (2410.12168, section 4).
 
+    Then either y + residual, or with a gate act(y[:, ::2]) * y[:, 1::2]; in float32, before the one rounding.
 
     Args:
         x: [num_tokens, k], float32, float16 or bfloat16, last dim contiguous; or rows of integers from an op that
             quantises. For the group-quantised formats, floats are quantised on the way in, as `quantise` does.
         weight: packed [n, k].
         bias: [n], float32.
-        out: [num_tokens, n], as x (integers: float32, float16 or bfloat16); allocated when None (integers: float32).
+        out: [num_tokens, n], with a gate [num_tokens, n / 2], as x (integers: float32, float16 or bfloat16); allocated when
+            None (integers: float32, or as residual).
         kernel: for row-major weights, which one; None: by num_tokens and the table of `linear_choice`.
         act_bits: of floats that meet a group-quantised weight: 8 quantises them, 16 multiplies them by the dequantised weight.
+        gate: "silu" or "gelu_tanh": the rows of weight and bias alternate between gate and up (`interleave_gate_up`).
+        residual: [num_tokens, n], as out; may be out itself; not with a gate.
     Returns:
-        [num_tokens, n], as x. A row's result does not depend on the other rows, bit for bit, but for row-major weights: there
+        out. A row's result does not depend on the other rows, bit for bit, but for row-major weights: there
         it depends on the kernel, and with cuBLAS on num_tokens.
     Raises:
         ValueError, TypeError: which argument, what it was, what is allowed.
     Error: exact in integers within a group; float32 accumulation over groups. Deterministic: yes.
     """
+    num_outputs = weight.n if gate is None else weight.n // 2
     if isinstance(x, QuantisedRows):
         if out is None:
-            out = torch.empty(x.q.size(0), weight.n, device=x.q.device)
+            dtype = torch.float32 if residual is None else residual.dtype
+            out = torch.empty(x.q.size(0), num_outputs, dtype=dtype, device=x.q.device)
         if act_bits != 8:
             raise ValueError(f"act_bits is {act_bits}; it is for rows of floats, and these are quantised already")
         torch.ops.tilestream.linear_quant(
-            x.q, x.scale, x.sum, weight.data, bias, out, n=weight.n, format=weight.format
+            x.q, x.scale, x.sum, weight.data, bias, out, n=weight.n, format=weight.format, gate=gate, residual=residual
         )
         return out
     if out is None:
-        out = x.new_empty(x.size(0), weight.n)
+        out = x.new_empty(x.size(0), num_outputs)
     if weight.format.is_row_major:
         kernel = kernel_for(x.device, x.size(0), weight.n, weight.k) if kernel is None else LinearKernel(kernel)
         if kernel == LinearKernel.CUBLAS:
-            torch.mm(x, weight.matrix.t(), out=out)
-            return out if bias is None else out.add_(bias)
+            return _by_cublas(x, weight.matrix, bias, out, gate, residual)
     elif kernel is not None:
         raise ValueError(f"kernel is {kernel}; only row-major weights have a choice, and this one is {weight.format.name}")
     gemv = kernel == LinearKernel.GEMV
-    torch.ops.tilestream.linear(x, weight.data, bias, out, n=weight.n, format=weight.format, gemv=gemv, act_bits=act_bits)
+    torch.ops.tilestream.linear(
+        x, weight.data, bias, out, n=weight.n, format=weight.format, gemv=gemv, act_bits=act_bits, gate=gate, residual=residual
+    )
     return out
+
+
+def _by_cublas(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    gate: str | None,
+    residual: torch.Tensor | None,
+) -> torch.Tensor:
+    """`linear` on a weight [n, k] by torch.mm. A gate takes two products, of every second row each, and an op of its own."""
+    if residual is not None and (residual.shape, residual.dtype) != (out.shape, out.dtype):
+        alike = f"residual is {list(residual.shape)} {residual.dtype}; it must be as out, {list(out.shape)} {out.dtype}"
+        raise ValueError(alike)
+    if gate is None:
+        if residual is None:
+            torch.mm(x, weight.t(), out=out)
+        else:
+            (out if residual is out else out.copy_(residual)).addmm_(x, weight.t())
+        return out if bias is None else out.add_(bias)
+    if gate not in ACTIVATIONS:
+        raise ValueError(f"gate is {gate!r}; allowed: {', '.join(ACTIVATIONS)}, or none")
+    if residual is not None:
+        raise ValueError(f"gate is {gate!r} and a residual is given; allowed: one of them")
+    if weight.size(0) % 2 != 0:
+        raise ValueError(f"n is {weight.size(0)}; with a gate the weight's rows alternate between gate and up, so it must be even")
+    both = x.new_empty(x.size(0), weight.size(0))
+    for i, part in enumerate(both.chunk(2, 1)):
+        torch.mm(x, weight[i::2].t(), out=part)
+        if bias is not None:
+            part.add_(bias[i::2])
+    return ACTIVATIONS[gate](both, out=out)
+
+
+def interleave_gate_up(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """Alternates rows of gate and of up, as a linear with a gate takes its weight (values; or q, scale and zero) and its bias.
+
+    Args:
+        gate, up: [n, ...], of one shape and dtype.
+    Returns:
+        [2 * n, ...]: gate's row i at 2 i, up's at 2 i + 1.
+    Raises:
+        ValueError: they differ.
+    """
+    if (gate.shape, gate.dtype) != (up.shape, up.dtype):
+        raise ValueError(f"gate is {list(gate.shape)} {gate.dtype}, up {list(up.shape)} {up.dtype}; they must be alike")
+    return torch.stack([gate, up], 1).flatten(0, 1)
 
 
 def pack_weight(

@@ -26,6 +26,28 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, *, eps: float = 1e-6, out: t
     return out
 
 
+def rms_norm_quant(
+    x: torch.Tensor, weight: torch.Tensor, *, eps: float = 1e-6, k4: int = 0, out: QuantisedRows | None = None
+) -> QuantisedRows:
+    """out = quantise(rms_norm(x)), in one pass: the input of a W4A8, W4Ax or W8A8 linear.
+
+    Args:
+        x: [num_tokens, hidden], float32, float16 or bfloat16, hidden a multiple of 32; not changed.
+        weight: [hidden], float32.
+        eps: added to the mean square.
+        k4: how many leading elements of a row become INT4, a multiple of 128; `out` has a k4 of its own.
+        out: room for [num_tokens, hidden]; allocated when None.
+    Returns:
+        out.
+    Raises:
+        ValueError, TypeError: which argument, what it was, what is allowed.
+    """
+    if out is None:
+        out = QuantisedRows.empty(x.size(0), x.size(1), k4=k4, device=x.device)
+    torch.ops.tilestream.rms_norm_quant(x, weight, out.q, out.scale, out.sum, eps=eps)
+    return out
+
+
 def fused_add_rms_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, *, eps: float = 1e-6) -> None:
     """residual += x; x = rms_norm(residual): both in place, one pass.
 

@@ -66,7 +66,9 @@ class QuantisedRows:
         return QuantisedRows(self.q[rows], self.scale[rows], self.sum[rows])
 
 
-def quantise(x: torch.Tensor, *, k4: int = 0, out: QuantisedRows | None = None) -> QuantisedRows:
+def quantise(
+    x: torch.Tensor, *, k4: int = 0, hadamard: bool = False, out: QuantisedRows | None = None
+) -> QuantisedRows:
     """Round every row to integers, to nearest even, with scale = max|x| / 127 of each 128 elements.
 
     INT4: scale = max|x| / -8 where the element of largest magnitude is positive, max|x| / 8 where it is negative; what rounds
@@ -75,6 +77,7 @@ def quantise(x: torch.Tensor, *, k4: int = 0, out: QuantisedRows | None = None) 
     Args:
         x: [num_rows, k], float32, float16 or bfloat16, last dim contiguous; k a multiple of 32.
         k4: how many leading elements become INT4, a multiple of 128; `out` has a k4 of its own.
+        hadamard: the rows are first turned as by `hadamard`, in float32.
         out: room for [num_rows, k]; allocated when None.
     Returns:
         out. 128 elements of which one is NaN or infinite have scale NaN.
@@ -83,5 +86,25 @@ def quantise(x: torch.Tensor, *, k4: int = 0, out: QuantisedRows | None = None) 
     """
     if out is None:
         out = QuantisedRows.empty(x.size(0), x.size(1), k4=k4, device=x.device)
-    torch.ops.tilestream.quantise(x, out.q, out.scale, out.sum)
+    torch.ops.tilestream.quantise(x, out.q, out.scale, out.sum, hadamard=hadamard)
+    return out
+
+
+def hadamard(x: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
+    """Multiply every 128 elements by the orthogonal Hadamard matrix H of 128 (Sylvester's, symmetric): what a few of them have
+    more than the others is then in all of them alike, and 4 bits hold it better (QuaRot, 2404.00456, section 4).
+
+    A linear whose weight was multiplied by H too, 128 columns at a time, gives of these rows what it gave before.
+
+    Args:
+        x: [num_rows, k], float32, float16 or bfloat16, last dim contiguous; k a multiple of 128.
+        out: as x, which it may be; allocated when None.
+    Returns:
+        out. Computed in float32. 128 elements of which one is NaN or infinite are NaN.
+    Raises:
+        ValueError, TypeError: which argument, what it was, what is allowed.
+    """
+    if out is None:
+        out = torch.empty_like(x)
+    torch.ops.tilestream.hadamard(x, out)
     return out

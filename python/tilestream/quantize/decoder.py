@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from tilestream.models.config import ModelConfig
 from tilestream.quantize.source import LayerWeights
+from tilestream.quantize.transform import turn_blocks
 from tilestream.reference.attention import visible
 
 # (name of INPUTS, its rows) -> the rows that the linears read.
@@ -56,7 +57,8 @@ class Decoder:
         rows = watch("gate_up", rms_norm(x, norm["mlp"], eps))
         gate, up = _linear(weights, "gate", rows), _linear(weights, "up", rows)
         gate = F.silu(gate) if config.activation == "silu" else F.gelu(gate, approximate="tanh")
-        branch = _linear(weights, "down", watch("down", gate * up))
+        inner = turn_blocks(gate * up) if weights.down_hadamard else gate * up
+        branch = _linear(weights, "down", watch("down", inner))
         return x + (rms_norm(branch, norm["post_mlp"], eps) if config.post_norms else branch)
 
     def _attention(

@@ -154,7 +154,8 @@ class _Run:
         errors = self._round_layers(transform, x, k4, tensors)
         write_tensors(folder, tensors)
         write_tokenizer(folder, self.tokenizer)
-        said = {"tie_word_embeddings": tied, "quantization_config": self._settings(inputs, k4)}
+        settings = self._settings(inputs, k4) | {"down_hadamard": transform.down_hadamard}
+        said = {"tie_word_embeddings": tied, "quantization_config": settings}
         write_json(folder / "config.json", self.values | said)
         facts = {
             "model": self.name, "method": recipe.method, "groups of weights": recipe.group_size,

@@ -28,11 +28,13 @@ class LayerWeights:
         linear: [n, k] float32, by the names of LINEARS.
         bias: [n] float32, of those linears that have one.
         norm: float32 vectors by the names of NORMS, of those that the family has.
+        down_hadamard: what `down` reads is multiplied by Hadamard matrices of 128 channels first.
     """
 
     linear: dict[str, torch.Tensor]
     bias: dict[str, torch.Tensor]
     norm: dict[str, torch.Tensor]
+    down_hadamard: bool = False
 
 
 class Source:

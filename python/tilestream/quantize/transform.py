@@ -6,6 +6,7 @@
   MLP's inside      channels sorted by energy.
   keys              RoPE pairs scaled and turned (tilestream.quantize.keys).
   values            every head turned by a Hadamard matrix, which `o` undoes.
+  what down reads   turned by a Hadamard matrix within each block of 128, in down's weight and, as the model runs, in its rows.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ class Statistics:
 class Identity:
     """No change of basis."""
 
+    down_hadamard = False
+
     def table(self, embedding: torch.Tensor) -> torch.Tensor:
         return embedding
 
@@ -54,8 +57,10 @@ class Transform:
     Args:
         config: the model's shape.
         statistics: of the model with its norms folded, where `rotate`.
-        rotate: turn the residual stream and the values; not for families with post norms.
+        rotate: turn the residual stream, the values and what `down` reads; not for families with post norms.
         granule: consecutive channels that stay together when channels are sorted.
+    Attributes:
+        down_hadamard: whether what `down` reads is turned (where it has whole blocks of 128).
     """
 
     def __init__(self, config: ModelConfig, statistics: Statistics, *, rotate: bool, granule: int) -> None:
@@ -69,6 +74,7 @@ class Transform:
         self._inner = [energy_order(inner, granule) for inner in statistics.inner]
         self._keys = statistics.keys
         self._turn = hadamard(config.head_dim) if rotate else None
+        self.down_hadamard = rotate and config.intermediate_size % BLOCK_K == 0
 
     def table(self, embedding: torch.Tensor) -> torch.Tensor:
         """The token embedding in the new basis."""
@@ -98,10 +104,12 @@ class Transform:
             for name in tensors.keys() & {"gate", "up"}:
                 tensors[name] = tensors[name][inner]
         linear["down"] = linear["down"][:, inner]
+        if self.down_hadamard:
+            linear["down"] = turn_blocks(linear["down"])
         self._move_keys(self._keys[layer_idx], linear, bias, norm)
         if self._turn is not None:
             self._turn_values(linear, bias)
-        return LayerWeights(linear, bias, norm)
+        return LayerWeights(linear, bias, norm, self.down_hadamard)
 
     def _columns(self, weight: torch.Tensor) -> torch.Tensor:
         return weight @ self.basis if self._rotate else weight[:, self._order]
@@ -145,6 +153,11 @@ def principal_blocks(moment: torch.Tensor) -> torch.Tensor:
         block = basis[:, begin : begin + BLOCK_K]
         block.copy_(block @ hadamard(block.size(1)))
     return basis
+
+
+def turn_blocks(rows: torch.Tensor) -> torch.Tensor:
+    """Each 128 elements of the last dimension times the Hadamard matrix (tilestream.ops.hadamard)."""
+    return (rows.unflatten(-1, (-1, BLOCK_K)) @ hadamard(BLOCK_K)).flatten(-2)
 
 
 def hadamard(n: int) -> torch.Tensor:

@@ -2,6 +2,8 @@
 
 import torch
 
+from tilestream.reference import activation
+
 SCALE_K = 128  # consecutive k that share an activation scale; the last of a row may be fewer
 
 
@@ -36,6 +38,19 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     return y if bias is None else y + bias.double()
 
 
+def gated(y: torch.Tensor, gate: str) -> torch.Tensor:
+    """act(y[:, ::2]) * y[:, 1::2].
+
+    Args:
+        y: [m, 2n].
+        gate: "silu" or "gelu_tanh".
+    Returns:
+        [m, n], float64.
+    """
+    act = {"silu": activation.silu_and_mul, "gelu_tanh": activation.gelu_tanh_and_mul}[gate]
+    return act(torch.cat([y[:, ::2], y[:, 1::2]], -1))
+
+
 def quantise(x: torch.Tensor, k4: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     """Integers per row and span of 128: scale = max|x| / 127; for the first k4 elements max|x| / 8, or / -8 where x = max|x|.
 
@@ -54,6 +69,15 @@ def quantise(x: torch.Tensor, k4: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     q = torch.round(padded / torch.where(scale == 0, 1.0, scale).unsqueeze(-1))
     q[:, :int4].clamp_(max=7)
     return q.flatten(1)[:, :k].long(), scale
+
+
+def hadamard(x: torch.Tensor) -> torch.Tensor:
+    """x [m, k] with each 128 elements multiplied by the orthogonal Hadamard matrix, float64: entry (i, j) is -1 to the number of
+    bits that i and j share, over the root of 128."""
+    i = torch.arange(SCALE_K)
+    shared = (i[:, None] & i)[:, :, None] >> torch.arange(7) & 1
+    matrix = (1 - 2 * (shared.sum(2) % 2)).double() / SCALE_K**0.5
+    return (x.double().unflatten(1, (-1, SCALE_K)) @ matrix).flatten(1)
 
 
 def unpack_rows(q: torch.Tensor, k4: int) -> torch.Tensor:
