@@ -32,12 +32,13 @@ class GatedMlp:
 
     def __call__(self, x: torch.Tensor | QuantisedRows, buf: Scratch) -> None:
         """Writes the MLP's output for x, the normalised rows, into buf.branch, buf.mlp_rows rows at a time."""
-        (out, residual), step = buf.branch, buf.mlp_rows
+        (out, residual), step = buf.branch, buf.mlp_rows  # residual: out, or None
         num_tokens = out.size(0)
         for begin in range(0, num_tokens, step):
             rows = slice(begin, min(begin + step, num_tokens))
             part = slice(0, rows.stop - begin)
-            self.down(self._inner(x[rows], buf, part), out[rows], None if residual is None else residual[rows])
+            to = out[rows]
+            self.down(self._inner(x[rows], buf, part), to, to if residual is not None else None)
 
     def _inner(self, x: torch.Tensor | QuantisedRows, buf: Scratch, part: slice) -> torch.Tensor | QuantisedRows:
         """act(gate(x)) * up(x), as `down` takes it, in those rows of a buffer."""

@@ -60,7 +60,8 @@ class Scratch:
         gate_up, act: [mlp_rows, 2 * intermediate], or None where no layer uses it, and [mlp_rows, intermediate].
         x_int8, heads_int8, act_int8: as x, heads_flat and act, for the linears that take integers; None where the width is no
             multiple of 32.
-        branch: what attention and MLP write to, and what they add: (x, None) or (residual, residual).
+        branch: what attention and MLP write to, and what they add: (x, None) or twice residual, one tensor, so that additions
+            are in place with every library.
         channel: of the communicator, for its norms.
         num_shared_bytes, num_bytes: of all of them, in either memory.
     """

@@ -21,7 +21,7 @@ import torch
 from tilestream.distributed.two_streams import TwoStreams
 from tilestream.layers.attention import Attention
 from tilestream.layers.embedding import Embedding
-from tilestream.layers.linear import Linear
+from tilestream.layers.linear import Linear, StackedLinear
 from tilestream.layers.mlp import GatedMlp
 from tilestream.layers.norm import RmsNorm
 from tilestream.layers.program import LayerPrograms

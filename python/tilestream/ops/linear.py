@@ -115,7 +115,8 @@ def linear(
 ) -> torch.Tensor:
     """y = x . W^T (+ bias) on a packed weight: W4A16, W4A8, W8A8, or W4Ax by COMET (2410.12168, section 4).
 
-    Then either y + residual, or with a gate act(y[:, ::2]) * y[:, 1::2]; in float32, before the one rounding.
+    Then either y + residual, or with a gate act(y[:, ::2]) * y[:, 1::2]; in float32, before the one rounding (by
+    cuBLAS the gate comes after it, and takes another).
 
     Args:
         x: [num_tokens, k], float32, float16 or bfloat16, last dim contiguous; or rows of integers from an op that
@@ -169,10 +170,11 @@ def _by_cublas(
     gate: str | None,
     residual: torch.Tensor | None,
 ) -> torch.Tensor:
-    """`linear` on a weight [n, k] by torch.mm. A gate takes two products, of every second row each, and an op of its own."""
+    """`linear` on a weight [n, k] by torch. A gate takes two products, of every second row each, and an op of its own."""
     if residual is not None and (residual.shape, residual.dtype) != (out.shape, out.dtype):
-        alike = f"residual is {list(residual.shape)} {residual.dtype}; it must be as out, {list(out.shape)} {out.dtype}"
-        raise ValueError(alike)
+        raise ValueError(
+            f"residual is {list(residual.shape)} {residual.dtype}; it must be as out, {list(out.shape)} {out.dtype}"
+        )
     if gate is None:
         if residual is None:
             torch.mm(x, weight.t(), out=out)
