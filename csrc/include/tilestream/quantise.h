@@ -5,8 +5,8 @@
 // are permuted offline so that those with outliers come last. With amax a span's largest magnitude,
 //   INT8: scale = amax / 127, q = round(value * 127 / amax);
 //   INT4: scale = amax / -8 if a value of that magnitude is positive, else amax / 8; q = min(round(value / scale), 7).
-// So the value of largest magnitude is -8, and steps are an eighth finer than with 7 on both sides, for a third less error
-// in all (GGUF's Q4_0 does it for weights). Beside them the sum of q over each group of kGroupK, which is all that a weight's zero
+// So the value of largest magnitude is -8, and steps are an eighth finer than with 7 on both sides: a quarter less squared
+// error (GGUF's Q4_0 has weights so). Beside them the sum of q over each group of kGroupK, which is all that a weight's zero
 // point meets of a row. A span with a NaN or an infinity gets scale NaN, so that all of the row's outputs are NaN and no
 // other row notices.
 // A row's bytes: k4 / 2 of nibbles (two's complement; in 32 k, byte j has k = j in its low half and k = 16 + j in its
