@@ -6,10 +6,7 @@ meet, then the clock starts. The limit is a copy of the bytes: x of both ranks a
 
 from __future__ import annotations
 
-import os
-import statistics
 import time
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -17,38 +14,14 @@ import torch.distributed as dist
 
 from bench.harness import Report
 from bench.roofs import Work
-from tilestream.distributed import Communicator, connect
+from bench.two_ranks import SETTLE_S, connected, time_calls
 from tilestream.ops import QuantisedRows
-from tilestream.placement import CPU
 from tilestream.testing import Ranks
 
 HIDDEN = 4096
 EPS = 1e-5
 ROUNDS = 15
-SETTLE_S = 0.05
 PEERS = ("gloo + add + norm", "our plain all-reduce")
-_ranks: list[Communicator] = []
-
-
-def connected() -> Communicator:
-    if not _ranks:
-        _ranks.append(connect(None, CPU, num_bytes=64 << 20, transport="shared memory"))
-        cpus = sorted(os.sched_getaffinity(0))
-        os.sched_setaffinity(0, {cpus[_ranks[0].rank % len(cpus)]})  # of this thread; gloo's own stay free
-    return _ranks[0]
-
-
-def time_calls(prepare: Callable[[], object], run: Callable[[], object], num_calls: int) -> float:
-    """Median seconds of a call, on this rank; the others run it at the same time."""
-    meeting = connected().empty(16).view(torch.float32).view(1, 4)
-    times = []
-    for _ in range(num_calls + 3):
-        prepare()
-        connected().allreduce_rmsnorm(meeting, None, None, eps=EPS)
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[3:])
 
 
 def measure(rank: int, num_tokens: int, quantised: bool) -> dict[str, list[float]]:
@@ -80,13 +53,6 @@ def measure(rank: int, num_tokens: int, quantised: bool) -> dict[str, list[float
             time.sleep(SETTLE_S)
             times[name].append(time_calls(prepare, run, num_calls))
     return times
-
-
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory):
-    started = Ranks(2, tmp_path_factory.mktemp("ranks"))
-    yield started
-    started.close()
 
 
 @pytest.mark.parametrize("quantised", [False, True], ids=["float32", "int8"])

@@ -16,8 +16,8 @@ from tilestream.engine.sampling_shards import VocabularyShards
 from tilestream.ops import sample
 from tilestream.testing import Ranks
 
-from bench.bench_allreduce import SETTLE_S, connected, time_calls
 from bench.harness import Report
+from bench.two_ranks import SETTLE_S, connected, time_calls
 
 ROUNDS, NUM_CALLS = 15, 20
 KINDS = {"temperature": 1.0, "top-p 0.9": 0.9}
@@ -58,13 +58,6 @@ def measure(rank: int, num_rows: int, vocab_size: int, top_p: float, scale: floa
             time.sleep(SETTLE_S)
             times[name].append(time_calls(lambda: None, run, NUM_CALLS))
     return times
-
-
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory):
-    started = Ranks(2, tmp_path_factory.mktemp("ranks"))
-    yield started
-    started.close()
 
 
 @pytest.mark.parametrize("scale", [1.0, 4.0], ids=["flat", "peaked"])

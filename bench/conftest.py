@@ -10,6 +10,7 @@ import torch
 from bench.harness import Report, this_cpu
 from bench.roofs import Machine
 from tilestream._native import _C
+from tilestream.testing import Ranks
 
 
 # glibc's mallopt(). Left alone, malloc gives large buffers back to the system as soon as they are free, and torch pays for
@@ -45,6 +46,14 @@ def report(request: pytest.FixtureRequest, machine: Machine):
     print("\n" + result.text())
     if request.config.getoption("--write-results"):
         result.write(request.module.__name__.rpartition(".")[2].removeprefix("bench_"))
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory):
+    """Two processes (bench.two_ranks)."""
+    started = Ranks(2, tmp_path_factory.mktemp("ranks"))
+    yield started
+    started.close()
 
 
 @pytest.fixture(autouse=True)
