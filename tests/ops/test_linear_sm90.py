@@ -30,7 +30,7 @@ def exact_weight(n: int, k: int, format: PackedFormat) -> tuple[PackedWeight, to
 def exact_rows(m: int, k: int, k4: int) -> torch.Tensor:
     """Whole numbers, which quantise to themselves: every span has its largest."""
     x = torch.randint(-7, 8, (m, k)).float()
-    x[:, :k4:128], x[:, k4::128] = 7.0, -127.0
+    x[::2, :k4:128], x[1::2, :k4:128], x[:, k4::128] = 8.0, -8.0, -127.0  # every span's scale is 1 or -1
     return x
 
 
