@@ -71,18 +71,21 @@ def check(
         testing.assert_within(out.tensor, same.double(), 4 * FLOAT_ERROR * float(same.abs().max()) if m else 0.0)
 
 
+def dtype_of(m: int, format: PackedFormat) -> torch.dtype:
+    """Each format meets each dtype, and each row count too, but not all of them each other."""
+    return DTYPES[(m + format) % 3]
+
+
 @each_format
-@each_dtype
 @pytest.mark.parametrize(("m", "n", "k"), SHAPES)
-def test_gates(backend: testing.Backend, m: int, n: int, k: int, format: PackedFormat, dtype: torch.dtype) -> None:
-    check(m, n, k, format, dtype, "gelu_tanh" if m % 3 == 0 else "silu")
+def test_gates(backend: testing.Backend, m: int, n: int, k: int, format: PackedFormat) -> None:
+    check(m, n, k, format, dtype_of(m, format), "gelu_tanh" if k % 64 == 0 else "silu")
 
 
 @each_format
-@each_dtype
 @pytest.mark.parametrize(("m", "n", "k"), [(m, n + n % 3, k) for m, n, k in SHAPES])  # odd n too
-def test_residuals(backend: testing.Backend, m: int, n: int, k: int, format: PackedFormat, dtype: torch.dtype) -> None:
-    check(m, n, k, format, dtype, None, in_place=m % 2 == 0)
+def test_residuals(backend: testing.Backend, m: int, n: int, k: int, format: PackedFormat) -> None:
+    check(m, n, k, format, dtype_of(m, format), None, in_place=m % 2 == 0)
 
 
 @each_quantised
