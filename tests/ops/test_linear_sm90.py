@@ -87,10 +87,9 @@ def test_wide_tiles_are_the_narrow_ones_bit_for_bit(backend: testing.Backend) ->
         assert torch.equal(all_rows[:some], ops.linear(first(rows, some), weight, out=torch.empty(some, n)))
 
 
-@each_format
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("dtype", "format"), [(torch.bfloat16, PackedFormat.U4G128), (torch.float32, PackedFormat.U8G128S)], ids=str)
 def test_wide_tiles_gate_and_add_as_narrow_ones(backend: testing.Backend, dtype: torch.dtype, format: PackedFormat) -> None:
-    (m, n), k = WIDE, 544
+    (m, n), k = WIDE, 288
     weight = test_linear.Weight(n, k, format).packed
     rows, bias, residual = ops.quantise(torch.randn(m, k)), torch.randn(n), torch.randn(m, n + 1).to(dtype)[:, :n]
     y = ops.linear(rows, weight, bias)
@@ -101,11 +100,9 @@ def test_wide_tiles_gate_and_add_as_narrow_ones(backend: testing.Backend, dtype:
     halves = torch.cat([y[:, ::2], y[:, 1::2]], 1)
     for got, want in ((gated.tensor, ops.silu_and_mul(halves)), (added, y + residual)):
         testing.assert_within(got, want.double(), 2 * testing.unit_roundoff(dtype) * float(want.abs().max()))
-    for some in (5, 130):
-        few = first(rows, some)
-        narrow = ops.linear(few, weight, bias, gate="silu", out=torch.empty(some, n // 2, dtype=dtype))
-        assert torch.equal(gated.tensor[:some], narrow)
-        assert torch.equal(added[:some], ops.linear(few, weight, bias, residual=residual[:some]))
+    few, some = first(rows, 5), slice(5)
+    assert torch.equal(gated.tensor[some], ops.linear(few, weight, bias, gate="silu", out=torch.empty(5, n // 2, dtype=dtype)))
+    assert torch.equal(added[some], ops.linear(few, weight, bias, residual=residual[some]))
 
 
 @pytest.mark.parametrize(("n", "stride", "begin"), [(259, 259, 0), (258, 262, 1)])
