@@ -1,6 +1,8 @@
 // One row of activations to integers (tilestream/quantise.h), from wherever its values come.
 #pragma once
 
+#include <algorithm>
+
 #include "cpu/elements.h"
 #include "tilestream/quantise.h"
 
