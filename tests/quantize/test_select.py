@@ -43,8 +43,19 @@ def test_outliers_are_harm() -> None:
     torch.manual_seed(4)
     rows = torch.randn(50, 256)
     rows[:, 130] *= 40
-    harm = block_harm(rows, torch.ones(256))
+    harm = block_harm(rows, torch.ones(50, 256))
     assert harm[1] > 10 * harm[0] > 0
+
+
+def test_errors_that_the_loss_does_not_see_are_no_harm() -> None:
+    torch.manual_seed(4)
+    rows, gradient = torch.randn(50, 256), torch.ones(50, 256)
+    gradient[:25, :128] = 2
+    gradient[:, 128:] = 0
+    harm = block_harm(rows, gradient)
+    assert harm[1] == 0
+    parts = block_harm(rows[:25], torch.ones(25, 256)), block_harm(rows[25:], torch.ones(25, 256))
+    assert torch.allclose(harm[0], 4 * parts[0][0] + parts[1][0])
 
 
 def test_rounding_is_the_kernels(k4: int = 128) -> None:

@@ -6,23 +6,28 @@ import pytest
 import torch
 from tilestream.models.loader import open_checkpoint
 from tilestream.quantize.calibration import gather_statistics
-from tilestream.quantize.decoder import Decoder, rms_norm
+from tilestream.quantize.decoder import Decoder
+from tilestream.quantize.head import Head
 from tilestream.quantize.source import Source
-from tilestream.quantize.transform import Identity, Transform, energy_order, hadamard, principal_blocks
+from tilestream.quantize.transform import Transform, energy_order, hadamard, principal_blocks
 
 TOKENS = torch.arange(2, 42).view(1, 40) * 7 % 250
 
 
-def _logits(source: Source, transform) -> torch.Tensor:
+def _logits(source: Source, transform: Transform | None = None) -> torch.Tensor:
     config, decoder = source.config, Decoder(source.config, TOKENS.size(1))
-    embedding = source.matrix("token_embd")
-    head = embedding if config.tied_embeddings else source.matrix("output")
-    head, norm = transform.head(head, source.vector("output_norm.weight"))
-    x = transform.table(embedding)[TOKENS] * config.embedding_scale
+    table = source.matrix("token_embd")
+    head = Head(
+        source.vector("output_norm.weight"), table if config.tied_embeddings else source.matrix("output"), config.rms_eps,
+        config.final_soft_cap,
+    )  # fmt: skip
+    if transform is not None:
+        head, table = transform.head(head), transform.table(table)
+    x = table[TOKENS] * config.embedding_scale
     for i in range(config.num_layers):
-        x = decoder.layer(i, transform.layer(i, source.layer(i)), x)
-    logits = rms_norm(x, norm, config.rms_eps) @ head.t()
-    return torch.tanh(logits / config.final_soft_cap) * config.final_soft_cap if config.final_soft_cap else logits
+        weights = source.layer(i)
+        x = decoder.layer(i, weights if transform is None else transform.layer(i, weights), x)
+    return head.logits(x)
 
 
 @pytest.mark.parametrize("name", ["llama", "llama-wide-mlp", "llama-biases", "llama-llama3-rope", "mistral", "qwen2", "qwen3", "gemma3"])
@@ -35,7 +40,7 @@ def test_outputs_stay(name: str, rotate: bool, hf_model) -> None:
         rotate = False  # a norm behind the branch ties the stream to its channels
     with torch.no_grad():
         expected = model(TOKENS).logits
-        assert torch.allclose(_logits(source, Identity()), expected, atol=2e-4 * float(expected.abs().max()))
+        assert torch.allclose(_logits(source), expected, atol=2e-4 * float(expected.abs().max()))
         x = source.matrix("token_embd")[TOKENS] * source.config.embedding_scale
         statistics = gather_statistics(source, Decoder(source.config, 40), x, fold=rotate, advance=lambda: None)
         turned = Transform(source.config, statistics, rotate=rotate, granule=1)

@@ -47,6 +47,9 @@ def command(
         bool, typer.Option("--rotate/--no-rotate", help="Turn the residual stream, the values and the inside of MLPs, or only sort channels.")
     ] = True,
     method: Annotated[Method, typer.Option(help="rtn: round to nearest and nothing else, for comparison.")] = Method.fmpq,
+    tune_epochs: Annotated[
+        int, typer.Option(metavar="N", min=0, help="How often scales see the windows as they learn the model's distribution.")
+    ] = 2,
     calib_windows: Annotated[int, typer.Option(metavar="N", min=1, help="Windows of 512 tokens to calibrate on.")] = 32,
     num_threads: options.NumThreads = None,
 ) -> None:
@@ -64,8 +67,9 @@ def command(
 
     torch.set_num_threads(num_threads or _C.num_threads())  # here torch computes, not our kernels
     recipe = Recipe(
-        method=method.value, group_size=int(group_size.value), int4_share=int4_share, rotate=rotate, num_windows=calib_windows
-    )
+        method=method.value, group_size=int(group_size.value), int4_share=int4_share, rotate=rotate, num_windows=calib_windows,
+        tune_epochs=tune_epochs,
+    )  # fmt: skip
     with stage_bar(model) as progress:
         share = quantize(model, text, out, recipe, progress)
     print(f"{out}: {share:.1%} of the multiply-adds have INT4 activations; see {out / 'report.md'}")

@@ -1,4 +1,4 @@
-"""The float model's passes over the calibration text: what the changes of basis and the choice of blocks need to know."""
+"""The float model's pass over the calibration text: what the changes of basis need to know."""
 
 from __future__ import annotations
 
@@ -8,12 +8,10 @@ import torch
 
 from tilestream.quantize.decoder import Decoder
 from tilestream.quantize.keys import KeyBasis, find_key_basis
-from tilestream.quantize.select import Input, Key, block_harm
-from tilestream.quantize.source import INPUTS, Source
-from tilestream.quantize.transform import Statistics, Transform, fold_norms
+from tilestream.quantize.source import Source
+from tilestream.quantize.transform import Statistics, fold_norms
 
 _KEY_WINDOWS = 8  # whose keys and queries the basis of keys is found on
-_HARM_WINDOWS = 4
 
 Advance = Callable[[], None]
 
@@ -51,26 +49,4 @@ def gather_statistics(source: Source, decoder: Decoder, x: torch.Tensor, *, fold
         x = decoder.layer(i, fold_norms(weights) if fold else weights, x, watch, heads)
         inner.append(energy)
         advance()
-    return Statistics(residual, keys, inner)
-
-
-def measure_harm(source: Source, transform: Transform, decoder: Decoder, x: torch.Tensor, advance: Advance) -> dict[Key, Input]:
-    """What INT4 activations would do to every block of every linear, in the new basis.
-
-    Args:
-        x: [windows, tokens, hidden], token embeddings in the new basis.
-        advance: called after each layer.
-    """
-    x, inputs = x[:_HARM_WINDOWS], {}
-    for i in range(source.config.num_layers):
-        weights = transform.layer(i, source.layer(i))
-
-        def watch(name: str, rows: torch.Tensor, i: int = i, linear: dict[str, torch.Tensor] = weights.linear) -> torch.Tensor:
-            readers = [linear[reader] for reader in INPUTS[name]]
-            gain = sum(w.square().sum(0) for w in readers)
-            inputs[i, name] = Input(rows.size(-1), sum(len(w) for w in readers), block_harm(rows.flatten(0, 1), gain))
-            return rows
-
-        x = decoder.layer(i, weights, x, watch)
-        advance()
-    return inputs
+    return Statistics(residual, keys, inner, x)

@@ -19,6 +19,10 @@ Watch = Callable[[str, torch.Tensor], torch.Tensor]
 Heads = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
+def _pass(name: str, rows: torch.Tensor) -> torch.Tensor:
+    return rows
+
+
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return F.rms_norm(x, weight.shape, weight, eps)
 
@@ -39,7 +43,13 @@ class Decoder:
         }
 
     def layer(
-        self, layer_idx: int, weights: LayerWeights, x: torch.Tensor, watch: Watch | None = None, heads: Heads | None = None
+        self,
+        layer_idx: int,
+        weights: LayerWeights,
+        x: torch.Tensor,
+        watch: Watch | None = None,
+        heads: Heads | None = None,
+        outputs: Watch | None = None,
     ) -> torch.Tensor:
         """The residual stream behind a layer.
 
@@ -49,23 +59,35 @@ class Decoder:
             x: [windows, num_tokens, hidden], the residual stream before it.
             watch: sees, and may round, what linears read.
             heads: sees, and may round, what attention reads.
+            outputs: sees what linears give, by the names of LINEARS.
         """
         config, norm, eps = self.config, weights.norm, self.config.rms_eps
-        watch = watch or (lambda name, rows: rows)
-        branch = self._attention(layer_idx, weights, watch("qkv", rms_norm(x, norm["attn"], eps)), watch, heads)
+        watch, outputs = watch or _pass, outputs or _pass
+
+        def linear(name: str, rows: torch.Tensor) -> torch.Tensor:
+            return outputs(name, F.linear(rows, weights.linear[name], weights.bias.get(name)))
+
+        rows = watch("qkv", rms_norm(x, norm["attn"], eps))
+        q, k, v = (linear(name, rows).unflatten(2, (-1, config.head_dim)).transpose(1, 2) for name in "qkv")
+        branch = linear("o", watch("o", self._attention(layer_idx, norm, q, k, v, heads)))
         x = x + (rms_norm(branch, norm["post_attn"], eps) if config.post_norms else branch)
         rows = watch("gate_up", rms_norm(x, norm["mlp"], eps))
-        gate, up = _linear(weights, "gate", rows), _linear(weights, "up", rows)
+        gate, up = linear("gate", rows), linear("up", rows)
         gate = F.silu(gate) if config.activation == "silu" else F.gelu(gate, approximate="tanh")
         inner = turn_blocks(gate * up) if weights.down_hadamard else gate * up
-        branch = _linear(weights, "down", watch("down", inner))
+        branch = linear("down", watch("down", inner))
         return x + (rms_norm(branch, norm["post_mlp"], eps) if config.post_norms else branch)
 
     def _attention(
-        self, layer_idx: int, weights: LayerWeights, rows: torch.Tensor, watch: Watch, heads: Heads | None
+        self,
+        layer_idx: int,
+        norm: dict[str, torch.Tensor],
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        heads: Heads | None,
     ) -> torch.Tensor:
-        config, norm = self.config, weights.norm
-        q, k, v = (_linear(weights, name, rows).unflatten(2, (-1, config.head_dim)).transpose(1, 2) for name in "qkv")
+        config = self.config
         if config.qk_norm:
             q, k = rms_norm(q, norm["q"], config.rms_eps), rms_norm(k, norm["k"], config.rms_eps)
         q, k = self._rotate(layer_idx, q), self._rotate(layer_idx, k)
@@ -76,7 +98,7 @@ class Decoder:
         else:
             mask = self._masks[config.window_left[layer_idx]]
             out = F.scaled_dot_product_attention(q, k, v, mask, scale=config.sm_scale, enable_gqa=True)
-        return _linear(weights, "o", watch("o", out.transpose(1, 2).flatten(2)))
+        return out.transpose(1, 2).flatten(2)
 
     def attention(self, layer_idx: int, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
         """The probabilities, [windows, num_qo_heads, num_tokens, num_tokens]."""
@@ -91,7 +113,3 @@ class Decoder:
         cos, sin = self._ropes[rope]
         a, b, kept = x.split([rope.rotary_dim // 2, rope.rotary_dim // 2, x.size(3) - rope.rotary_dim], -1)
         return torch.cat([a * cos - b * sin, a * sin + b * cos, kept], -1)
-
-
-def _linear(weights: LayerWeights, name: str, rows: torch.Tensor) -> torch.Tensor:
-    return F.linear(rows, weights.linear[name], weights.bias.get(name))

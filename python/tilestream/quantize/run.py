@@ -15,15 +15,18 @@ from tilestream.models.errors import ModelLoadError
 from tilestream.models.hf_checkpoint import read_json
 from tilestream.models.loader import OpenCheckpoint, open_checkpoint, resolve
 from tilestream.models.fmpq_checkpoint import GROUP_SIZES, QUANT_METHOD, VERSION
-from tilestream.quantize.calibration import gather_statistics, measure_harm
+from tilestream.quantize.calibration import gather_statistics
 from tilestream.quantize.config_json import config_json
 from tilestream.quantize.decoder import Decoder
 from tilestream.quantize.gptq import nearest
-from tilestream.quantize.layers import round_layer
+from tilestream.quantize.head import Head
+from tilestream.quantize.layers import RoundedLayer, round_layer, teach_cache
 from tilestream.quantize.report import check_can_draw, write_report
 from tilestream.quantize.select import Input, Key, choose_k4, int4_share
-from tilestream.quantize.source import INPUTS, STEMS, LayerWeights, NORMS, Source
-from tilestream.quantize.transform import Identity, Transform
+from tilestream.quantize.sensitivity import Sensitivity, measure_sensitivity
+from tilestream.quantize.source import INPUTS, NORMS, STEMS, Source
+from tilestream.quantize.transform import Identity, Statistics, Transform
+from tilestream.quantize.tune import tune
 from tilestream.quantize.writer import (
     code_tensors,
     key_rounding_tensors,
@@ -51,6 +54,7 @@ class Recipe:
         int4_share: of the decoder's multiply-adds that are to meet INT4 activations, at least; 0 to 1.
         rotate: turn the residual stream and the values; otherwise channels are only sorted. Not with post norms.
         num_windows, window_tokens: of the calibration text.
+        tune_epochs: how often scales, zeros and norms see these windows as they learn the float model's distribution; 0: never.
     """
 
     method: str = "fmpq"
@@ -59,6 +63,7 @@ class Recipe:
     rotate: bool = True
     num_windows: int = 32
     window_tokens: int = 512
+    tune_epochs: int = 2
 
     def validate(self) -> None:
         if self.method not in METHODS:
@@ -69,6 +74,8 @@ class Recipe:
             raise ValueError(f"int4_share is {self.int4_share}; it must be between 0 and 1")
         if self.num_windows < 1 or self.window_tokens < 2:
             raise ValueError(f"{self.num_windows} windows of {self.window_tokens} tokens; at least 1 of 2 are needed")
+        if self.tune_epochs < 0:
+            raise ValueError(f"tune_epochs is {self.tune_epochs}; it must be 0 or more")
 
 
 @torch.no_grad()
@@ -124,37 +131,48 @@ class _Run:
 
     def _report(self) -> None:
         if self._progress is not None:
-            passes = 3 if self.recipe.method == "fmpq" else 2
-            self._progress(self._done, passes * self.config.num_layers, self._what)
+            num_layers, windows = self.config.num_layers, self.recipe.num_windows
+            # Forwards and backwards, and rounding; before that watching, after it tuning and teaching.
+            total = 3 * num_layers if self.recipe.method == "rtn" else 5 * num_layers + self.recipe.tune_epochs * windows
+            self._progress(self._done, total, self._what)
 
     def write(self, folder: Path) -> float:
         """Fill the folder."""
         start_s = time.perf_counter()
         config, recipe = self.config, self.recipe
         table = self.source.matrix("token_embd")
-        head = table if config.tied_embeddings else self.source.matrix("output")
+        head = self._head(table if config.tied_embeddings else self.source.matrix("output"))
         rotate = recipe.rotate and recipe.method == "fmpq" and not config.post_norms
         if self.source.is_four_bit and (rotate or recipe.group_size != 32):
             logger.warning(
                 "%s has 4-bit weights in groups of 32 already; they are rounded again here, and kept as they are without rotation "
                 "and in groups of 32 (--no-rotate --group-size 32 --int4-share 0)", self.name
             )  # fmt: skip
-        transform = self._transform(table, rotate)
-        head, norm = transform.head(head, self.source.vector("output_norm.weight"))
-        table = transform.table(table)
         # Rotation moves the last norm's weight into the output projection, which is then no longer the embedding.
         tied = config.tied_embeddings and not rotate
-        tensors = table_tensors("token_embd", table) | {"output_norm.weight": norm}
+        if recipe.method == "rtn":
+            sensitivity, k4 = self._weigh(Identity(), table, head)
+            layers, errors = [self._nearest(i) for i in range(config.num_layers)], {}
+            tensors: dict[str, torch.Tensor] = {}
+        else:
+            statistics = self._watch(table, rotate)
+            # Without rotation a source whose weights are 4-bit codes in groups of 32 keeps them, if these groups stay together.
+            granule = 1 if rotate or recipe.group_size == 128 else recipe.group_size
+            transform = Transform(config, statistics, rotate=rotate, granule=granule)
+            float_head, head, table = head, transform.head(head), transform.table(table)
+            sensitivity, k4 = self._weigh(transform, table, head)
+            layers, errors = self._round_layers(transform, table, sensitivity, k4)
+            head = self._tune(layers, head, k4, table, lambda window: float_head.logits(statistics.final[window]))
+            tensors = self._teach(layers, k4, table)
+        down_hadamard = layers[0].down_hadamard
+        tensors |= table_tensors("token_embd", table) | {"output_norm.weight": head.norm}
         if not tied:
-            tensors |= table_tensors("output", head)
-        x = table[self.windows] * config.embedding_scale
-        self._stage("Weighing blocks")
-        inputs = measure_harm(self.source, transform, self.decoder, x, self._advance)
-        k4 = choose_k4(inputs, recipe.int4_share)
-        errors = self._round_layers(transform, x, k4, tensors)
+            tensors |= table_tensors("output", head.weight)
+        for i, layer in enumerate(layers):
+            tensors |= _layer_tensors(i, layer)
         write_tensors(folder, tensors)
         write_tokenizer(folder, self.tokenizer)
-        settings = self._settings(inputs, k4) | {"down_hadamard": transform.down_hadamard}
+        settings = self._settings(sensitivity.inputs, k4) | {"down_hadamard": down_hadamard}
         said = {"tie_word_embeddings": tied, "quantization_config": settings}
         write_json(folder / "config.json", self.values | said)
         facts = {
@@ -162,38 +180,64 @@ class _Run:
             "rotated": "yes" if rotate else "no", "calibrated on": f"{self.windows.numel()} tokens",
             "took": f"{time.perf_counter() - start_s:.0f} s",
         }  # fmt: skip
-        write_report(folder, facts, inputs, k4, errors)
-        return int4_share(inputs, k4)
+        write_report(folder, facts, sensitivity.inputs, k4, errors)
+        return int4_share(sensitivity.inputs, k4)
 
-    def _transform(self, table: torch.Tensor, rotate: bool) -> Transform | Identity:
-        if self.recipe.method == "rtn":
-            return Identity()
+    def _head(self, weight: torch.Tensor) -> Head:
+        return Head(self.source.vector("output_norm.weight"), weight, self.config.rms_eps, self.config.final_soft_cap)
+
+    def _embedded(self, table: torch.Tensor) -> torch.Tensor:
+        return table[self.windows] * self.config.embedding_scale
+
+    def _watch(self, table: torch.Tensor, rotate: bool) -> Statistics:
         self._stage("Watching activations")
-        x = table[self.windows] * self.config.embedding_scale
-        statistics = gather_statistics(self.source, self.decoder, x, fold=rotate, advance=self._advance)
-        # Without rotation a source whose weights are 4-bit codes in groups of 32 keeps them, if these groups stay together.
-        granule = 1 if rotate or self.recipe.group_size == 128 else self.recipe.group_size
-        return Transform(self.config, statistics, rotate=rotate, granule=granule)
+        return gather_statistics(self.source, self.decoder, self._embedded(table), fold=rotate, advance=self._advance)
+
+    def _weigh(self, transform: Transform | Identity, table: torch.Tensor, head: Head) -> tuple[Sensitivity, dict[Key, int]]:
+        self._stage("Weighing blocks")
+        sensitivity = measure_sensitivity(self.source, transform, self.decoder, self._embedded(table), head, self._advance)
+        return sensitivity, choose_k4(sensitivity.inputs, self.recipe.int4_share)
+
+    def _nearest(self, layer_idx: int) -> RoundedLayer:
+        weights = self.source.layer(layer_idx)
+        codes = {name: nearest(weight, self.recipe.group_size) for name, weight in weights.linear.items()}
+        self._advance()
+        return RoundedLayer(codes, weights.bias, weights.norm, weights.down_hadamard)
 
     def _round_layers(
-        self, transform: Transform | Identity, x: torch.Tensor, k4: dict[Key, int], tensors: dict[str, torch.Tensor]
-    ) -> dict[Key, float]:
-        """Adds every layer's tensors; returns what Recipe "fmpq" measures on the way. Overwrites x."""
+        self, transform: Transform, table: torch.Tensor, sensitivity: Sensitivity, k4: dict[Key, int]
+    ) -> tuple[list[RoundedLayer], dict[Key, float]]:
         self._stage("Rounding weights")
-        errors: dict[Key, float] = {}
+        x, layers, errors = self._embedded(table), [], {}
         for i in range(self.config.num_layers):
             weights = transform.layer(i, self.source.layer(i))
-            if self.recipe.method == "rtn":
-                codes = {name: nearest(weight, self.recipe.group_size) for name, weight in weights.linear.items()}
-            else:
-                codes, found, rounding = round_layer(i, weights, k4, self.decoder, x, self.recipe.group_size)
-                tensors |= key_rounding_tensors(f"blk.{i}.{STEMS['k']}", rounding)
-                errors |= {(i, name): error for name, error in found.items()}
-            for name, c in codes.items():
-                tensors |= code_tensors(f"blk.{i}.{STEMS[name]}", c)
-            tensors |= _vectors(i, weights)
+            layer, found = round_layer(i, weights, k4, sensitivity.token_weights, self.decoder, x, self.recipe.group_size)
+            layers.append(layer)
+            errors |= {(i, name): error for name, error in found.items()}
             self._advance()
-        return errors
+        return layers, errors
+
+    def _tune(
+        self,
+        layers: list[RoundedLayer],
+        head: Head,
+        k4: dict[Key, int],
+        table: torch.Tensor,
+        teacher: Callable[[int], torch.Tensor],
+    ) -> Head:
+        if self.recipe.tune_epochs == 0:
+            return head
+        self._stage("Tuning scales")
+        return tune(layers, head, k4, self.decoder, self._embedded(table), teacher, self.recipe.tune_epochs, self._advance)
+
+    def _teach(self, layers: list[RoundedLayer], k4: dict[Key, int], table: torch.Tensor) -> dict[str, torch.Tensor]:
+        self._stage("Teaching the cache")
+        x, tensors = self._embedded(table), {}
+        for i, layer in enumerate(layers):
+            rounding = teach_cache(i, layer, k4, self.decoder, x)
+            tensors |= key_rounding_tensors(f"blk.{i}.{STEMS['k']}", rounding)
+            self._advance()
+        return tensors
 
     def _settings(self, inputs: dict[Key, Input], k4: dict[Key, int]) -> dict[str, object]:
         return {
@@ -203,9 +247,13 @@ class _Run:
         }  # fmt: skip
 
 
-def _vectors(layer_idx: int, weights: LayerWeights) -> dict[str, torch.Tensor]:
-    vectors = {f"blk.{layer_idx}.{STEMS[name]}.bias": bias for name, bias in weights.bias.items()}
-    return vectors | {f"blk.{layer_idx}.{NORMS[name]}.weight": norm for name, norm in weights.norm.items()}
+def _layer_tensors(layer_idx: int, layer: RoundedLayer) -> dict[str, torch.Tensor]:
+    prefix = f"blk.{layer_idx}."
+    tensors = {f"{prefix}{STEMS[name]}.bias": bias for name, bias in layer.bias.items()}
+    tensors |= {f"{prefix}{NORMS[name]}.weight": norm for name, norm in layer.norm.items()}
+    for name, codes in layer.codes.items():
+        tensors |= code_tensors(prefix + STEMS[name], codes)
+    return tensors
 
 
 def _check_shape(path: Path, config: ModelConfig) -> None:

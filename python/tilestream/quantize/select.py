@@ -20,7 +20,7 @@ class Input:
     Attributes:
         k: channels.
         n: output features of all linears that read it.
-        harm: [k // 128], what INT4 instead of INT8 adds to the relative squared error of their outputs, block by block.
+        harm: [k // 128], what INT4 instead of INT8 adds to the mean square by which a token's log-likelihood moves, block by block.
     """
 
     k: int
@@ -28,17 +28,16 @@ class Input:
     harm: torch.Tensor
 
 
-def block_harm(rows: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
-    """Input.harm of some rows.
+def block_harm(rows: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    """Input.harm, summed over some rows instead of their mean; the errors of a row's channels count as independent.
 
     Args:
         rows: [num_rows, k] floats.
-        gain: [k], the squared norm of each channel's weights over all linears that read it.
+        gradient: [num_rows, k], of the log-likelihood by the rows.
     """
     full = rows.size(1) // BLOCK_K * BLOCK_K
-    error = [((round_rows(rows, k4) - rows).square_().sum(0) * gain)[:full] for k4 in (full, 0)]
-    signal = (rows.square().sum(0) * gain).sum().clamp_min(1e-30)
-    return (error[0] - error[1]).unflatten(0, (-1, BLOCK_K)).sum(1) / signal
+    harm = [((round_rows(rows, k4) - rows) * gradient).square_().sum(0)[:full] for k4 in (full, 0)]
+    return (harm[0] - harm[1]).unflatten(0, (-1, BLOCK_K)).sum(1)
 
 
 def choose_k4(inputs: Mapping[Key, Input], share: float) -> dict[Key, int]:

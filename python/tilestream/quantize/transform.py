@@ -11,11 +11,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from tilestream.models.config import ModelConfig
+from tilestream.quantize.head import Head
 from tilestream.quantize.keys import KeyBasis
 from tilestream.quantize.rounding import BLOCK_K
 from tilestream.quantize.source import LayerWeights
@@ -29,23 +30,19 @@ class Statistics:
         residual: [hidden, hidden], sum over layers and rows of x^T x of what q, k, v, gate and up read.
         keys: per layer.
         inner: per layer [intermediate], sum of squares of what `down` reads.
+        final: [windows, tokens, hidden], the residual stream behind the last layer.
     """
 
     residual: torch.Tensor
     keys: list[KeyBasis]
     inner: list[torch.Tensor]
+    final: torch.Tensor
 
 
 class Identity:
     """No change of basis."""
 
     down_hadamard = False
-
-    def table(self, embedding: torch.Tensor) -> torch.Tensor:
-        return embedding
-
-    def head(self, weight: torch.Tensor, norm: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return weight, norm
 
     def layer(self, layer_idx: int, weights: LayerWeights) -> LayerWeights:
         return weights
@@ -80,11 +77,11 @@ class Transform:
         """The token embedding in the new basis."""
         return self._columns(embedding)
 
-    def head(self, weight: torch.Tensor, norm: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The output projection and the final norm."""
+    def head(self, head: Head) -> Head:
+        """The final norm and the output projection."""
         if self._rotate:
-            return self._columns(weight * norm), torch.ones_like(norm)
-        return self._columns(weight), norm[self._order]
+            return replace(head, norm=torch.ones_like(head.norm), weight=self._columns(head.weight * head.norm))
+        return replace(head, norm=head.norm[self._order], weight=self._columns(head.weight))
 
     def layer(self, layer_idx: int, weights: LayerWeights) -> LayerWeights:
         """A layer that reads and writes the residual stream in the new basis."""
