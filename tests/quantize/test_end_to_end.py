@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -131,6 +132,18 @@ def test_models_that_do_not_work(hf_model, tmp_path: Path) -> None:
         quantize(str(path), TEXT, tmp_path / "out", Recipe(**RECIPE))
     with pytest.raises(ModelLoadError, match="quantised already"):
         quantize(str(tmp_path / "out"), TEXT, tmp_path / "again", Recipe(**RECIPE))
+
+
+def test_weights_that_are_not_finite(hf_model, tmp_path: Path) -> None:
+    _, path = hf_model("llama")
+    broken = tmp_path / "broken"
+    shutil.copytree(path, broken)
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = float("nan")
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelLoadError, match=r"blk.1.ffn_up.weight holds NaN or infinity"):
+        quantize(str(broken), TEXT, tmp_path / "out", Recipe(**RECIPE))
+    assert not (tmp_path / "out").exists()
 
 
 def test_without_matplotlib(hf_model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ import torch
 from tilestream.layers.rope import RopeConfig
 from tilestream.models.checkpoint import Checkpoint
 from tilestream.models.config import ModelConfig
+from tilestream.models.errors import ModelLoadError
 
 # The four inputs that a layer's linears read, and who reads them.
 INPUTS = {"qkv": ("q", "k", "v"), "o": ("o",), "gate_up": ("gate", "up"), "down": ("down",)}
@@ -38,7 +39,7 @@ class LayerWeights:
 
 
 class Source:
-    """Reads float weights out of a checkpoint, a layer at a time.
+    """Reads float weights out of a checkpoint, a layer at a time. NaN and infinity are a ModelLoadError.
 
     Args:
         checkpoint: where tensors come from.
@@ -58,10 +59,10 @@ class Source:
 
     def matrix(self, name: str) -> torch.Tensor:
         raw = self._checkpoint.tensor(name + ".weight")
-        return torch.from_numpy(gguf.quants.dequantize(raw.rows.numpy(), raw.type).copy())
+        return _finite(torch.from_numpy(gguf.quants.dequantize(raw.rows.numpy(), raw.type).copy()), name + ".weight")
 
     def vector(self, name: str) -> torch.Tensor:
-        return self._checkpoint.vector(name)
+        return _finite(self._checkpoint.vector(name), name)
 
     def layer(self, layer_idx: int) -> LayerWeights:
         prefix, has = f"blk.{layer_idx}.", self._checkpoint.has_tensor
@@ -81,6 +82,12 @@ class Source:
         rotary_dim = self.config.rope.rotary_dim
         turned, kept = heads[:, :rotary_dim], heads[:, rotary_dim:]
         return torch.cat([turned[:, 0::2], turned[:, 1::2], kept], 1).flatten(0, 1)
+
+
+def _finite(values: torch.Tensor, name: str) -> torch.Tensor:
+    if not values.isfinite().all():
+        raise ModelLoadError(f"{name} holds NaN or infinity; a model can be quantised only from finite weights")
+    return values
 
 
 def _halves(rope: RopeConfig) -> RopeConfig:
