@@ -26,7 +26,7 @@ from tilestream.quantize.select import Input, Key, choose_k4, int4_share
 from tilestream.quantize.sensitivity import Sensitivity, measure_sensitivity
 from tilestream.quantize.source import INPUTS, NORMS, STEMS, Source
 from tilestream.quantize.transform import Identity, Statistics, Transform
-from tilestream.quantize.tune import tune
+from tilestream.quantize.tune import num_held_out, tune
 from tilestream.quantize.writer import (
     code_tensors,
     key_rounding_tensors,
@@ -76,6 +76,8 @@ class Recipe:
             raise ValueError(f"{self.num_windows} windows of {self.window_tokens} tokens; at least 1 of 2 are needed")
         if self.tune_epochs < 0:
             raise ValueError(f"tune_epochs is {self.tune_epochs}; it must be 0 or more")
+        if self.method == "fmpq" and self.tune_epochs and self.num_windows < 2:
+            raise ValueError("tuning holds windows out, so it needs 2 at least; give 2 (--calib-windows) or 0 epochs (--tune-epochs)")
 
 
 @torch.no_grad()
@@ -120,6 +122,7 @@ class _Run:
         self.windows = _windows(self.tokenizer.encode(text), recipe)
         self.decoder = Decoder(self.config, recipe.window_tokens)
         self._progress, self._done, self._what = progress, 0, ""
+        self._facts: dict[str, object] = {}  # for the report
 
     def _stage(self, what: str) -> None:
         self._what = what
@@ -133,7 +136,8 @@ class _Run:
         if self._progress is not None:
             num_layers, windows = self.config.num_layers, self.recipe.num_windows
             # Forwards and backwards, and rounding; before that watching, after it tuning and teaching.
-            total = 3 * num_layers if self.recipe.method == "rtn" else 5 * num_layers + self.recipe.tune_epochs * windows
+            tuning = self.recipe.tune_epochs * (windows - num_held_out(windows))
+            total = 3 * num_layers if self.recipe.method == "rtn" else 5 * num_layers + tuning
             self._progress(self._done, total, self._what)
 
     def write(self, folder: Path) -> float:
@@ -162,7 +166,8 @@ class _Run:
             float_head, head, table = head, transform.head(head), transform.table(table)
             sensitivity, k4 = self._weigh(transform, table, head)
             layers, errors = self._round_layers(transform, table, sensitivity, k4)
-            head = self._tune(layers, head, k4, table, lambda window: float_head.logits(statistics.final[window]))
+            if recipe.tune_epochs:
+                head = self._tune(layers, head, k4, table, lambda window: float_head.logits(statistics.final[window]))
             tensors = self._teach(layers, k4, table)
         down_hadamard = layers[0].down_hadamard
         tensors |= table_tensors("token_embd", table) | {"output_norm.weight": head.norm}
@@ -180,6 +185,7 @@ class _Run:
             "rotated": "yes" if rotate else "no", "calibrated on": f"{self.windows.numel()} tokens",
             "took": f"{time.perf_counter() - start_s:.0f} s",
         }  # fmt: skip
+        facts |= self._facts
         write_report(folder, facts, sensitivity.inputs, k4, errors)
         return int4_share(sensitivity.inputs, k4)
 
@@ -225,10 +231,11 @@ class _Run:
         table: torch.Tensor,
         teacher: Callable[[int], torch.Tensor],
     ) -> Head:
-        if self.recipe.tune_epochs == 0:
-            return head
         self._stage("Tuning scales")
-        return tune(layers, head, k4, self.decoder, self._embedded(table), teacher, self.recipe.tune_epochs, self._advance)
+        tuned = tune(layers, head, k4, self.decoder, self._embedded(table), teacher, self.recipe.tune_epochs, self._advance)
+        found = ", ".join(f"{divergence:.4f}" for divergence in tuned.divergence)
+        self._facts["divergence on held-out windows, before tuning and after each epoch, nats per token"] = found
+        return tuned.head
 
     def _teach(self, layers: list[RoundedLayer], k4: dict[Key, int], table: torch.Tensor) -> dict[str, torch.Tensor]:
         self._stage("Teaching the cache")

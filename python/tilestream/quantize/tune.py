@@ -3,13 +3,14 @@
 Codes stay what GPTQ made them. A window at a time, the Kullback-Leibler divergence from the float model's next-token
 distributions is followed down by Adam through the rounded layers, rounding of activations passing gradients through as if it
 were not there (end-to-end training of quantisation parameters: EfficientQAT, 2407.11062, section 3.3; of norms: Norm Tweaking,
-2309.02784). What was rounded layer by layer learns here what the layers behind it make of its errors.
+2309.02784). What was rounded layer by layer learns here what the layers behind it make of its errors. Some windows are held
+out: of the states before tuning and after each epoch, that with the least divergence on them is kept.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +29,25 @@ _RATE = 5e-4  # of Adam, at first; it falls to 0 by half a cosine
 Advance = Callable[[], None]
 
 
+@dataclass(frozen=True, slots=True)
+class Tuned:
+    """What tuning came to.
+
+    Attributes:
+        head: with its norm tuned.
+        divergence: Kullback-Leibler, nats per token, on the held-out windows: before, then after each epoch.
+    """
+
+    head: Head
+    divergence: list[float]
+
+
+def num_held_out(num_windows: int) -> int:
+    """Windows that tuning does not see: an eighth."""
+    return -(-num_windows // 8)
+
+
+@torch.no_grad()
 def tune(
     layers: list[RoundedLayer],
     head: Head,
@@ -37,38 +57,51 @@ def tune(
     teacher: Callable[[int], torch.Tensor],
     num_epochs: int,
     advance: Advance,
-) -> Head:
-    """Replaces the layers' scales, zeros and norms by tuned ones, and returns the tuned head, whose norm alone has changed.
+) -> Tuned:
+    """Replaces the layers' scales, zeros and norms by tuned ones, if there are any that are better.
 
     Args:
         layers: of the rounded model; overwritten.
         head: float, in the layers' basis.
         k4: how many channels of each input are INT4.
-        x: [windows, tokens, hidden], token embeddings.
+        x: [windows, tokens, hidden], token embeddings; at least two windows, the last num_held_out() of which are held out.
         teacher: window -> [tokens, vocabulary], the float model's logits.
         num_epochs: how often every window is seen.
         advance: called after each window.
     """
-    with torch.enable_grad():
-        tuned = [_TunedLayer(i, layer, k4, decoder) for i, layer in enumerate(layers)]
-        head = replace(head, norm=head.norm.clone().requires_grad_())
-        parameters = [head.norm, *(parameter for layer in tuned for parameter in layer.parameters())]
-        adam = torch.optim.Adam(parameters, lr=_RATE)
-        falling = torch.optim.lr_scheduler.CosineAnnealingLR(adam, num_epochs * len(x))
-        generator = torch.Generator().manual_seed(0)
-        for window in (i for _ in range(num_epochs) for i in torch.randperm(len(x), generator=generator).tolist()):
-            stream = x[window : window + 1]
-            for layer in tuned:
-                stream = checkpoint(layer.run, stream, use_reentrant=False)
-            logprobs, wanted = (logits.log_softmax(-1) for logits in (head.logits(stream[0]), teacher(window)))
-            adam.zero_grad()
-            F.kl_div(logprobs, wanted, log_target=True, reduction="batchmean").backward()
-            adam.step()
-            falling.step()
-            advance()
+    tuned = [_TunedLayer(i, layer, k4, decoder) for i, layer in enumerate(layers)]
+    head = replace(head, norm=head.norm.clone().requires_grad_())
+    parameters = [head.norm, *(parameter for layer in tuned for parameter in layer.parameters())]
+
+    def divergence(window: int) -> torch.Tensor:
+        stream = x[window : window + 1]
+        for layer in tuned:
+            stream = checkpoint(layer.run, stream, use_reentrant=False)
+        logprobs, wanted = (logits.log_softmax(-1) for logits in (head.logits(stream[0]), teacher(window)))
+        return F.kl_div(logprobs, wanted, log_target=True, reduction="batchmean")
+
+    num_seen = len(x) - num_held_out(len(x))
+    adam = torch.optim.Adam(parameters, lr=_RATE)
+    falling = torch.optim.lr_scheduler.CosineAnnealingLR(adam, num_epochs * num_seen)
+    generator = torch.Generator().manual_seed(0)
+    found, best = [], []
+    for epoch in range(num_epochs + 1):
+        if epoch > 0:
+            for window in torch.randperm(num_seen, generator=generator).tolist():
+                adam.zero_grad()
+                with torch.enable_grad():
+                    divergence(window).backward()
+                adam.step()
+                falling.step()
+                advance()
+        found.append(sum(float(divergence(window)) for window in range(num_seen, len(x))) / (len(x) - num_seen))
+        if found[-1] == min(found):
+            best = [parameter.detach().clone() for parameter in parameters]
+    for parameter, kept in zip(parameters, best, strict=True):
+        parameter.detach().copy_(kept)
     for layer, learnt in zip(layers, tuned, strict=True):
         layer.codes, layer.norm = learnt.result()
-    return replace(head, norm=head.norm.detach())
+    return Tuned(replace(head, norm=head.norm.detach()), found)
 
 
 class _Steps:
