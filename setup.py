@@ -60,7 +60,11 @@ class CMakeBuild(build_ext):
         target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         build = ROOT / "build" / f"{sysconfig.get_config_var('SOABI')}-torch-{torch_version}"
         jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 1))
-        what = "CPU and CUDA" if shutil.which("nvcc") else "CPU only (no nvcc on PATH: install the CUDA toolkit for the CUDA kernels)"
+        what = (
+            "CPU and CUDA"
+            if shutil.which("nvcc")
+            else "CPU only (no nvcc on PATH: install the CUDA toolkit for the CUDA kernels)"
+        )
         say(f"tilestream: building for {what} against torch {torch_version}, {jobs} jobs")
         configure = [
             "cmake", "-S", str(ROOT), "-B", str(build),

@@ -77,7 +77,9 @@ def test_append_kv(num_tokens: int, kv_dtype: str, dtype: torch.dtype, report: R
     )  # fmt: skip
     floor = statistics.median(times.pop("copy"))
     rate = num_bytes / statistics.median(times["ours"]) / 1e9
-    report.add("append_kv", f"{num_tokens} tokens, {dtype} to {kv_dtype}", times, rate=f"{rate:.1f} GB/s", limit=seconds_text(floor))
+    report.add(
+        "append_kv", f"{num_tokens} tokens, {dtype} to {kv_dtype}", times, rate=f"{rate:.1f} GB/s", limit=seconds_text(floor)
+    )
 
 
 @pytest.mark.parametrize("num_tokens", [1, 8, 512])

@@ -1,4 +1,4 @@
-"""Goodput: the most requests per second of which nine in ten keep both limits, 2 s to the first token and 100 ms for each after it
+"""Goodput: the most requests per second of which nine in ten keep both limits, 2 s to the first token and 100 ms for each after
 
 Poisson arrivals; lengths of `--lengths FILE`, requests of up to 2,048 tokens (the Azure conversation trace of 2023 in what is
 quoted). Ours is `tilestream serve` over HTTP with a target of 80 ms a step, llama.cpp runs the same Q4_0 file without a server,

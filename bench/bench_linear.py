@@ -113,7 +113,12 @@ def test_weight_only(format: PackedFormat, m: int, report: Report) -> None:
     n, k = SHAPES[0]
     x, weight = torch.randn(m, k, dtype=torch.bfloat16), random_weight(n, k, format)
     candidates = {"ours": ours(x, weight, 16), "act_bits=8": ours(x, weight), "bf16": peer("bf16", x, n)}
-    report.add(f"linear {format.name}, act_bits=16", f"m={m} n={n} k={k}", interleave(candidates, rounds=12), work=work(x, weight, "bf16"))
+    report.add(
+        f"linear {format.name}, act_bits=16",
+        f"m={m} n={n} k={k}",
+        interleave(candidates, rounds=12),
+        work=work(x, weight, "bf16"),
+    )
 
 
 def work(x: torch.Tensor, weight: PackedWeight, arithmetic: str) -> Work:

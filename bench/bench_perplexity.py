@@ -38,6 +38,13 @@ def test_perplexity(windows, llama_perplexity: float, report, benchmark, dtype: 
     llm = LLM(dtype=dtype, kv_cache_tokens=4096)
     ours = perplexity(windows, lambda tokens: window_logits(llm, tokens, kv_dtype))
     weights = "Q4_1 and Q8_0 of the file, int8 activations" if dtype == "auto" else "the file's, dequantised to float32"
-    report.add_values("perplexity", f"weights: {weights}; KV {kv_dtype}", f"{ours:.4f}", "llama.cpp", f"{llama_perplexity:.4f}", ours / llama_perplexity)
+    report.add_values(
+        "perplexity",
+        f"weights: {weights}; KV {kv_dtype}",
+        f"{ours:.4f}",
+        "llama.cpp",
+        f"{llama_perplexity:.4f}",
+        ours / llama_perplexity,
+    )
     benchmark.extra_info["over llama.cpp"] = ours / llama_perplexity
     benchmark.pedantic(lambda: window_logits(llm, windows[0], kv_dtype), rounds=1)

@@ -43,4 +43,6 @@ def test_precision(request: pytest.FixtureRequest, report: Report) -> None:
         pair = {"ours": seconds[name]} | ({} if name == BASE else {BASE: seconds[BASE]})
         report.add("load", name, pair, rate=rate)
         weights, kv = llm.weight_bytes, llm.kv_token_bytes * KV_CACHE_TOKENS
-        report.add_text("memory", name, f"{weights / 1e6:.0f} MB of weights, {kv / 1e6:.0f} MB of KV for {KV_CACHE_TOKENS} tokens")
+        report.add_text(
+            "memory", name, f"{weights / 1e6:.0f} MB of weights, {kv / 1e6:.0f} MB of KV for {KV_CACHE_TOKENS} tokens"
+        )

@@ -1,7 +1,7 @@
 """Draws of two processes that have half of the vocabulary each: by masses, against rank 0 gathering whole rows and sampling.
 
-Each rank has one thread, on a CPU of its own. The time is rank 0's, from when the ranks have met until it has the tokens. On shared
-memory a gathered row costs a copy; what masses are for is a wire: they are a few KB a row, whatever the vocabulary.
+Each rank has one thread, on a CPU of its own. The time is rank 0's, from when the ranks have met until it has the tokens. On
+shared memory a gathered row costs a copy; what masses are for is a wire: they are a few KB a row, whatever the vocabulary.
 """
 
 from __future__ import annotations

@@ -29,7 +29,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--write-results", action="store_true", help="keep the tables under bench/results/")
     parser.addoption("--text", help="bench_perplexity.py, bench_quantised.py: the text to score")
     parser.addoption("--lengths", help="bench_goodput.py: a CSV of requests (Azure's LLM inference dataset) to draw lengths from")
-    parser.addoption("--quantised", action="append", help="bench_quantised.py, bench_precision.py: a directory of `tilestream quantize`; repeatable")
+    parser.addoption(
+        "--quantised",
+        action="append",
+        help="bench_quantised.py, bench_precision.py: a directory of `tilestream quantize`; repeatable",
+    )
 
 
 @pytest.fixture(scope="session")

@@ -111,7 +111,14 @@ class Report:
         self.rows.append(Row(op, case, ours, peers={peer_name: (peer, ratio)}))
 
     def text(self) -> str:
-        lines = [f"## {self.title}", "", self.machine.description, "", "| " + " | ".join(HEADER) + " |", "|" + "---|" * len(HEADER)]
+        lines = [
+            f"## {self.title}",
+            "",
+            self.machine.description,
+            "",
+            "| " + " | ".join(HEADER) + " |",
+            "|" + "---|" * len(HEADER),
+        ]
         for row in self.rows:
             start = [row.op, row.case, row.ours, row.spread, row.rate, row.limit]
             digits = ".3g" if row.seconds else ".4f"

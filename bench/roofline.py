@@ -50,7 +50,9 @@ def draw_roofline(axes, rows: list[dict], roofs: dict[str, float]) -> None:
     low, high = 0.4, 4000
     for kind in ARITHMETIC:
         ridge = roofs[kind] / roofs["read"]
-        axes.plot([low, ridge, high], [low * roofs["read"] / 1e9, roofs[kind] / 1e9, roofs[kind] / 1e9], color=INK, lw=1.2, zorder=1)
+        axes.plot(
+            [low, ridge, high], [low * roofs["read"] / 1e9, roofs[kind] / 1e9, roofs[kind] / 1e9], color=INK, lw=1.2, zorder=1
+        )
         text = f"{kind} {roofs[kind] / 1e9:.0f} Gop/s"
         axes.annotate(text, (high, roofs[kind] / 1e9), (-4, 3), textcoords="offset points", ha="right", fontsize=8.5)
     x = 6
@@ -65,7 +67,9 @@ def draw_roofline(axes, rows: list[dict], roofs: dict[str, float]) -> None:
         )
         axes.plot([intensity, intensity], [measured, limit], color=colour, lw=0.9, alpha=0.55, zorder=2)
         axes.plot(intensity, limit, marker="_", color=colour, ms=7, zorder=2)
-        axes.plot(intensity, measured, marker="o" if bound_by_memory(row) else "s", color=colour, ms=5, mec=PAPER, mew=0.5, zorder=3)
+        axes.plot(
+            intensity, measured, marker="o" if bound_by_memory(row) else "s", color=colour, ms=5, mec=PAPER, mew=0.5, zorder=3
+        )
     axes.set(xscale="log", yscale="log", xlim=(low, high), xlabel="operations per byte", ylabel="Gop/s")
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(lambda value, _: f"{value:g}")

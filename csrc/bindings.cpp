@@ -30,7 +30,8 @@ PYBIND11_MODULE(_C, m) {
       },
       pybind11::arg("allowed"), pybind11::arg("sysfs"),
       "The order in which workers are placed on the CPUs `allowed`, and how many cores these are.");
-  m.def("load_simt", &tilestream::cpu::load_simt, pybind11::arg("library"), "Adds the emulator of tests/simt as the SIMD level simt.");
+  m.def("load_simt", &tilestream::cpu::load_simt, pybind11::arg("library"),
+        "Adds the emulator of tests/simt as the SIMD level simt.");
   m.attr("cuda_archs") = TILESTREAM_CUDA_ARCHS;  // "80-real ... 90-virtual"; empty: built without CUDA kernels
   m.def("num_threads", &tilestream::cpu::num_threads, "Worker threads of the CPU backend.");
   m.def(
@@ -46,7 +47,8 @@ PYBIND11_MODULE(_C, m) {
   m.attr("signal_bytes") = tilestream::kSignalBytes;  // of a rank's block (allreduce.h), and what the words in it mean
   m.attr("pid_offset") = tilestream::cpu::kPidOffset;
   m.attr("fault_offset") = tilestream::cpu::kFaultOffset;
-  m.def("fault_text", &tilestream::cpu::fault_text, pybind11::arg("fault"), pybind11::arg("world_size"), pybind11::arg("timeout_ms"));
+  m.def("fault_text", &tilestream::cpu::fault_text, pybind11::arg("fault"), pybind11::arg("world_size"),
+        pybind11::arg("timeout_ms"));
   using tilestream::AttentionTile;
   pybind11::class_<AttentionTile>(m, "AttentionTile", "A row of the table of the Hopper attention's tiles (attention_tiles.h).")
       .def_readonly("wide_groups", &AttentionTile::wide_groups)

@@ -65,7 +65,9 @@ class VirtualRanks:
 def test_on_one_gpu(world_size: int, num_tokens: int, report: Report) -> None:
     hidden = 8192
     if (num_sms := torch.cuda.get_device_properties(DEVICE).multi_processor_count) < BLOCKS * world_size:
-        pytest.skip(f"{world_size} ranks have up to {BLOCKS * world_size} blocks, which have to run at once; here are {num_sms} SMs")
+        pytest.skip(
+            f"{world_size} ranks have up to {BLOCKS * world_size} blocks, which have to run at once; here are {num_sms} SMs"
+        )
     num_bytes = 2 * hidden * num_tokens * (2 * world_size + 2)  # x of all ranks and the residual, read and written
     sets = num_sets(num_bytes)
     ranks = VirtualRanks(world_size, num_tokens, hidden, sets)

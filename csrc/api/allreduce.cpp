@@ -75,7 +75,8 @@ void allreduce_rmsnorm(const at::Tensor& x, const std::optional<at::Tensor>& res
     TORCH_CHECK_VALUE(weight.has_value(), "there is a residual but no weight; a plain all-reduce has neither");
     check_tensor(*residual, "residual", kFloatTypes, 2);
     check_same_dtype(*residual, "residual", x, "x");
-    TORCH_CHECK_VALUE(residual->sizes() == x.sizes(), "residual has shape ", residual->sizes(), "; it must be that of x, ", x.sizes());
+    TORCH_CHECK_VALUE(residual->sizes() == x.sizes(), "residual has shape ", residual->sizes(), "; it must be that of x, ",
+                      x.sizes());
     p.residual = residual->mutable_data_ptr();
     p.residual_row_stride = residual->stride(0);
   }
@@ -95,7 +96,9 @@ void implement(torch::Library& m) { impl<"allreduce_rmsnorm", allreduce_rmsnorm>
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(tilestream, m) {
-  m.def("allreduce_rmsnorm(Tensor(a!) x, Tensor(b!)? residual, Tensor? weight, Tensor(c!)? q, Tensor(d!)? scale, Tensor(e!)? sum, Tensor host_ranks, *, float eps, int channel=0) -> ()");
+  m.def(
+      "allreduce_rmsnorm(Tensor(a!) x, Tensor(b!)? residual, Tensor? weight, Tensor(c!)? q, Tensor(d!)? scale, Tensor(e!)? sum, "
+      "Tensor host_ranks, *, float eps, int channel=0) -> ()");
 }
 TORCH_LIBRARY_IMPL(tilestream, CPU, m) { implement(m); }
 TORCH_LIBRARY_IMPL(tilestream, CUDA, m) { implement(m); }

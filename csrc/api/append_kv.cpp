@@ -42,11 +42,12 @@ void fill_key_rounding(AppendKvParams& p, const KvCacheArgs& cache, const at::Te
   check_range(order, p.key_order, order.numel(), "key_order", 0, cache.head_dim_qk);
 }
 
-void append_kv(const std::optional<at::Tensor>& q, const at::Tensor& k, const at::Tensor& v, const std::optional<at::Tensor>& cos_sin,
-               const at::Tensor& positions, const at::Tensor& slot_mapping, const at::Tensor& k_cache, const at::Tensor& v_cache,
-               const std::optional<at::Tensor>& kv_scales, const std::optional<at::Tensor>& key_stats,
-               const std::optional<at::Tensor>& key_offset, const std::optional<at::Tensor>& key_order,
-               const std::optional<at::Tensor>& key_feedback, bool interleaved, double k_scale, double v_scale, bool blocked, bool int4) {
+void append_kv(const std::optional<at::Tensor>& q, const at::Tensor& k, const at::Tensor& v,
+               const std::optional<at::Tensor>& cos_sin, const at::Tensor& positions, const at::Tensor& slot_mapping,
+               const at::Tensor& k_cache, const at::Tensor& v_cache, const std::optional<at::Tensor>& kv_scales,
+               const std::optional<at::Tensor>& key_stats, const std::optional<at::Tensor>& key_offset,
+               const std::optional<at::Tensor>& key_order, const std::optional<at::Tensor>& key_feedback, bool interleaved,
+               double k_scale, double v_scale, bool blocked, bool int4) {
   const KvCacheArgs cache = check_kv_cache(k_cache, v_cache, kv_scales, k_scale, v_scale, blocked, int4);
   check_tensor(k, "k", kFloatTypes, 3);
   check_tensor(v, "v", kFloatTypes, 3);
@@ -73,8 +74,8 @@ void append_kv(const std::optional<at::Tensor>& q, const at::Tensor& k, const at
   if (cos_sin.has_value()) {
     check_tensor(*cos_sin, "cos_sin", {at::kFloat}, 2);
     check_contiguous(*cos_sin, "cos_sin");
-    TORCH_CHECK_VALUE(cos_sin->size(1) % 2 == 0 && cos_sin->size(1) <= cache.head_dim_qk, "cos_sin has rotary_dim ", cos_sin->size(1),
-                      "; allowed: even, at most head_dim ", cache.head_dim_qk);
+    TORCH_CHECK_VALUE(cos_sin->size(1) % 2 == 0 && cos_sin->size(1) <= cache.head_dim_qk, "cos_sin has rotary_dim ",
+                      cos_sin->size(1), "; allowed: even, at most head_dim ", cache.head_dim_qk);
     check_range(positions, p.positions, num_tokens, "positions", 0, cos_sin->size(0));
     p.cos_sin = cos_sin->const_data_ptr<float>();
     p.rotary_dim = int32_t(cos_sin->size(1));
@@ -83,7 +84,8 @@ void append_kv(const std::optional<at::Tensor>& q, const at::Tensor& k, const at
     check_tensor(*key_stats, "key_stats", {at::kFloat}, 4);
     check_contiguous(*key_stats, "key_stats");
     const int64_t want[4] = {cache.num_pages, cache.num_kv_heads, 2, cache.head_dim_qk};
-    for (int dim = 0; dim < 4; ++dim) check_size(*key_stats, "key_stats", dim, want[dim], "[num_pages, num_kv_heads, 2, head_dim]");
+    for (int dim = 0; dim < 4; ++dim)
+      check_size(*key_stats, "key_stats", dim, want[dim], "[num_pages, num_kv_heads, 2, head_dim]");
     p.key_stats = key_stats->mutable_data_ptr<float>();
   }
   TORCH_CHECK_VALUE(key_offset.has_value() == key_feedback.has_value() && key_order.has_value() == key_feedback.has_value(),
@@ -102,8 +104,9 @@ void append_kv(const std::optional<at::Tensor>& q, const at::Tensor& k, const at
   launch(k, cpu::append_kv, cuda::append_kv, p);
 }
 
-void gather_kv(const at::Tensor& k_cache, const at::Tensor& v_cache, const std::optional<at::Tensor>& kv_scales, const at::Tensor& slot_mapping,
-               const at::Tensor& k, const at::Tensor& v, double k_scale, double v_scale, bool blocked, bool int4) {
+void gather_kv(const at::Tensor& k_cache, const at::Tensor& v_cache, const std::optional<at::Tensor>& kv_scales,
+               const at::Tensor& slot_mapping, const at::Tensor& k, const at::Tensor& v, double k_scale, double v_scale,
+               bool blocked, bool int4) {
   const KvCacheArgs cache = check_kv_cache(k_cache, v_cache, kv_scales, k_scale, v_scale, blocked, int4);
   const int64_t num_tokens = slot_mapping.size(0);
   check_tensor(k, "k", {at::kFloat}, 3);

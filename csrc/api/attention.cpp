@@ -22,18 +22,22 @@ void check_plan(const at::Tensor& plan, const at::Tensor& host_plan, const at::T
   TORCH_CHECK_VALUE(host_plan.numel() >= int64_t(sizeof(PlanHeader) / 4), "host_plan has ", host_plan.numel(),
                     " elements; a plan of tilestream starts with a header of ", sizeof(PlanHeader) / 4);
   const PlanHeader& h = PlanView{host_plan.const_data_ptr<int32_t>()}.header();
-  TORCH_CHECK_VALUE(h.magic == kPlanMagic && h.total_int32 <= host_plan.numel(), "host_plan does not hold a plan of this version of tilestream");
+  TORCH_CHECK_VALUE(h.magic == kPlanMagic && h.total_int32 <= host_plan.numel(),
+                    "host_plan does not hold a plan of this version of tilestream");
   TORCH_CHECK_VALUE(h.total_int32 <= plan.numel(), "plan has ", plan.numel(), " elements; this plan has ", h.total_int32);
   // More rows than the plan has tokens: a captured graph runs with fewer requests than it was captured for.
   TORCH_CHECK_VALUE(q.size(0) >= h.num_tokens, "q has shape ", q.sizes(), "; the plan was made for ", h.num_tokens, " tokens");
   check_size(q, "q", 1, h.num_qo_heads, "num_qo_heads of the plan");
-  TORCH_CHECK_VALUE(cache.num_kv_heads == h.num_kv_heads, "k_cache has ", cache.num_kv_heads, " kv heads; the plan was made for ", h.num_kv_heads);
-  TORCH_CHECK_VALUE(cache.page_size == h.page_size, "k_cache has page_size ", cache.page_size, "; the plan was made for ", h.page_size);
+  TORCH_CHECK_VALUE(cache.num_kv_heads == h.num_kv_heads, "k_cache has ", cache.num_kv_heads, " kv heads; the plan was made for ",
+                    h.num_kv_heads);
+  TORCH_CHECK_VALUE(cache.page_size == h.page_size, "k_cache has page_size ", cache.page_size, "; the plan was made for ",
+                    h.page_size);
   const int64_t lists = int64_t(h.batch_size) * (h.lists_per_head ? h.num_kv_heads : 1);
-  TORCH_CHECK_VALUE(block_table.size(0) >= lists, "block_table has shape ", block_table.sizes(), "; the plan needs ", lists, " rows");
+  TORCH_CHECK_VALUE(block_table.size(0) >= lists, "block_table has shape ", block_table.sizes(), "; the plan needs ", lists,
+                    " rows");
   const int64_t pages = ceil_div(h.max_kv_len, h.page_size);
-  TORCH_CHECK_VALUE(block_table.size(1) >= pages, "block_table has shape ", block_table.sizes(), "; the plan's longest list has ", h.max_kv_len,
-                    " tokens, that is ", pages, " pages");
+  TORCH_CHECK_VALUE(block_table.size(1) >= pages, "block_table has shape ", block_table.sizes(), "; the plan's longest list has ",
+                    h.max_kv_len, " tokens, that is ", pages, " pages");
 }
 
 // Page ids that will be followed. One id stands for a whole page of reads, so the scan costs nothing beside them.
@@ -54,9 +58,10 @@ void check_per_head(const std::optional<at::Tensor>& t, const char* name, int64_
   check_size(*t, name, 0, num_heads, heads);
 }
 
-void attention(const at::Tensor& q, const at::Tensor& k_cache, const at::Tensor& v_cache, const std::optional<at::Tensor>& kv_scales,
-               const at::Tensor& block_table, const at::Tensor& plan, const at::Tensor& host_plan, const at::Tensor& workspace,
-               const at::Tensor& out, const std::optional<at::Tensor>& lse, const std::optional<at::Tensor>& alibi_slopes,
+void attention(const at::Tensor& q, const at::Tensor& k_cache, const at::Tensor& v_cache,
+               const std::optional<at::Tensor>& kv_scales, const at::Tensor& block_table, const at::Tensor& plan,
+               const at::Tensor& host_plan, const at::Tensor& workspace, const at::Tensor& out,
+               const std::optional<at::Tensor>& lse, const std::optional<at::Tensor>& alibi_slopes,
                const std::optional<at::Tensor>& sinks, double sm_scale, double logits_soft_cap, double k_scale, double v_scale,
                bool blocked, bool int4, std::optional<double> unified_max, const std::optional<at::Tensor>& q_descale,
                const std::optional<at::Tensor>& k_descale, const std::optional<at::Tensor>& v_descale) {
@@ -85,7 +90,8 @@ void attention(const at::Tensor& q, const at::Tensor& k_cache, const at::Tensor&
     check_size(*lse, "lse", 1, q.size(1), "num_qo_heads");
   }
   TORCH_CHECK_VALUE(logits_soft_cap >= 0, "logits_soft_cap is ", logits_soft_cap, "; allowed: 0 (off) or positive");
-  TORCH_CHECK_VALUE(std::isfinite(unified_max.value_or(0)), "unified_max is ", *unified_max, "; allowed: a finite number, or None");
+  TORCH_CHECK_VALUE(std::isfinite(unified_max.value_or(0)), "unified_max is ", *unified_max,
+                    "; allowed: a finite number, or None");
   const PlanView host_view{host_plan.const_data_ptr<int32_t>()};
   TORCH_CHECK_VALUE(!alibi_slopes.has_value() || (host_view.header().num_groups == 0 && !host_view.header().lists_per_head),
                     "alibi_slopes need query positions: not with prefix groups or per-head page lists in the plan");
@@ -102,7 +108,8 @@ void attention(const at::Tensor& q, const at::Tensor& k_cache, const at::Tensor&
   p.block_table = block_table.const_data_ptr<int32_t>();
   p.alibi_slopes = optional_data<float>(alibi_slopes);
   p.sinks = optional_data<float>(sinks);
-  p.q_descale = optional_data<float>(q_descale), p.k_descale = optional_data<float>(k_descale), p.v_descale = optional_data<float>(v_descale);
+  p.q_descale = optional_data<float>(q_descale), p.k_descale = optional_data<float>(k_descale),
+  p.v_descale = optional_data<float>(v_descale);
   p.workspace = workspace.mutable_data_ptr<float>();
   p.plan = PlanView{plan.const_data_ptr<int32_t>()};
   const PlanHeader& header = host_view.header();
@@ -126,7 +133,8 @@ void merge_states(const at::Tensor& v, const at::Tensor& lse, const at::Tensor& 
   check_tensor(out, "out", kFloatTypes, 3);
   check_tensor(out_lse, "out_lse", {at::kFloat}, 2);
   check_same_dtype(out, "out", v, "v");
-  for (const auto& [t, name] : {std::pair{&v, "v"}, {&lse, "lse"}, {&out, "out"}, {&out_lse, "out_lse"}}) check_contiguous(*t, name);
+  for (const auto& [t, name] : {std::pair{&v, "v"}, {&lse, "lse"}, {&out, "out"}, {&out_lse, "out_lse"}})
+    check_contiguous(*t, name);
   for (int dim = 0; dim < 3; ++dim) check_size(lse, "lse", dim, v.size(dim), "as v: [num_tokens, num_states, num_heads]");
   const int64_t want[3] = {v.size(0), v.size(2), v.size(3)};
   for (int dim = 0; dim < 3; ++dim) check_size(out, "out", dim, want[dim], "[num_tokens, num_heads, head_dim] of v");
@@ -152,8 +160,8 @@ void implement(torch::Library& m) {
 TORCH_LIBRARY_FRAGMENT(tilestream, m) {
   m.def(
       "attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor? kv_scales, Tensor block_table, Tensor plan, "
-      "Tensor host_plan, Tensor(a!) workspace, Tensor(b!) out, Tensor(c!)? lse, Tensor? alibi_slopes, Tensor? sinks, *, float sm_scale, "
-      "float logits_soft_cap, float k_scale=1.0, float v_scale=1.0, bool blocked, bool int4, float? unified_max=None, "
+      "Tensor host_plan, Tensor(a!) workspace, Tensor(b!) out, Tensor(c!)? lse, Tensor? alibi_slopes, Tensor? sinks, *, "
+      "float sm_scale, float logits_soft_cap, float k_scale=1.0, float v_scale=1.0, bool blocked, bool int4, float? unified_max=None, "
       "Tensor? q_descale=None, Tensor? k_descale=None, Tensor? v_descale=None) -> ()");
   m.def("merge_states(Tensor v, Tensor lse, Tensor(a!) out, Tensor(b!) out_lse) -> ()");
 }

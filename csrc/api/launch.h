@@ -14,7 +14,8 @@ namespace tilestream::api {
 // between them (cuda::workspace_bytes(params)) gets it from torch's caching allocator: no cudaMalloc once warm, and in a
 // captured graph memory of the graph's own pool.
 template <class Params>
-void launch(const at::Tensor& where, void (*cpu_op)(const Params&), void (*cuda_op)(const Params&, Stream), const Params& params) {
+void launch(const at::Tensor& where, void (*cpu_op)(const Params&), void (*cuda_op)(const Params&, Stream),
+            const Params& params) {
   const at::Device device = where.device();
   if (device.is_cpu()) return Program::launch(cpu_op, params);
   const c10::DeviceGuard guard(device);

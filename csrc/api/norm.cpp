@@ -15,7 +15,8 @@ struct Rows { int64_t outer, inner, outer_stride, inner_stride; };
 
 // [num_tokens, hidden] or [num_tokens, num_heads, hidden], outer dimensions with any stride.
 Rows check_rows(const at::Tensor& t, const char* name) {
-  TORCH_CHECK_VALUE(t.dim() == 2 || t.dim() == 3, name, " has shape ", t.sizes(), "; it needs [num_tokens, hidden] or [num_tokens, num_heads, hidden]");
+  TORCH_CHECK_VALUE(t.dim() == 2 || t.dim() == 3, name, " has shape ", t.sizes(),
+                    "; it needs [num_tokens, hidden] or [num_tokens, num_heads, hidden]");
   check_tensor(t, name, kFloatTypes, t.dim());
   if (t.dim() == 2) return {t.size(0), 1, t.stride(0), 0};
   return {t.size(0), t.size(1), t.stride(0), t.stride(1)};
@@ -47,7 +48,8 @@ void set_out(RmsNormParams& p, const at::Tensor& out, const at::Tensor& x) {
 void set_residual(RmsNormParams& p, const at::Tensor& residual, const at::Tensor& x) {
   const Rows r = check_rows(residual, "residual");
   check_same_dtype(residual, "residual", x, "x");
-  TORCH_CHECK_VALUE(residual.sizes() == x.sizes(), "residual has shape ", residual.sizes(), "; it must be that of x, ", x.sizes());
+  TORCH_CHECK_VALUE(residual.sizes() == x.sizes(), "residual has shape ", residual.sizes(), "; it must be that of x, ",
+                    x.sizes());
   p.residual = residual.mutable_data_ptr();
   p.residual_outer_stride = r.outer_stride, p.residual_inner_stride = r.inner_stride;
 }
@@ -65,7 +67,8 @@ void fused_add_rms_norm(const at::Tensor& x, const at::Tensor& residual, const a
   launch(x, cpu::rms_norm, cuda::rms_norm, p);
 }
 
-void rms_norm_quant(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& q, const at::Tensor& scale, const at::Tensor& sum, double eps) {
+void rms_norm_quant(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& q, const at::Tensor& scale,
+                    const at::Tensor& sum, double eps) {
   RmsNormParams p = norm_params(x, weight, eps);
   TORCH_CHECK_VALUE(x.dim() == 2, "x has shape ", x.sizes(), "; it needs [num_tokens, hidden]");
   p.quantised = check_quantised(q, scale, sum, x.size(0), x.size(1));
@@ -115,8 +118,8 @@ void act_and_mul_quant(const at::Tensor& x, const at::Tensor& q, const at::Tenso
 
 QuantiseParams rows_params(const at::Tensor& x, bool hadamard) {
   check_tensor(x, "x", kFloatTypes, 2);
-  TORCH_CHECK_VALUE(!hadamard || x.size(1) % kScaleK == 0, "x has shape ", x.sizes(), "; with hadamard dimension 1 must be a multiple of ",
-                    kScaleK);
+  TORCH_CHECK_VALUE(!hadamard || x.size(1) % kScaleK == 0, "x has shape ", x.sizes(),
+                    "; with hadamard dimension 1 must be a multiple of ", kScaleK);
   QuantiseParams p{};
   p.x = x.const_data_ptr();
   p.rows = x.size(0), p.k = x.size(1), p.x_row_stride = x.stride(0);
@@ -161,7 +164,9 @@ TORCH_LIBRARY_FRAGMENT(tilestream, m) {
   m.def("rms_norm(Tensor x, Tensor weight, Tensor(a!) out, *, float eps) -> ()");
   m.def("rms_norm_quant(Tensor x, Tensor weight, Tensor(a!) q, Tensor(b!) scale, Tensor(c!) sum, *, float eps) -> ()");
   m.def("fused_add_rms_norm(Tensor(a!) x, Tensor(b!) residual, Tensor weight, *, float eps) -> ()");
-  m.def("fused_add_rms_norm_quant(Tensor x, Tensor(a!) residual, Tensor weight, Tensor(b!) q, Tensor(c!) scale, Tensor(d!) sum, *, float eps) -> ()");
+  m.def(
+      "fused_add_rms_norm_quant(Tensor x, Tensor(a!) residual, Tensor weight, Tensor(b!) q, Tensor(c!) scale, Tensor(d!) sum, *, "
+      "float eps) -> ()");
   m.def("silu_and_mul(Tensor x, Tensor(a!) out) -> ()");
   m.def("silu_and_mul_quant(Tensor x, Tensor(a!) q, Tensor(b!) scale, Tensor(c!) sum) -> ()");
   m.def("gelu_tanh_and_mul(Tensor x, Tensor(a!) out) -> ()");

@@ -24,7 +24,8 @@ inline void check_stray(const char* op, int index, const at::Tensor& t, at::Devi
   const auto& arguments = schema->schema().arguments();
   const std::string& name = arguments[index].name();
   if (name.starts_with("host_") && t.is_cpu()) return;
-  TORCH_CHECK_VALUE(false, name, " is on ", t.device(), ", but ", arguments[0].name(), " on ", device, "; all tensors of a call must be on one device");
+  TORCH_CHECK_VALUE(false, name, " is on ", t.device(), ", but ", arguments[0].name(), " on ", device,
+                    "; all tensors of a call must be on one device");
 }
 
 template <OpName kOp, auto kFunction>

@@ -15,12 +15,14 @@ namespace {
 
 using OptionalTensor = std::optional<at::Tensor>;
 
-void fill_penalties(SampleParams& p, const OptionalTensor& repetition, const OptionalTensor& presence, const OptionalTensor& frequency,
-                    const OptionalTensor& history, const OptionalTensor& indptr, const OptionalTensor& prompt_len) {
-  const int given = repetition.has_value() + presence.has_value() + frequency.has_value() + history.has_value() + indptr.has_value() +
-                    prompt_len.has_value();
+void fill_penalties(SampleParams& p, const OptionalTensor& repetition, const OptionalTensor& presence,
+                    const OptionalTensor& frequency, const OptionalTensor& history, const OptionalTensor& indptr,
+                    const OptionalTensor& prompt_len) {
+  const int given = repetition.has_value() + presence.has_value() + frequency.has_value() + history.has_value() +
+                    indptr.has_value() + prompt_len.has_value();
   TORCH_CHECK_VALUE(given == 0 || given == 6, "penalties: ", given,
-                    " of repetition_penalty, presence_penalty, frequency_penalty, history, history_indptr, history_prompt_len are given; give all or none");
+                    " of repetition_penalty, presence_penalty, frequency_penalty, history, history_indptr, history_prompt_len "
+                    "are given; give all or none");
   if (given == 0) return;
   const int64_t b = p.batch_size;
   p.repetition_penalty = per_row<float>(*repetition, "repetition_penalty", at::kFloat, b);
@@ -34,22 +36,25 @@ void fill_penalties(SampleParams& p, const OptionalTensor& repetition, const Opt
   check_range(*history, p.history, history->size(0), "history", 0, p.vocab_size);
   for (int64_t i = 0; indptr->is_cpu() && i <= b; ++i) {
     const int64_t low = i == 0 ? 0 : p.history_indptr[i - 1];
-    TORCH_CHECK_VALUE(p.history_indptr[i] >= low && p.history_indptr[i] <= history->size(0) && (i > 0 || p.history_indptr[0] == 0),
-                      "history_indptr[", i, "] is ", p.history_indptr[i], "; it must start at 0, not fall, and end within history of ", history->size(0));
+    TORCH_CHECK_VALUE(
+        p.history_indptr[i] >= low && p.history_indptr[i] <= history->size(0) && (i > 0 || p.history_indptr[0] == 0),
+        "history_indptr[", i, "] is ", p.history_indptr[i], "; it must start at 0, not fall, and end within history of ",
+        history->size(0));
   }
 }
 
-void sample(const at::Tensor& logits, const at::Tensor& temperature, const at::Tensor& top_k, const at::Tensor& top_p, const at::Tensor& min_p,
-            const at::Tensor& seeds, const at::Tensor& positions, const OptionalTensor& repetition_penalty, const OptionalTensor& presence_penalty,
+void sample(const at::Tensor& logits, const at::Tensor& temperature, const at::Tensor& top_k, const at::Tensor& top_p,
+            const at::Tensor& min_p, const at::Tensor& seeds, const at::Tensor& positions,
+            const OptionalTensor& repetition_penalty, const OptionalTensor& presence_penalty,
             const OptionalTensor& frequency_penalty, const OptionalTensor& history, const OptionalTensor& history_indptr,
-            const OptionalTensor& history_prompt_len, const at::Tensor& tokens, const OptionalTensor& logprobs, const at::Tensor& top_ids,
-            const at::Tensor& top_logprobs) {
+            const OptionalTensor& history_prompt_len, const at::Tensor& tokens, const OptionalTensor& logprobs,
+            const at::Tensor& top_ids, const at::Tensor& top_logprobs) {
   check_tensor(logits, "logits", {at::kFloat}, 2);
   SampleParams p{};
   const int64_t b = p.batch_size = logits.size(0);
   p.vocab_size = logits.size(1);
-  TORCH_CHECK_VALUE(p.vocab_size >= 1 && p.vocab_size <= kMaxVocabSize, "logits has shape ", logits.sizes(), "; allowed vocabularies: 1 to ",
-                    kMaxVocabSize);
+  TORCH_CHECK_VALUE(p.vocab_size >= 1 && p.vocab_size <= kMaxVocabSize, "logits has shape ", logits.sizes(),
+                    "; allowed vocabularies: 1 to ", kMaxVocabSize);
   p.logits = logits.const_data_ptr<float>();
   p.logits_row_stride = logits.stride(0);
   p.temperature = per_row<float>(temperature, "temperature", at::kFloat, b);
@@ -72,8 +77,8 @@ void sample(const at::Tensor& logits, const at::Tensor& temperature, const at::T
   check_size(top_ids, "top_ids", 0, b, "batch_size");
   check_size(top_logprobs, "top_logprobs", 0, b, "batch_size");
   check_size(top_logprobs, "top_logprobs", 1, top_ids.size(1), "as top_ids");
-  TORCH_CHECK_VALUE(top_ids.size(1) <= 64 && top_ids.size(1) <= p.vocab_size, "top_ids asks for ", top_ids.size(1), " logprobs; allowed: up to 64 and the vocabulary's ",
-                    p.vocab_size);
+  TORCH_CHECK_VALUE(top_ids.size(1) <= 64 && top_ids.size(1) <= p.vocab_size, "top_ids asks for ", top_ids.size(1),
+                    " logprobs; allowed: up to 64 and the vocabulary's ", p.vocab_size);
   p.tokens = tokens.mutable_data_ptr<int64_t>();
   p.logprobs = optional_data<float>(logprobs);
   p.num_top_logprobs = int32_t(top_ids.size(1));

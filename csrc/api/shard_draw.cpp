@@ -20,8 +20,8 @@ uint64_t* masses_of(const at::Tensor& t, const char* name, int64_t ndim) {
   return reinterpret_cast<uint64_t*>(t.mutable_data_ptr<int64_t>());
 }
 
-ShardDrawParams rows_of(const at::Tensor& logits, const at::Tensor& maxima, const at::Tensor& temperature, const at::Tensor& top_p,
-                        const at::Tensor& histograms) {
+ShardDrawParams rows_of(const at::Tensor& logits, const at::Tensor& maxima, const at::Tensor& temperature,
+                        const at::Tensor& top_p, const at::Tensor& histograms) {
   check_tensor(logits, "logits", {at::kFloat}, 2);
   ShardDrawParams p{};
   const int64_t b = p.batch_size = logits.size(0);
@@ -55,8 +55,8 @@ void fill_filters(ShardDrawParams& p, const at::Tensor& min_p, const at::Tensor&
 void shard_histogram(const at::Tensor& logits, const at::Tensor& maxima, const at::Tensor& temperature, const at::Tensor& top_p,
                      const at::Tensor& histograms, const at::Tensor& histogram) {
   ShardDrawParams p = rows_of(logits, maxima, temperature, top_p, histograms);
-  TORCH_CHECK_VALUE(p.num_rounds < kHistogramRounds, "histograms has shape ", histograms.sizes(), "; allowed rounds before this one: 0 to ",
-                    kHistogramRounds - 1);
+  TORCH_CHECK_VALUE(p.num_rounds < kHistogramRounds, "histograms has shape ", histograms.sizes(),
+                    "; allowed rounds before this one: 0 to ", kHistogramRounds - 1);
   p.histogram = masses_of(histogram, "histogram", 2);
   check_size(histogram, "histogram", 0, p.num_top_p, "rows of histograms");
   check_size(histogram, "histogram", 1, kHistogramBins, "bins");
@@ -72,14 +72,16 @@ void shard_masses(const at::Tensor& logits, const at::Tensor& maxima, const at::
 
 void shard_draw(const at::Tensor& logits, const at::Tensor& maxima, const at::Tensor& temperature, const at::Tensor& top_p,
                 const at::Tensor& min_p, const at::Tensor& seeds, const at::Tensor& positions, const at::Tensor& histograms,
-                const at::Tensor& chunk_masses, const at::Tensor& masses, int64_t rank, int64_t first_id, const at::Tensor& tokens) {
+                const at::Tensor& chunk_masses, const at::Tensor& masses, int64_t rank, int64_t first_id,
+                const at::Tensor& tokens) {
   ShardDrawParams p = rows_of(logits, maxima, temperature, top_p, histograms);
   fill_filters(p, min_p, histograms, chunk_masses);
   p.seeds = per_row<int64_t>(seeds, "seeds", at::kLong, p.batch_size);
   p.positions = per_row<int64_t>(positions, "positions", at::kLong, p.batch_size);
   p.masses = masses_of(masses, "masses", 2);
   check_size(masses, "masses", 1, p.batch_size, "batch_size, rows of logits");
-  TORCH_CHECK_VALUE(rank >= 0 && rank < masses.size(0), "rank is ", rank, "; allowed: 0 to ", masses.size(0) - 1, ", rows of masses");
+  TORCH_CHECK_VALUE(rank >= 0 && rank < masses.size(0), "rank is ", rank, "; allowed: 0 to ", masses.size(0) - 1,
+                    ", rows of masses");
   TORCH_CHECK_VALUE(first_id >= 0 && first_id <= kMaxVocabSize - p.vocab_size, "first_id is ", first_id, "; allowed: 0 to ",
                     kMaxVocabSize - p.vocab_size, ", for vocabularies have up to ", kMaxVocabSize, " tokens");
   p.world_size = int32_t(masses.size(0));
@@ -100,7 +102,8 @@ void implement(torch::Library& m) {
 
 TORCH_LIBRARY_FRAGMENT(tilestream, m) {
   m.def(
-      "shard_histogram(Tensor logits, Tensor maxima, Tensor temperature, Tensor top_p, Tensor histograms, Tensor(a!) histogram) -> ()");
+      "shard_histogram(Tensor logits, Tensor maxima, Tensor temperature, Tensor top_p, Tensor histograms, Tensor(a!) histogram) "
+      "-> ()");
   m.def(
       "shard_masses(Tensor logits, Tensor maxima, Tensor temperature, Tensor top_p, Tensor min_p, Tensor histograms, "
       "Tensor(a!) chunk_masses) -> ()");

@@ -18,7 +18,8 @@ void read_part(const uint8_t* panel, int column, int64_t num_k, int64_t k, float
   const int64_t g = k / group_k(F);
   const uint8_t* const group = panel + g * Layout::kBytes;
   const uint8_t* const scales = group + Layout::parts(num_k, g) * Layout::kCodeBytes + 2 * column;
-  const uint8_t* codes = group + k % group_k(F) / kGroupK * Layout::kCodeBytes + column / 16 * Layout::kHalfBytes + column % 16 * 4;
+  const uint8_t* codes =
+      group + k % group_k(F) / kGroupK * Layout::kCodeBytes + column / 16 * Layout::kHalfBytes + column % 16 * 4;
   uint8_t q[kGroupK];
   for (int i = 0; i < kGroupK / 2; ++i) {
     const int at = 64 * (i / 4) + i % 4;

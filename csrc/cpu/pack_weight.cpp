@@ -94,7 +94,8 @@ void pack_codes(uint8_t* panel, int64_t num_columns, int64_t k, Decode&& decode)
   }
 }
 
-// Float panels, or 32 rows of a row-major weight. read(column, k_begin, num, float* values) gives `num` (at most 32) values of a real column.
+// Float panels, or 32 rows of a row-major weight. read(column, k_begin, num, float* values) gives `num` (at most 32) values of a
+// real column.
 template <class Read>
 void pack_floats(PackedFormat format, uint8_t* panel, int64_t num_columns, int64_t k, Read&& read) {
   for (int64_t begin = 0; begin < k; begin += kGroupK) {

@@ -48,7 +48,8 @@ void launch_rows(const ActAndMulParams& p, Stream stream) {
 void act_and_mul(const ActAndMulParams& p, Stream stream) {
   with_element(p.dtype, [&](auto element) {
     using T = decltype(element);
-    const bool aligned = rows_aligned(p.x, sizeof(T), p.x_row_stride, p.hidden) && rows_aligned(p.out, sizeof(T), p.out_row_stride);
+    const bool aligned =
+        rows_aligned(p.x, sizeof(T), p.x_row_stride, p.hidden) && rows_aligned(p.out, sizeof(T), p.out_row_stride);
     aligned ? launch_rows<T, true>(p, stream) : launch_rows<T, false>(p, stream);
   });
 }

@@ -47,7 +47,8 @@ __device__ __forceinline__ void run_float_row(const AttentionParams& p, const Lo
     }
     float most = fmaxf(max, s);
 #pragma unroll
-    for (int distance = kWarpSize / 2; distance > 0; distance /= 2) most = fmaxf(most, __shfl_xor_sync(kFullMask, most, distance));
+    for (int distance = kWarpSize / 2; distance > 0; distance /= 2)
+      most = fmaxf(most, __shfl_xor_sync(kFullMask, most, distance));
     const float finite = fmaxf(most, -kFloatMax), alpha = exp2f((max - finite) * rule.to_log2());
     const float weight = exp2f((s - finite) * rule.to_log2());
     max = most, sum = fmaf(sum, alpha, warp_sum(weight));

@@ -79,7 +79,8 @@ struct RowView {
   int begin, end, q_pos;
   float slope_log2;
 
-  __device__ __forceinline__ RowView(const AttentionParams& p, const Job& job, int row) : begin(0), end(0), q_pos(0), slope_log2(0) {
+  __device__ __forceinline__ RowView(const AttentionParams& p, const Job& job, int row)
+      : begin(0), end(0), q_pos(0), slope_log2(0) {
     if (row >= job.num_rows) return;
     begin = job.keys_begin(row), end = job.keys_end(row), q_pos = job.q_pos(row);
     if (p.alibi_slopes != nullptr) slope_log2 = p.alibi_slopes[job.head(row)] * kLog2E;

@@ -18,7 +18,8 @@ __device__ __forceinline__ void merge_row(const AttentionParams& p, const PlanMe
   const int32_t* parts = p.plan.merge_parts() + merge.parts_begin;
   const float sink = sink_log2(p, head);
   float most = sink;
-  for (int k = 0; k < merge.num_parts; ++k) most = larger_or_nan(most, partials.lse_log2[int64_t(parts[k]) * group_size + in_group]);
+  for (int k = 0; k < merge.num_parts; ++k)
+    most = larger_or_nan(most, partials.lse_log2[int64_t(parts[k]) * group_size + in_group]);
 
   float denominator = part_weight(sink, most), sum[kColumnsPerLane] = {};
   for (int k = 0; k < merge.num_parts; ++k) {

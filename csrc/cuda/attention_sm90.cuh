@@ -68,8 +68,8 @@ void launch_attention_sm90(const AttentionParams& p, Stream stream) {
   constexpr size_t kSmemBytes = sizeof(Sm90Storage<C>);
   static_assert(kSmemBytes <= 227 * 1024, "more than an SM has");
   const auto kernel = attention_sm90_kernel<C>;
-  const LaunchConfig config{.grid = resident_blocks(kernel, C::kThreads, kSmemBytes), .block = C::kThreads, .smem_bytes = kSmemBytes,
-                            .stream = stream};
+  const LaunchConfig config{
+      .grid = resident_blocks(kernel, C::kThreads, kSmemBytes), .block = C::kThreads, .smem_bytes = kSmemBytes, .stream = stream};
   constexpr uint32_t kRowBytes = C::kConverted ? C::kRawRowBytes : C::kRowBytes;
   constexpr ptx::Swizzle kSwizzle = C::kConverted ? ptx::Swizzle::kNone : C::kSwizzle;
   KvMaps maps{.k = kv_map(p, 0, kRowBytes, kSwizzle), .v = kv_map(p, 1, kRowBytes, kSwizzle)};
@@ -82,7 +82,8 @@ void launch_attention_sm90(const AttentionParams& p, Stream stream) {
 // such as int4 with a head dim of 80: that is for the other kernels.
 inline bool fits_sm90(const AttentionParams& p) {
   const int64_t bytes = p.kv_dtype == DType::kUInt4 ? 1 : dtype_bytes(p.kv_dtype, 1);
-  return device_arch() / 10 == 9 && p.num_pages > 0 && rows_aligned(p.k_cache, bytes, p.k_page_stride, p.k_head_stride, p.k_token_stride) &&
+  return device_arch() / 10 == 9 && p.num_pages > 0 &&
+         rows_aligned(p.k_cache, bytes, p.k_page_stride, p.k_head_stride, p.k_token_stride) &&
          rows_aligned(p.v_cache, bytes, p.v_page_stride, p.v_head_stride, p.v_token_stride) && rows_aligned(p.kv_scales, 1);
 }
 

@@ -38,7 +38,8 @@ struct Sm90Config {
   // Rows of a panel of q, K and V; of e4m3 and a head dim of 64 half as long as others, in the pattern of that length.
   static constexpr int kRowBytes = kDimQk * int(sizeof(T)) < kPanelRowBytes ? 64 : kPanelRowBytes;
   static constexpr ptx::Swizzle kSwizzle = kRowBytes == 64 ? ptx::Swizzle::k64 : ptx::Swizzle::k128;
-  static constexpr int kPanelsQk = int(ceil_div(kDimQk * sizeof(T), kRowBytes)), kPanelsVo = int(ceil_div(kDimVo * sizeof(T), kRowBytes));
+  static constexpr int kPanelsQk = int(ceil_div(kDimQk * sizeof(T), kRowBytes)),
+                       kPanelsVo = int(ceil_div(kDimVo * sizeof(T), kRowBytes));
   static constexpr int kPanelBytes = kKeys * kRowBytes;  // of a K or V tile
   static_assert(kKeys % 64 == 0, "a tile is whole pages of up to 64 tokens");
   // One product of the tensor cores: 32 bytes along k.
@@ -216,8 +217,8 @@ __device__ __forceinline__ Vec<T> converted_q(const AttentionParams& p, int64_t 
   return packed;
 }
 
-// Maps of the cache's two sides: (byte of a row, token of the page, kv head, page), in boxes of one page, and of one panel where a
-// tile comes as the tensor cores take it.
+// Maps of the cache's two sides: (byte of a row, token of the page, kv head, page), in boxes of one page, and of one panel where
+// a tile comes as the tensor cores take it.
 struct KvMaps {
   ptx::TensorMap k, v;
   ptx::TensorMap narrow_k, narrow_v;  // of a cache that is converted, for the narrow lane

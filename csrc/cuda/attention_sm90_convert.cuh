@@ -14,8 +14,8 @@ namespace tilestream::cuda {
 
 // One warp: the job's pages of a tile's K (side 0) or V (side 1), and their scales; completes on `full`.
 template <class C>
-__device__ __forceinline__ void load_raw_tile(const ptx::TensorMap& map, const AttentionParams& p, const Job& job, int tile, int side,
-                                              typename RawStorage<C>::Side& raw, int stage) {
+__device__ __forceinline__ void load_raw_tile(const ptx::TensorMap& map, const AttentionParams& p, const Job& job, int tile,
+                                              int side, typename RawStorage<C>::Side& raw, int stage) {
   constexpr int kScaleBytes = C::kHasScales ? sizeof(__half2) : 0;
   const int lane = threadIdx.x % kWarpSize, first = lane << job.page_shift, key = tile + first;
   const bool is_mine = first < C::kKeys && key + job.page_size > job.at.kv_begin && key < job.at.kv_end;
@@ -58,7 +58,8 @@ __device__ __forceinline__ Vec<T> values_8(const Words& words, int half, float2 
 
 // A converting warp's share of a tile: eight rows in turn with the others.
 template <class C>
-__device__ __forceinline__ void convert_tile(const Job& job, int tile, const unsigned char* raw, const __half2* scales, unsigned char* dst) {
+__device__ __forceinline__ void convert_tile(const Job& job, int tile, const unsigned char* raw, const __half2* scales,
+                                             unsigned char* dst) {
   using T = typename C::T;
   using KV = typename C::KV;
   using Words = std::conditional_t<kKvBits<KV> == 8, uint4, uint2>;
@@ -77,7 +78,8 @@ __device__ __forceinline__ void convert_tile(const Job& job, int tile, const uns
   };
   const auto load_words = [&](int r, int panel) {
     Words words{};
-    if (C::kHasScales || is_mine(r)) words = *reinterpret_cast<const Words*>(raw + panel * int(4 * sizeof(Words)) + r * C::kRawRowBytes);
+    if (C::kHasScales || is_mine(r))
+      words = *reinterpret_cast<const Words*>(raw + panel * int(4 * sizeof(Words)) + r * C::kRawRowBytes);
     return words;
   };
   // A step is a panel of a row. The next is read before this one is written: the compiler cannot know that they are not the same.
@@ -104,7 +106,8 @@ template <class C>
 __device__ __forceinline__ void convert_wide(WideStorage<C>& s, RawStorage<C>& raw) {
   RingPosition<C::kRawStages> from;
   RingPosition<C::kStages> to;
-  const auto convert = [&](const Job& job, int tile, typename RawStorage<C>::Side& side, unsigned char* dst, uint64_t* full, uint64_t* empty) {
+  const auto convert = [&](const Job& job, int tile, typename RawStorage<C>::Side& side, unsigned char* dst, uint64_t* full,
+                           uint64_t* empty) {
     ptx::mbarrier_wait_parity(&side.full[from.stage()], from.full_parity());
     ptx::mbarrier_wait_parity(empty, to.empty_parity());
     convert_tile<C>(job, tile, side.rows[from.stage()], side.scales[from.stage()], dst);

@@ -45,7 +45,8 @@ __device__ __forceinline__ void transpose_tile(const Job& job, int tile, const u
   constexpr int kStride = 16 * kConvertWarps, kOfPanel = C::kRowBytes / kStride;  // columns; shares of the warp in a panel
   // opaque: what follows from it would otherwise be kept in registers from tile to tile
   const unsigned thread = ptx::opaque(threadIdx.x), lane = thread % kWarpSize, matrix = lane / 8, row = lane % 8;
-  const unsigned first_column = (thread / kWarpSize - kConvertWide) * 16, column = first_column + 2 * row + (matrix % 2 ^ row / 4);
+  const unsigned first_column = (thread / kWarpSize - kConvertWide) * 16,
+                 column = first_column + 2 * row + (matrix % 2 ^ row / 4);
   const unsigned first = lane < 16 ? 0x6420 : 0x7531, second = first ^ 0x1111;  // bytes of the column that is stored first
   unsigned from[kOfPanel];
 #pragma unroll
@@ -54,12 +55,14 @@ __device__ __forceinline__ void transpose_tile(const Job& job, int tile, const u
   for (int key = 0; key < C::kKeys; key += 32) {
     unsigned char* const to = dst + ptx::swizzled(kTurned, column * C::kKeys + key + matrix / 2 * 16);
     unsigned low = ~0u, high = ~0u;
-    if constexpr (!kWhole) low = own_keys(job, tile + key + 2 * (lane % 4)), high = own_keys(job, tile + key + 16 + 2 * (lane % 4));
+    if constexpr (!kWhole)
+      low = own_keys(job, tile + key + 2 * (lane % 4)), high = own_keys(job, tile + key + 16 + 2 * (lane % 4));
 #pragma unroll
     for (int panel = 0; panel < C::kPanelsVo; ++panel) {
       unsigned pairs[kOfPanel][4];
 #pragma unroll
-      for (int i = 0; i < kOfPanel; ++i) ptx::ldmatrix_x4_trans(pairs[i], raw + panel * C::kPanelBytes + key * C::kRowBytes + from[i]);
+      for (int i = 0; i < kOfPanel; ++i)
+        ptx::ldmatrix_x4_trans(pairs[i], raw + panel * C::kPanelBytes + key * C::kRowBytes + from[i]);
 #pragma unroll
       for (int i = 0; i < kOfPanel; ++i) {
         const unsigned(&p)[4] = pairs[i];
@@ -80,7 +83,8 @@ __device__ __forceinline__ void transpose_wide(WideStorage<C>& s, RawStorage<C>&
       const int stage = at.stage();
       ptx::mbarrier_wait_parity(&raw.full[stage], at.full_parity());
       ptx::mbarrier_wait_parity(&s.v_empty[stage], at.empty_parity());
-      if (tile >= job.at.kv_begin && tile + C::kKeys <= job.at.kv_end) transpose_tile<C, true>(job, tile, raw.v[stage], s.v[stage]);
+      if (tile >= job.at.kv_begin && tile + C::kKeys <= job.at.kv_end)
+        transpose_tile<C, true>(job, tile, raw.v[stage], s.v[stage]);
       else transpose_tile<C, false>(job, tile, raw.v[stage], s.v[stage]);
       ptx::fence_proxy_async();
       __syncwarp();

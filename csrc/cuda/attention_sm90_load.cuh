@@ -5,8 +5,8 @@
 
 namespace tilestream::cuda {
 
-// Host. A side of the cache, 0 for K, 1 for V, in bytes; a box has row_bytes of each token of a page. Columns past the cache's own
-// are zeros.
+// Host. A side of the cache, 0 for K, 1 for V, in bytes; a box has row_bytes of each token of a page. Columns past the cache's
+// own are zeros.
 inline ptx::TensorMap kv_map(const AttentionParams& p, int side, uint32_t row_bytes, ptx::Swizzle swizzle) {
   const uint64_t unit = p.kv_dtype == DType::kUInt4 ? 1 : dtype_bytes(p.kv_dtype, 1), page_size = uint64_t(p.page_size);
   const auto [page, head, token] = side == 0 ? std::array{p.k_page_stride, p.k_head_stride, p.k_token_stride}
@@ -22,8 +22,8 @@ inline ptx::TensorMap kv_map(const AttentionParams& p, int side, uint32_t row_by
 // One warp: kPanels panels of `num_keys` keys from key `tile` on, kRowBytes a key and panel, to `dst`; completes on `full`.
 // A page outside the job is not looked up: one past the last of the tensor gives zeros.
 template <int kPanels, int kRowBytes = kPanelRowBytes>
-__device__ __forceinline__ void load_tile(const ptx::TensorMap& map, const AttentionParams& p, const Job& job, int tile, int num_keys,
-                                          unsigned char* dst, uint64_t* full) {
+__device__ __forceinline__ void load_tile(const ptx::TensorMap& map, const AttentionParams& p, const Job& job, int tile,
+                                          int num_keys, unsigned char* dst, uint64_t* full) {
   const int lane = threadIdx.x % kWarpSize;
   if (lane == 0) ptx::mbarrier_arrive_expect_tx(full, kPanels * num_keys * kRowBytes);
   __syncwarp();

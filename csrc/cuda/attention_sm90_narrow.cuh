@@ -31,7 +31,8 @@ class NarrowRows {
   using Ring = SlotPosition<C>;
   using Storage = NarrowStorage<C>;
 
-  __device__ __forceinline__ NarrowRows(const AttentionParams& p, const LogitRule& rule, const Job& job, NarrowStorage<C>& s, int first_row)
+  __device__ __forceinline__ NarrowRows(const AttentionParams& p, const LogitRule& rule, const Job& job, NarrowStorage<C>& s,
+                                        int first_row)
       : p_(p), rule_(rule), job_(job), s_(s), first_row_(first_row) {
     const int last_row = min(first_row + kRows, job.num_rows) - 1;
     all_begin_ = job.keys_begin(last_row), all_end_ = job.keys_end(first_row);
@@ -98,7 +99,9 @@ class NarrowRows {
       };
       if constexpr (C::kConverted) {
 #pragma unroll
-        for (int k = 0; k < 4; ++k) *reinterpret_cast<unsigned*>(place(fragment_column<C>(chunk * 8 + 2 * k))) = reinterpret_cast<const unsigned*>(&packed)[k];
+        for (int k = 0; k < 4; ++k)
+          *reinterpret_cast<unsigned*>(place(fragment_column<C>(chunk * 8 + 2 * k))) =
+              reinterpret_cast<const unsigned*>(&packed)[k];
       } else {
         *reinterpret_cast<Vec<T>*>(place(chunk * 8)) = packed;
       }
@@ -191,13 +194,15 @@ class NarrowRows {
   // scores = K . q^T, of keys that become fragments a on the way: of this thread's two keys, in each step four of the columns
   // that are its own (fragment_column()).
   __device__ __forceinline__ void start_converted_scores(const Ring& keys) {
-    constexpr int kOwnBytes = C::kRawRowBytes / 4, kLoadBytes = kOwnBytes < 16 ? kOwnBytes : 16, kBytes = kKvBits<KV>;  // of 8 values
+    constexpr int kOwnBytes = C::kRawRowBytes / 4, kLoadBytes = kOwnBytes < 16 ? kOwnBytes : 16,
+                  kBytes = kKvBits<KV>;  // of 8 values
     using Words = std::conditional_t<kLoadBytes == 16, uint4, uint2>;
     const unsigned char* const tile = s_.slots[keys.slot()];
     const uint64_t q = ptx::wgmma_descriptor(s_.q + ptx::opaque(0), ptx::Swizzle::k128, kEightRows);
     const int key = warp() * 16 + lane() / 4;
     float2 scale[2];
-    if constexpr (C::kHasScales) scale[0] = __half22float2(s_.scales[keys.slot()][key]), scale[1] = __half22float2(s_.scales[keys.slot()][key + 8]);
+    if constexpr (C::kHasScales)
+      scale[0] = __half22float2(s_.scales[keys.slot()][key]), scale[1] = __half22float2(s_.scales[keys.slot()][key + 8]);
 #pragma unroll
     for (int load = 0; load < kOwnBytes / kLoadBytes; ++load) {
       Words words[2];
@@ -223,7 +228,8 @@ class NarrowRows {
 #pragma unroll
         for (int step = 0; step < 2; ++step) {
           const int kc = 2 * eight + step;
-          multiply<ptx::Major::kK>(scores_, a[step], ptx::wgmma_advance(q, kc / 4 * (kRows * kPanelRowBytes) + kc % 4 * 32), kc > 0);
+          multiply<ptx::Major::kK>(scores_, a[step], ptx::wgmma_advance(q, kc / 4 * (kRows * kPanelRowBytes) + kc % 4 * 32),
+                                   kc > 0);
         }
         ptx::wgmma_commit_group();
         ptx::wgmma_wait_group<1>(keys_[1 - eight % 2]);  // before they are written again
@@ -270,14 +276,16 @@ class NarrowRows {
     if constexpr (C::kConverted && C::kHasScales) {  // scale and zero of 0
       const int key = ptx::opaque(threadIdx.x) % kGroupThreads;
       ptx::mbarrier_wait_parity(&s_.full[values.slot()], values.full_parity());
-      if (key < NarrowTile::kKeys && (tile + key < job_.at.kv_begin || tile + key >= job_.at.kv_end)) s_.scales[values.slot()][key] = {};
+      if (key < NarrowTile::kKeys && (tile + key < job_.at.kv_begin || tile + key >= job_.at.kv_end))
+        s_.scales[values.slot()][key] = {};
       return;
     }
     if constexpr (C::kConverted) {
       ptx::mbarrier_wait_parity(&s_.full[values.slot()], values.full_parity());
       const int begin = (job_.at.kv_end - tile) * C::kRawRowBytes / 16;
       auto* const rows = reinterpret_cast<uint4*>(s_.slots[values.slot()]);
-      for (int i = begin + ptx::opaque(threadIdx.x) % kGroupThreads; i < Storage::kSlotBytes / 16; i += kGroupThreads) rows[i] = {};
+      for (int i = begin + ptx::opaque(threadIdx.x) % kGroupThreads; i < Storage::kSlotBytes / 16; i += kGroupThreads)
+        rows[i] = {};
       return;
     }
     const int first = job_.at.kv_end - tile, end = first + job_.page_size - job_.offset(job_.at.kv_end);
@@ -333,7 +341,8 @@ class NarrowRows {
   }
 
   // This warp's weights of the tile, and this thread's sums of them. Whether one is so large that its row's maximum has to move.
-  __device__ __forceinline__ bool store_weights(const float (&logits)[kRows / 2], unsigned buffer, float (&sum)[kRows / 4]) const {
+  __device__ __forceinline__ bool store_weights(const float (&logits)[kRows / 2], unsigned buffer,
+                                                float (&sum)[kRows / 4]) const {
     float most = -INFINITY;
     unsigned packed[4];
 #pragma unroll
@@ -366,7 +375,8 @@ class NarrowRows {
       const float* const two = &logits[r / 2 * 4 + r % 2];
       most[r] = fmaxf(two[0], two[2]);
 #pragma unroll
-      for (int distance = 4; distance < kWarpSize; distance *= 2) most[r] = fmaxf(most[r], __shfl_xor_sync(kFullMask, most[r], distance));
+      for (int distance = 4; distance < kWarpSize; distance *= 2)
+        most[r] = fmaxf(most[r], __shfl_xor_sync(kFullMask, most[r], distance));
       if (lane() < 4) s_.exchange[warp()][row(r)] = most[r];
     }
     sync();
@@ -456,7 +466,8 @@ class NarrowRows {
       }
       const int row = first_row_ + this->row(first + place);
       const bool is_mine = first + place < kRows / 4 && row < job_.num_rows;
-      const RowWriter writer(p_, job_, min(row, job_.num_rows - 1), sum == 0.0f ? -INFINITY : max + log2f(sum), is_mine && d == 0);
+      const RowWriter writer(p_, job_, min(row, job_.num_rows - 1), sum == 0.0f ? -INFINITY : max + log2f(sum),
+                             is_mine && d == 0);
       if (is_mine && d < p_.head_dim_vo) writer.store_8(d, columns);
     }
   }
@@ -480,8 +491,10 @@ __device__ __forceinline__ void attend_narrow(const AttentionParams& p, const Lo
   SlotPosition<C> ring;
   read_jobs(s.jobs, [&](const Job& job) {
     for_each_row_tile<NarrowTile>(job, [&](const RowTile& rows) {
-      if (job.num_rows - rows.row_begin <= 8) NarrowRows<C, 8>(p, rule, job, s, rows.row_begin).attend(rows.keys_begin, rows.keys_end, ring);
-      else NarrowRows<C, 16>(p, rule, job, s, rows.row_begin).attend(rows.keys_begin, rows.keys_end, ring);
+      if (job.num_rows - rows.row_begin <= 8)
+        NarrowRows<C, 8>(p, rule, job, s, rows.row_begin).attend(rows.keys_begin, rows.keys_end, ring);
+      else
+        NarrowRows<C, 16>(p, rule, job, s, rows.row_begin).attend(rows.keys_begin, rows.keys_end, ring);
     });
   });
 }

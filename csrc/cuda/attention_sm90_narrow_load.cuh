@@ -40,7 +40,9 @@ struct NarrowStorage {
 
 // The pattern of a row's length spreads what the narrow warpgroup reads at once of a cache that is converted over all banks.
 template <class C>
-constexpr ptx::Swizzle kRawSwizzle = C::kRawRowBytes == 128 ? ptx::Swizzle::k128 : C::kRawRowBytes == 64 ? ptx::Swizzle::k64 : ptx::Swizzle::k32;
+constexpr ptx::Swizzle kRawSwizzle = C::kRawRowBytes == 128  ? ptx::Swizzle::k128
+                                     : C::kRawRowBytes == 64 ? ptx::Swizzle::k64
+                                                             : ptx::Swizzle::k32;
 
 // RingPosition for any number of stages.
 template <class C>
@@ -64,15 +66,17 @@ class SlotPosition {
 
 // One warp: a piece as the cache has it, and its scales. page: of this lane's box, one of the first 64 / page_size lanes.
 template <class C>
-__device__ __forceinline__ void load_raw_piece(const ptx::TensorMap& map, const AttentionParams& p, const Job& job, int side, int page,
-                                               NarrowStorage<C>& s, SlotPosition<C>& at) {
+__device__ __forceinline__ void load_raw_piece(const ptx::TensorMap& map, const AttentionParams& p, const Job& job, int side,
+                                               int page, NarrowStorage<C>& s, SlotPosition<C>& at) {
   const int lane = threadIdx.x % kWarpSize, first = lane << job.page_shift, slot = at.slot();
   const bool is_box = first < NarrowTile::kKeys, has_scales = C::kHasScales && is_box && page < p.num_pages;
-  const int scale_bytes = job.page_size * int(sizeof(__half2)), num_bytes = __popc(__ballot_sync(kFullMask, has_scales)) * scale_bytes;
+  const int scale_bytes = job.page_size * int(sizeof(__half2)),
+            num_bytes = __popc(__ballot_sync(kFullMask, has_scales)) * scale_bytes;
   ptx::mbarrier_wait_parity(&s.empty[slot], at.empty_parity());
   if (lane == 0) ptx::mbarrier_arrive_expect_tx(&s.full[slot], NarrowStorage<C>::kSlotBytes + num_bytes);
   __syncwarp();
-  if (is_box) ptx::cp_async_bulk_tensor_load(s.slots[slot] + first * C::kRawRowBytes, map, {0, 0, job.at.kv_head, page}, &s.full[slot]);
+  if (is_box)
+    ptx::cp_async_bulk_tensor_load(s.slots[slot] + first * C::kRawRowBytes, map, {0, 0, job.at.kv_head, page}, &s.full[slot]);
   if (has_scales) {
     const KvRows rows = kv_rows<typename C::KV>(p, side, job.at.kv_head, job.num_kv_heads, job.page_size);
     ptx::cp_async_bulk_load(s.scales[slot] + first, rows.scale(page, 0), scale_bytes, &s.full[slot]);
@@ -82,7 +86,8 @@ __device__ __forceinline__ void load_raw_piece(const ptx::TensorMap& map, const 
 
 // One warp: a piece's panels, each to the next slot. page: of this lane's box, one of the first 64 / page_size lanes.
 template <int kPanels, class C>
-__device__ __forceinline__ void load_piece(const ptx::TensorMap& map, const Job& job, int page, NarrowStorage<C>& s, SlotPosition<C>& at) {
+__device__ __forceinline__ void load_piece(const ptx::TensorMap& map, const Job& job, int page, NarrowStorage<C>& s,
+                                           SlotPosition<C>& at) {
   const int lane = threadIdx.x % kWarpSize;
 #pragma unroll 1
   for (int panel = 0; panel < kPanels; ++panel) {

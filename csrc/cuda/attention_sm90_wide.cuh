@@ -40,7 +40,8 @@ __device__ __forceinline__ Vec<__nv_fp8_e4m3> signed_q(const AttentionParams& p,
 // A warp's 16 rows of q, from row `first` of the job on, to where wgmma reads them; those past the job's end are its last row,
 // columns past head_dim_qk 0, as K's are. Where q is as the products take it, it comes by copies that are still under way.
 template <class C>
-__device__ __forceinline__ void load_q(const AttentionParams& p, const LogitRule& rule, const Job& job, int first, unsigned char* q) {
+__device__ __forceinline__ void load_q(const AttentionParams& p, const LogitRule& rule, const Job& job, int first,
+                                       unsigned char* q) {
   using T = typename C::T;
   constexpr int kChunks = C::kPanelsQk * C::kRowBytes / 16, kValues = Vec<T>::kSize;
   constexpr DType kType = C::kFloat8 ? DType::kFloat8E4M3 : std::is_same_v<T, __half> ? DType::kFloat16 : DType::kBFloat16;
@@ -111,8 +112,8 @@ class WideRows {
   using T = typename C::T;
   using Ring = RingPosition<C::kStages>;
 
-  __device__ __forceinline__ WideRows(const AttentionParams& p, const LogitRule& rule, const Job& job, WideStorage<C>& s, int group,
-                                      int row_begin)
+  __device__ __forceinline__ WideRows(const AttentionParams& p, const LogitRule& rule, const Job& job, WideStorage<C>& s,
+                                      int group, int row_begin)
       : p_(p), rule_(rule_of(p, rule, job)), job_(job), s_(s), group_(group), first_row_(row_begin + group * kGroupRows) {}
 
   // All tiles of the row tile, from where `ring` stands. Tiles that no row sees would leave all as it is: those of
@@ -233,12 +234,14 @@ class WideRows {
     ptx::mbarrier_wait_parity(&s_.v_full[values.stage()], values.full_parity());
     const unsigned char* const tile = s_.v[values.stage()];
     uint64_t v;
-    if constexpr (C::kFloat8) v = ptx::wgmma_descriptor(tile, C::kKeys == 64 ? ptx::Swizzle::k64 : ptx::Swizzle::k128, 8 * C::kKeys);
+    if constexpr (C::kFloat8)
+      v = ptx::wgmma_descriptor(tile, C::kKeys == 64 ? ptx::Swizzle::k64 : ptx::Swizzle::k128, 8 * C::kKeys);
     else v = ptx::wgmma_descriptor(tile, ptx::Swizzle::k128, 8 * kPanelRowBytes, C::kPanelBytes);
     ptx::wgmma_fence(out_, weights_);
 #pragma unroll
     for (int kc = 0; kc < C::kStepsVo; ++kc)
-      multiply<ptx::Major::kMN>(out_, weights_[kc], ptx::wgmma_advance(v, kc * (C::kFloat8 ? 32 : 16 * kPanelRowBytes)), !first || kc > 0);
+      multiply<ptx::Major::kMN>(out_, weights_[kc], ptx::wgmma_advance(v, kc * (C::kFloat8 ? 32 : 16 * kPanelRowBytes)),
+                                !first || kc > 0);
     ptx::wgmma_commit_group();
   }
 
@@ -327,8 +330,8 @@ class WideRows {
       sum += __shfl_xor_sync(kFullMask, sum, 2);
       const float inverse = 1.0f / (sum == 0.0f ? 1.0f : sum);
       const int row = this->row(i), column = lane() % 4;
-      const RowWriter writer(p_, job_, min(row, job_.num_rows - 1), sum == 0.0f ? -INFINITY : max_[i] - C::kWeightLog2 + log2f(sum),
-                             column == 0 && row < job_.num_rows);
+      const RowWriter writer(p_, job_, min(row, job_.num_rows - 1),
+                             sum == 0.0f ? -INFINITY : max_[i] - C::kWeightLog2 + log2f(sum), column == 0 && row < job_.num_rows);
 #pragma unroll
       for (int block = 0; block < C::kDimVo / 32; ++block) {
         Floats8 columns;

@@ -47,7 +47,8 @@ void linear(const LinearParams& p, Stream stream) {
       LinearParams with_rows = p;
       if (p.x_q.q == nullptr) {
         with_rows.x_q = workspace_rows(p);
-        quantise({.x = p.x, .out = with_rows.x_q, .rows = p.m, .k = p.k, .x_row_stride = p.x_row_stride, .dtype = p.dtype}, stream);
+        quantise({.x = p.x, .out = with_rows.x_q, .rows = p.m, .k = p.k, .x_row_stride = p.x_row_stride, .dtype = p.dtype},
+                 stream);
       }
       if constexpr (group_k(kFormat) != kGroupK) {
         if (linear_sm90(with_rows, stream)) return;

@@ -13,8 +13,9 @@ LinearMaps linear_maps(const LinearParams& p) {
   const uint64_t row_bytes = p.x_q.row_bytes(p.k), bytes4 = p.x_q.k4 / 2, bytes8 = row_bytes - bytes4;
   const auto map = [&](uint64_t begin, uint64_t size, uint32_t box, ptx::Swizzle swizzle) {
     // Of no elements: a map all the same, which nobody uses.
-    return size == 0 ? ptx::TensorMap{}
-                     : ptx::make_tensor_map(p.x_q.q + begin, 1, {{size, 1, box}, {uint64_t(p.m), row_bytes, C::kTokens}}, swizzle);
+    return size == 0
+               ? ptx::TensorMap{}
+               : ptx::make_tensor_map(p.x_q.q + begin, 1, {{size, 1, box}, {uint64_t(p.m), row_bytes, C::kTokens}}, swizzle);
   };
   return {.x = map(bytes4, bytes8, kRowBytes8, ptx::Swizzle::k128), .x4 = map(0, bytes4, kRowBytes4, ptx::Swizzle::kNone)};
 }

@@ -214,7 +214,8 @@ class Multiplier {
   // own place.
   __device__ __forceinline__ void add_slices(int slice) {
     constexpr int kThreads = C::kWarpgroups * 128, kVecs = C::kHalves * C::kTokens / 8;
-    auto* const mine = static_cast<float4*>(p_.workspace) + int64_t(blockIdx.x) * kVecs * kThreads + ptx::opaque(threadIdx.x) - 128;
+    auto* const mine =
+        static_cast<float4*>(p_.workspace) + int64_t(blockIdx.x) * kVecs * kThreads + ptx::opaque(threadIdx.x) - 128;
 #pragma unroll
     for (int i = 0; i < kVecs; ++i) {
       float* const four = &total_[i / (C::kTokens / 8)][i % (C::kTokens / 8) * 4];
@@ -299,19 +300,20 @@ class Multiplier {
   __device__ __forceinline__ void store(int tile) {
     struct alignas(2 * sizeof(T)) Pair { T at[2]; };
     const bool gated_pairs = is_gated(p_);
-    for_each_pair(tile, static_cast<T*>(p_.y), p_.y_row_stride, columns_per_output(p_), [&](T* place, int n, float one, float two) {
-      if (gated_pairs) {
-        place[0] = from_float<T>(one);
-        return;
-      }
-      const Pair pair{from_float<T>(one), from_float<T>(two)};
-      if constexpr (C::kWide) {
-        *reinterpret_cast<Pair*>(place) = pair;
-      } else {
-        place[0] = pair.at[0];
-        if (n + 1 < p_.n) place[1] = pair.at[1];
-      }
-    });
+    for_each_pair(tile, static_cast<T*>(p_.y), p_.y_row_stride, columns_per_output(p_),
+                  [&](T* place, int n, float one, float two) {
+                    if (gated_pairs) {
+                      place[0] = from_float<T>(one);
+                      return;
+                    }
+                    const Pair pair{from_float<T>(one), from_float<T>(two)};
+                    if constexpr (C::kWide) {
+                      *reinterpret_cast<Pair*>(place) = pair;
+                    } else {
+                      place[0] = pair.at[0];
+                      if (n + 1 < p_.n) place[1] = pair.at[1];
+                    }
+                  });
   }
 
   const LinearParams& p_;

@@ -43,7 +43,8 @@ void launch(void (*kernel)(Parameters...), const LaunchConfig& config, const Arg
   if (config.grid.x == 0 || config.grid.y == 0 || config.grid.z == 0) return;
   constexpr size_t kDefaultSmemBytes = 48 * 1024;  // more has to be asked for (CUDA C++ Programming Guide, table of limits)
   if (config.smem_bytes > kDefaultSmemBytes)
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(config.smem_bytes)), "cudaFuncSetAttribute");
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(config.smem_bytes)),
+          "cudaFuncSetAttribute");
   if (config.cluster > 8)  // the portable limit
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), "cudaFuncSetAttribute");
 

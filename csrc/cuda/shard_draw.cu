@@ -161,7 +161,8 @@ __global__ void __launch_bounds__(kSelectThreads) shard_draw_kernel(const __grid
 
 // One of a kernel's two instances, on the first num_rows rows.
 template <class Kernel>
-void launch_chunks(Kernel aligned, Kernel unaligned, const ShardDrawParams& p, int64_t num_rows, size_t smem_bytes, Stream stream) {
+void launch_chunks(Kernel aligned, Kernel unaligned, const ShardDrawParams& p, int64_t num_rows, size_t smem_bytes,
+                   Stream stream) {
   const int num_blocks = int(ceil_div(ceil_div(p.vocab_size, kChunk), kScanWarps));
   const unsigned grid = unsigned(num_rows * num_blocks);
   launch(rows_aligned(p.logits, sizeof(float), p.logits_row_stride) ? aligned : unaligned,

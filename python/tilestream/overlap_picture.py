@@ -65,7 +65,9 @@ def _draw_layer(axes: Axes, costs: OverlapCosts, step: Comparison) -> None:
             if span.end_s > begin_s and span.begin_s < end_s:
                 _draw_span(axes, span, rows[is_split, span.kernel.communicates], begin_s, end_s, is_split)
         axes.axvline((end_s - begin_s) * 1e6, color=_INK, linewidth=0.8, linestyle=(0, (5, 4)))
-        axes.text((end_s - begin_s) * 1e6, 3.62 if is_split else 1.62, f" {(end_s - begin_s) * 1e6:.0f} us", fontsize=8, color=_INK)
+        axes.text(
+            (end_s - begin_s) * 1e6, 3.62 if is_split else 1.62, f" {(end_s - begin_s) * 1e6:.0f} us", fontsize=8, color=_INK
+        )
     axes.set_yticks([3, 2, 1, 0], ["split: communication", "computation", "whole: communication", "computation"], fontsize=8)
     axes.set_ylim(-0.6, 4.0)
     axes.set_xlabel("microseconds", fontsize=8)

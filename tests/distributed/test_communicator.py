@@ -89,7 +89,11 @@ def test_a_program_repeats_it(ranks: Ranks) -> None:
         (in_rank.another_host_on_rank_1, "gloo", "; not shared memory: rank 0 is on .*, rank 1 on far, or in another container$"),
         (in_rank.closed_proc, "shared memory", "joined by shared memory$"),
         (in_rank.another_file_on_rank_1, "gloo", "; not shared memory: rank 1: /proc/.* is another file here; rank 1: /dev/shm"),
-        (in_rank.no_files_on_rank_0, "gloo", "; not shared memory: rank 0: .*Cannot allocate memory; rank 0: .*Cannot allocate memory$"),
+        (
+            in_rank.no_files_on_rank_0,
+            "gloo",
+            "; not shared memory: rank 0: .*Cannot allocate memory; rank 0: .*Cannot allocate memory$",
+        ),
     ],
 )
 def test_all_agree_on_a_transport(ranks: Ranks, spoil: Callable, transport: str, why: str) -> None:
@@ -107,7 +111,9 @@ def test_a_transport_that_must_be(ranks: Ranks) -> None:
     for rank in range(len(ranks.processes)):
         ranks.begin(rank, in_rank.open_spoilt, in_rank.another_host_on_rank_1, "shared memory")
     for rank in range(len(ranks.processes)):
-        with pytest.raises(UnavailableError, match="the transport shared memory is not to be had: rank 0 is on .*, rank 1 on far"):
+        with pytest.raises(
+            UnavailableError, match="the transport shared memory is not to be had: rank 0 is on .*, rank 1 on far"
+        ):
             ranks.result(rank)
 
 

@@ -122,8 +122,8 @@ def test_smollm2(world_size: int, ranks: Ranks) -> None:
 
 @pytest.fixture(scope="module")
 def fmpq(hf_model, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Weights of 4 bits in groups of 128, most channels of activations of 4 bits, Hadamard matrices inside the MLP; likes one next token far more than others,
-    so that the noise of those decides nothing."""
+    """Weights of 4 bits in groups of 128, most channels of activations of 4 bits, Hadamard matrices inside the MLP; likes
+    one next token far more than others, so that the noise of those decides nothing."""
     folder = tmp_path_factory.mktemp("fmpq")
     shutil.copytree(hf_model("llama-wide-mlp")[1], folder / "float")
     tensors = load_file(folder / "float/model.safetensors")

@@ -130,7 +130,11 @@ def test_profiled_times_stand_for_the_formula(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("change", "words"),
-    [({"nccl_us": {}}, "empty table"), ({"num_sms": None, "more": 1}, "more"), ({"fused_us": {"x": {"1": 1}}}, "invalid literal")],
+    [
+        ({"nccl_us": {}}, "empty table"),
+        ({"num_sms": None, "more": 1}, "more"),
+        ({"fused_us": {"x": {"1": 1}}}, "invalid literal"),
+    ],
 )
 def test_a_wrong_file_is_refused(tmp_path: Path, change: dict, words: str) -> None:
     path = tmp_path / "costs.json"

@@ -62,7 +62,9 @@ def quantised(group: int, bits: int, *, with_zero: bool = True, k4: int = 0) -> 
     return QuantisedTensor(torch.randint(2**bits, (N, K), generator=draw, dtype=torch.uint8), scale, zero, group, bits, k4)
 
 
-@pytest.mark.parametrize("kind", [Type.F32, Type.BF16, Type.Q4_0, Type.Q4_1, Type.Q8_0, Type.Q4_K, Type.Q6_K], ids=lambda kind: kind.name)
+@pytest.mark.parametrize(
+    "kind", [Type.F32, Type.BF16, Type.Q4_0, Type.Q4_1, Type.Q8_0, Type.Q4_K, Type.Q6_K], ids=lambda kind: kind.name
+)
 def test_gguf_blocks(kind: Type) -> None:
     tensor = RawTensor(kind, torch.from_numpy(_blocks(kind)).view(torch.uint8).view(N, -1), K)
     whole = values_of(part(tensor))
@@ -95,7 +97,9 @@ def test_quantised_tensors(group: int, bits: int, with_zero: bool, cut: int, for
     assert torch.equal(torch.cat(plain, 1), tensor.values[32:67])
 
 
-@pytest.mark.parametrize(("columns", "k4"), [((0, 512), 384), ((0, 192), 128), ((192, 512), 128), ((384, 512), 0), ((256, 512), 128)])
+@pytest.mark.parametrize(
+    ("columns", "k4"), [((0, 512), 384), ((0, 192), 128), ((192, 512), 128), ((384, 512), 0), ((256, 512), 128)]
+)
 def test_channels_for_int4_activations(columns: tuple[int, int], k4: int) -> None:
     assert part(quantised(128, 4, k4=384), columns=range(*columns)).k4 == k4
 

@@ -14,7 +14,9 @@ from tilestream.engine.step_split import split_step
 from tests.engine.fakes import COSTS, GREEDY, ByteTokenizer, FakeRunner, expected_output, make_config, run_all, tokens_of
 from tests.engine.test_scheduler import make_request
 
-ITEMS = st.lists(st.tuples(st.integers(0, 300), st.one_of(st.just(1), st.integers(1, 80)), st.booleans()), min_size=1, max_size=12)
+ITEMS = st.lists(
+    st.tuples(st.integers(0, 300), st.one_of(st.just(1), st.integers(1, 80)), st.booleans()), min_size=1, max_size=12
+)
 
 
 def plan_of(items: list[tuple[int, int, bool]]) -> StepPlan:

@@ -18,7 +18,10 @@ def all_logits(llm: LLM, tokens: list[int], *, chunk: int = 96, kv_dtype: str = 
         KvCache.allocate(num_pages, m.num_kv_heads, page_size, m.head_dim, kv_dtype=kv_dtype) for _ in range(m.num_layers)
     ]
     table = torch.randperm(num_pages, dtype=torch.int32)
-    planners = {w: AttentionPlanner(m.num_qo_heads, m.num_kv_heads, m.head_dim, page_size=page_size, window_left=w) for w in set(m.window_left)}
+    planners = {
+        w: AttentionPlanner(m.num_qo_heads, m.num_kv_heads, m.head_dim, page_size=page_size, window_left=w)
+        for w in set(m.window_left)
+    }
     logits = []
     for start in range(0, len(tokens), chunk):
         end = min(start + chunk, len(tokens))

@@ -50,9 +50,13 @@ _INTEGERS = st.integers(-(2**53), 2**53)
 _LEAVES = st.one_of(
     st.just({"type": "boolean"}),
     st.just({"type": "null"}),
-    st.builds(lambda low, size: {"type": "integer", "minimum": low, "maximum": low + size}, st.integers(-200, 200), st.integers(0, 90)),
+    st.builds(
+        lambda low, size: {"type": "integer", "minimum": low, "maximum": low + size}, st.integers(-200, 200), st.integers(0, 90)
+    ),
     st.builds(lambda high: {"type": "number", "exclusiveMaximum": high}, st.integers(-5, 5)),
-    st.builds(lambda low, size: {"type": "string", "minLength": low, "maxLength": low + size}, st.integers(0, 3), st.integers(0, 8)),
+    st.builds(
+        lambda low, size: {"type": "string", "minLength": low, "maxLength": low + size}, st.integers(0, 3), st.integers(0, 8)
+    ),
     st.just({"type": "string", "pattern": "^[a-c]{2,5}$"}),
     st.builds(lambda values: {"enum": values}, st.lists(st.one_of(_INTEGERS, _NAMES, st.none()), min_size=1, max_size=4)),
     st.builds(lambda value: {"const": value}, st.one_of(_NAMES, _INTEGERS, st.booleans())),
@@ -176,7 +180,10 @@ def test_logprobs_are_the_models_own() -> None:
         (Constraint.json_schema({"const": 2**53 + 1}), "exact up to 9007199254740992, and it has 9007199254740993"),
         (Constraint.json_schema({"minimum": -(10**60 - 1)}), "and it has -9999"),
         (Constraint.regex("x" * 20_000), "the regex has 20000 characters; at most 16384"),
-        (Constraint.json_schema({"$defs": {f"a{i}": {"$ref": f"#/$defs/a{i + 1}"} for i in range(3500)}}), "has 3500 references; at most 1000"),
+        (
+            Constraint.json_schema({"$defs": {f"a{i}": {"$ref": f"#/$defs/a{i + 1}"} for i in range(3500)}}),
+            "has 3500 references; at most 1000",
+        ),
         (Constraint.grammar("start: a0\n" + "".join(f"a{i}:a{i + 1}\n" for i in range(1400))), "has 1401 rules; at most 1000"),
         (Constraint.json_schema({"uniqueItems": True, "type": "array"}), "uniqueItems"),
         (Constraint.json_schema({"type": "integer", "minimum": 3, "maximum": 1}), "Unsatisfiable"),
@@ -235,7 +242,9 @@ def test_a_model_without_an_end() -> None:
         GrammarCompiler(tokenizer, VOCAB_SIZE).matcher(Constraint.regex("a"))
 
 
-@pytest.mark.parametrize(("schema", "words"), [("{", "is no valid JSON: "), ('{"a":' * 100_000, "nested too deeply"), ("", "is no valid JSON")])
+@pytest.mark.parametrize(
+    ("schema", "words"), [("{", "is no valid JSON: "), ('{"a":' * 100_000, "nested too deeply"), ("", "is no valid JSON")]
+)
 def test_schemas_are_json(schema: str, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         Constraint.json_schema(schema)

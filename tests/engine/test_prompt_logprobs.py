@@ -104,7 +104,14 @@ def test_logprobs_are_those_of_the_sample_op() -> None:
     logits = torch.randn(5, 1000, generator=torch.Generator().manual_seed(0))
     ones = torch.ones(5)
     drawn = sample(
-        logits, ones, torch.zeros(5, dtype=torch.int32), ones, torch.zeros(5), torch.arange(5), torch.arange(5), num_top_logprobs=4
+        logits,
+        ones,
+        torch.zeros(5, dtype=torch.int32),
+        ones,
+        torch.zeros(5),
+        torch.arange(5),
+        torch.arange(5),
+        num_top_logprobs=4,
     )
     logprobs, top_ids, top_logprobs = token_logprobs(logits, drawn.tokens, 4)
     torch.testing.assert_close(logprobs, drawn.logprobs)

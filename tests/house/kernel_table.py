@@ -24,7 +24,8 @@ _HEADER = """# Registers of the CUDA kernels
 What the compiler (nvcc {release}) reports for each kernel and target. No kernel spills, and none of those for tensor cores
 keeps anything in local memory (stack); `tests/house/test_nvcc.py` holds the build to that and to this table. Shared memory is
 given at launch: each kernel's header comment has its budget. Files named `*_sm90*` are for Hopper alone; where their warps
-divide the registers anew (`setmaxnreg`), the table has what each thread starts with. Written by `python -m tests.house.kernel_table`.
+divide the registers anew (`setmaxnreg`), the table has what each thread starts with. Written by
+`python -m tests.house.kernel_table`.
 
 | file | kernel | registers: sm_80 | sm_86 | sm_89 | sm_90a | stack bytes |
 |---|---|---|---|---|---|---|

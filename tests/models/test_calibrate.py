@@ -42,7 +42,9 @@ def test_ranges_agree_with_the_log_sum_exps(name: str, hf_model, tmp_path: Path)
     tokens = llm.tokenizer.encode(TEXT)
     lse = [[] for _ in llm.engine.runner.model.layers]
     for begin in range(0, len(tokens) - WINDOW + 1, WINDOW):
-        for layer, call in zip(lse, _calls(PagedRunner(load_model(path, dtype="float32").model), tokens[begin : begin + WINDOW]), strict=True):
+        for layer, call in zip(
+            lse, _calls(PagedRunner(load_model(path, dtype="float32").model), tokens[begin : begin + WINDOW]), strict=True
+        ):
             layer.append(call["lse"])
     ranges = json.loads((tmp_path / "ranges.json").read_text())["softmax_ranges"]
     assert len(lse[0]) == 3

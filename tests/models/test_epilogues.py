@@ -53,7 +53,9 @@ def test_families(name: str, dtype: str, hf_model, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("kind", [Type.Q4_0, Type.Q4_1, Type.Q8_0], ids=lambda kind: kind.name)
 @pytest.mark.parametrize("act_bits", ["8", "16"])
 def test_quantised_weights(kind: Type, act_bits: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = write_model(tmp_path / "model.gguf", "llama", build_hf_model("llama"), kind=lambda name: kind, fields={"rope.freq_base": 1e4})
+    path = write_model(
+        tmp_path / "model.gguf", "llama", build_hf_model("llama"), kind=lambda name: kind, fields={"rope.freq_base": 1e4}
+    )
     fused, plain = load_both(path, monkeypatch, act_bits=act_bits)
     assert fused.layers[0].mlp.gate_up.gate == "silu"
     assert_same_bits(fused, plain)
@@ -72,13 +74,23 @@ def test_gate_and_up_of_different_types_stay_apart(tmp_path: Path, monkeypatch: 
 def test_int4_channels_into_down(k4: int) -> None:
     """Five rows, three at a time."""
     hidden, inner, format = 64, 256, PackedFormat.U4G128S
-    gate, up, down = (torch.randint(16, shape, dtype=torch.uint8) for shape in ((inner, hidden), (inner, hidden), (hidden, inner)))
+    gate, up, down = (
+        torch.randint(16, shape, dtype=torch.uint8) for shape in ((inner, hidden), (inner, hidden), (hidden, inner))
+    )
     x, results = torch.randn(5, hidden), []
     pack = lambda q: ops.pack_weight(q=q, scale=torch.full((q.size(0), -(-q.size(1) // 128)), 2.0**-5), format=format)  # noqa: E731
     for rows, name in ((ops.interleave_gate_up(gate, up), "silu"), (torch.cat([gate, up]), None)):
         mlp = GatedMlp(Linear(pack(rows), gate=name), Linear(pack(down), k4=k4), "silu")
         out = torch.full((5, hidden), float("nan"))
-        mlp(ops.quantise(x), SimpleNamespace(
-            branch=(out, None), mlp_rows=3, gate_up=torch.empty(3, 2 * inner), act=torch.empty(3, inner), act_int8=QuantisedRows.empty(3, inner)))
+        mlp(
+            ops.quantise(x),
+            SimpleNamespace(
+                branch=(out, None),
+                mlp_rows=3,
+                gate_up=torch.empty(3, 2 * inner),
+                act=torch.empty(3, inner),
+                act_int8=QuantisedRows.empty(3, inner),
+            ),
+        )
         results.append(out)
     assert torch.equal(*results)

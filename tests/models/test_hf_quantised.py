@@ -46,12 +46,18 @@ class Stored:
         if symmetric:
             self.zeros.fill_(2 ** (bits - 1))
         self.scale = ((0.5 + torch.rand(n, num_groups, generator=draw)) / 2**bits / k**0.5).half()
-        self.values = (self.q - self.zeros.repeat_interleave(group, 1)[:, :k]) * self.scale.float().repeat_interleave(group, 1)[:, :k]
+        self.values = (self.q - self.zeros.repeat_interleave(group, 1)[:, :k]) * self.scale.float().repeat_interleave(group, 1)[
+            :, :k
+        ]
         zeros, scales = self.zeros, self.scale
         if method == "gptq":
             later = 0 if config.get("checkpoint_format") == "gptq_v2" else 1
-            self.tensors = {"qweight": words(self.q.T, bits, 0), "qzeros": words((zeros.T - later) % 2**bits, bits, 1), "scales": scales.T,
-                            "g_idx": (torch.arange(k) // group).int()}
+            self.tensors = {
+                "qweight": words(self.q.T, bits, 0),
+                "qzeros": words((zeros.T - later) % 2**bits, bits, 1),
+                "scales": scales.T,
+                "g_idx": (torch.arange(k) // group).int(),
+            }
         elif method == "awq":
             order = torch.tensor([0, 2, 4, 6, 1, 3, 5, 7])
             shuffled = [t.T.unflatten(1, (-1, 8))[..., order].flatten(1) for t in (self.q, zeros)]
@@ -81,7 +87,9 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("config", "group", "format"), CASES, ids=lambda v: v.get("format", v["quant_method"]) if isinstance(v, dict) else None)
+@pytest.mark.parametrize(
+    ("config", "group", "format"), CASES, ids=lambda v: v.get("format", v["quant_method"]) if isinstance(v, dict) else None
+)
 @pytest.mark.parametrize("dtype", ["auto", "float32"])
 def test_weights(config: dict, group: int, format: PackedFormat, dtype: str, tmp_path: Path) -> None:
     n, k = 64, 384
@@ -146,7 +154,10 @@ def test_models_run(hf_model: Callable, config: dict, group: int, tmp_path: Path
         ({"quant_method": "exl2"}, "quantization_config has quant_method 'exl2'; supported: gptq, awq, compressed-tensors"),
         ({"quant_method": "gptq", "bits": 3}, "bits is 3; supported: 4, 8"),
         ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "version is 'gemv'; supported: gemm"),
-        ({"quant_method": "compressed-tensors", "format": "float-quantized"}, "format is 'float-quantized'; supported: pack-quantized, int-quantized"),
+        (
+            {"quant_method": "compressed-tensors", "format": "float-quantized"},
+            "format is 'float-quantized'; supported: pack-quantized, int-quantized",
+        ),
         ({"quant_method": "compressed-tensors", "format": "int-quantized"}, "config_groups has 0 groups; supported: one"),
         ([], "quantization_config is list; it must be an object"),
     ],

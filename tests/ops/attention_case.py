@@ -164,7 +164,9 @@ def plain(case: Case, t: Tensors, want: tuple[torch.Tensor, torch.Tensor]) -> tu
     computes = {**FLOAT_DTYPES, "fp8": torch.bfloat16}
     dtype = max(t.out_dtype, computes.get(case.kv_dtype, t.out_dtype), key=lambda d: torch.finfo(d).eps)
     weight_dtype = torch.float8_e4m3fn if t.q.dtype == torch.float8_e4m3fn else dtype
-    orders = [functools.partial(plain_one_group, shuffle=attempt > 0, dtype=dtype, weight_dtype=weight_dtype) for attempt in range(4)]
+    orders = [
+        functools.partial(plain_one_group, shuffle=attempt > 0, dtype=dtype, weight_dtype=weight_dtype) for attempt in range(4)
+    ]
     outs, lses = zip(*[exact(case, t, one_group) for one_group in orders], strict=True)
     return testing.worst_of(list(outs), want[0]), testing.worst_of(list(lses), want[1])
 

@@ -61,7 +61,9 @@ def owned(num_tokens: int, rank: int, world_size: int) -> slice:
     return slice(min(rank * each, num_tokens), min((rank + 1) * each, num_tokens))
 
 
-def make(world_size: int, num_tokens: int, hidden: int, dtype: torch.dtype) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
+def make(
+    world_size: int, num_tokens: int, hidden: int, dtype: torch.dtype
+) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
     x = [torch.randn(num_tokens, hidden).to(dtype) for _ in range(world_size)]
     return x, torch.randn(num_tokens, hidden).to(dtype), (1 + 0.2 * torch.randn(hidden)).to(dtype).float()
 
@@ -136,7 +138,9 @@ def place_rows(group: Group, num_tokens: int, hidden: int, k4: int) -> list[Quan
 
 @each_dtype
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-@pytest.mark.parametrize(("num_tokens", "hidden", "k4"), [(1, 32, 0), (3, 576, 256), (5, 160, 0), (9, 2048 + 160, 2048), (2, 256, 256)])
+@pytest.mark.parametrize(
+    ("num_tokens", "hidden", "k4"), [(1, 32, 0), (3, 576, 256), (5, 160, 0), (9, 2048 + 160, 2048), (2, 256, 256)]
+)
 def test_quantised(world_size: int, num_tokens: int, hidden: int, k4: int, dtype: torch.dtype) -> None:
     """Bit for bit what the separate ops give."""
     x, residual, weight = make(world_size, num_tokens, hidden, dtype)
@@ -147,7 +151,9 @@ def test_quantised(world_size: int, num_tokens: int, hidden: int, k4: int, dtype
         residuals = [residual.clone() if with_residual else None for _ in x]
         group.run(lambda r: ops.allreduce_rmsnorm(places[r], residuals[r], weight, group.tables[r], eps=EPS, out=out[r]))  # noqa: B023
         if with_residual:
-            want = ops.fused_add_rms_norm_quant(torch.zeros_like(residual), (total + residual.float()).to(dtype), weight, eps=EPS, k4=k4)
+            want = ops.fused_add_rms_norm_quant(
+                torch.zeros_like(residual), (total + residual.float()).to(dtype), weight, eps=EPS, k4=k4
+            )
         else:
             want = ops.fused_add_rms_norm_quant(torch.zeros_like(total), total.clone(), weight, eps=EPS, k4=k4)
         for rows in out:

@@ -17,7 +17,9 @@ PLANNER = (("narrow_rows", 16), ("merge_inside", True))
 DECODES = Case(q_lens=(1,) * 5, kv_lens=(1, 63, 64, 65, 1000), heads=(8, 2), head_dim=128, dtype="bfloat16", kv_dtype="bfloat16",
                planner=PLANNER)
 # Several tokens a job, a decode, and a chunk of a prompt, which is wide.
-MIXED = Case(q_lens=(3, 5, 1, 70), kv_lens=(3, 100, 260, 130), heads=(6, 2), dtype="bfloat16", kv_dtype="bfloat16", planner=PLANNER)
+MIXED = Case(
+    q_lens=(3, 5, 1, 70), kv_lens=(3, 100, 260, 130), heads=(6, 2), dtype="bfloat16", kv_dtype="bfloat16", planner=PLANNER
+)
 NUM_NARROW_WORKERS = 28  # position of PlanHeader::num_narrow_workers (plan.h), in int32
 
 
@@ -99,7 +101,9 @@ def test_variants(backend: testing.Backend, variant: dict) -> None:
 
 def test_shared_prefix(backend: testing.Backend) -> None:
     """The group's job, of all its requests' rows, masks nothing; each request's own rest is a job of its own."""
-    case = dataclasses.replace(DECODES, q_lens=(1, 2, 1, 1), kv_lens=(100, 90, 66, 130), heads=(4, 2), prefix_groups=((64, (0, 1, 3)),))
+    case = dataclasses.replace(
+        DECODES, q_lens=(1, 2, 1, 1), kv_lens=(100, 90, 66, 130), heads=(4, 2), prefix_groups=((64, (0, 1, 3)),)
+    )
     t = make_tensors(case)
     assert torch.equal(t.kv.block_table[0, :4], t.kv.block_table[3, :4])
     check(case, t)

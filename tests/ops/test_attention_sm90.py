@@ -45,7 +45,17 @@ def test_pages(backend: testing.Backend, page_size: int, layout: str, dtype: str
 @pytest.mark.parametrize("q_len", [1, 2, 64, 65, 150])
 def test_chunks(backend: testing.Backend, q_len: int, dtype: str, kv_dtype: str) -> None:
     """Rows that fill no warpgroup, all, and more than one row tile, so that rings go round several times."""
-    check(Case(q_lens=(q_len, 1), kv_lens=(q_len + 180, 40), head_dim=128, layout="nhd", dtype=dtype, kv_dtype=kv_dtype, num_workers=2))
+    check(
+        Case(
+            q_lens=(q_len, 1),
+            kv_lens=(q_len + 180, 40),
+            head_dim=128,
+            layout="nhd",
+            dtype=dtype,
+            kv_dtype=kv_dtype,
+            num_workers=2,
+        )
+    )
 
 
 VARIANTS = [
@@ -62,7 +72,9 @@ VARIANTS = [
 
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
-@pytest.mark.parametrize("variant", [{}, {"soft_cap": 3.0}, {"alibi": True, "heads": (6, 3)}, {"sm_scale": -0.2}, {"sm_scale": 3.0}], ids=str)
+@pytest.mark.parametrize(
+    "variant", [{}, {"soft_cap": 3.0}, {"alibi": True, "heads": (6, 3)}, {"sm_scale": -0.2}, {"sm_scale": 3.0}], ids=str
+)
 def test_descales(backend: testing.Backend, variant: dict, head_dim: int) -> None:
     """Those of q and K join sm_scale, that of V the output; head by head, and beside the cache's own."""
     case = dataclasses.replace(CHUNKS, dtype="fp8", kv_dtype="fp8", head_dim=head_dim, k_scale=0.5, v_scale=2.0, **variant)

@@ -135,7 +135,9 @@ def test_without_feedback_it_is_rounding_to_nearest(backend: testing.Backend, la
 def test_the_lower_triangle_is_not_used(backend: testing.Backend) -> None:
     t, (_, rounding) = make_tensors(CASE), make_rounding(CASE)
     below = torch.full_like(rounding.feedback, math.nan).tril()
-    (_, got), (_, want) = (append(CASE, t, r) for r in (dataclasses.replace(rounding, feedback=rounding.feedback + below), rounding))
+    (_, got), (_, want) = (
+        append(CASE, t, r) for r in (dataclasses.replace(rounding, feedback=rounding.feedback + below), rounding)
+    )
     assert torch.equal(got.k_cache, want.k_cache)
 
 
@@ -214,7 +216,11 @@ BAD_ROUNDING = {
     "order": ({"order": torch.zeros(3, 64).int()}, ValueError, r"key_order has shape \[3, 64\]; dimension 0 must be 2"),
     "order dtype": ({"order": torch.zeros(2, 64).long()}, TypeError, "key_order has dtype Long; supported: Int"),
     "order range": ({"order": torch.full((2, 64), 64).int()}, ValueError, "key_order holds 64; allowed: 0 to 63"),
-    "feedback": ({"feedback": torch.zeros(2, 64, 32)}, ValueError, r"key_feedback has shape \[2, 64, 32\]; dimension 2 must be 64"),
+    "feedback": (
+        {"feedback": torch.zeros(2, 64, 32)},
+        ValueError,
+        r"key_feedback has shape \[2, 64, 32\]; dimension 2 must be 64",
+    ),
     "only some": ({"feedback": None}, ValueError, "go together; only some are given"),
     "feedback strides": ({"feedback": torch.zeros(2, 64, 64).mT}, ValueError, "key_feedback has strides .*contiguous"),
 }

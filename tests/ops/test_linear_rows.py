@@ -61,7 +61,9 @@ def test_flat(gpu: testing.Backend, m: int, n: int, k: int, format: PackedFormat
 
 @pytest.mark.simt
 @each_format
-@pytest.mark.parametrize(("m", "n", "k"), [(0, 4, 8), (1, 1, 8), (1, 33, 1096), (2, 40, 32), (3, 17, 264), (7, 35, 96), (9, 6, 72)])
+@pytest.mark.parametrize(
+    ("m", "n", "k"), [(0, 4, 8), (1, 1, 8), (1, 33, 1096), (2, 40, 32), (3, 17, 264), (7, 35, 96), (9, 6, 72)]
+)
 def test_gemv(gpu: testing.Backend, m: int, n: int, k: int, format: PackedFormat) -> None:
     check(m, n, k, format, LinearKernel.GEMV)
 

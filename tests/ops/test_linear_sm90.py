@@ -63,7 +63,9 @@ def test_what_all_linears_promise(backend: testing.Backend, set_num_threads: Cal
 
 @pytest.mark.parametrize("format", [PackedFormat.U4G128S, PackedFormat.U4G128], ids=lambda f: f.name)
 @test_quantise.each_k4
-def test_int4_blocks(backend: testing.Backend, set_num_threads: Callable[[int], None], format: PackedFormat, rows: int, k: int, k4: int) -> None:
+def test_int4_blocks(
+    backend: testing.Backend, set_num_threads: Callable[[int], None], format: PackedFormat, rows: int, k: int, k4: int
+) -> None:
     test_quantise.test_linear_on_int4_blocks(backend, set_num_threads, format=format, rows=rows, k=k, k4=k4)
 
 
@@ -87,7 +89,9 @@ def test_wide_tiles_are_the_narrow_ones_bit_for_bit(backend: testing.Backend) ->
         assert torch.equal(all_rows[:some], ops.linear(first(rows, some), weight, out=torch.empty(some, n)))
 
 
-@pytest.mark.parametrize(("dtype", "format"), [(torch.bfloat16, PackedFormat.U4G128), (torch.float32, PackedFormat.U8G128S)], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "format"), [(torch.bfloat16, PackedFormat.U4G128), (torch.float32, PackedFormat.U8G128S)], ids=str
+)
 def test_wide_tiles_gate_and_add_as_narrow_ones(backend: testing.Backend, dtype: torch.dtype, format: PackedFormat) -> None:
     (m, n), k = WIDE, 288
     weight = test_linear.Weight(n, k, format).packed

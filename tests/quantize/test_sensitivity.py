@@ -82,7 +82,9 @@ def test_tuning_lessens_the_divergence_and_leaves_codes(name: str, group: int, h
     assert len(steps) == 6 * 4  # one of five windows is held out
     assert divergence(layers, tuned.head) < 0.95 * before
     assert len(tuned.divergence) == 7 and min(tuned.divergence) < tuned.divergence[0]
-    assert all(torch.equal(c.q, kept[linear]) for layer, kept in zip(layers, codes, strict=True) for linear, c in layer.codes.items())
+    assert all(
+        torch.equal(c.q, kept[linear]) for layer, kept in zip(layers, codes, strict=True) for linear, c in layer.codes.items()
+    )
     assert all(c.scale.dtype == c.zero.dtype == torch.float16 for layer in layers for c in layer.codes.values())
     assert tuned.head.weight is head.weight and not tuned.head.norm.requires_grad
 
@@ -106,4 +108,6 @@ def test_what_tuning_makes_worse_stays(hf_model, monkeypatch: pytest.MonkeyPatch
     assert torch.equal(tuned.head.norm, head.norm)
     for layer, (codes, norm) in zip(layers, kept, strict=True):
         assert all(torch.equal(layer.norm[name], norm[name]) for name in norm)
-        assert all(torch.equal(c.scale, codes[name].scale) and torch.equal(c.zero, codes[name].zero) for name, c in layer.codes.items())
+        assert all(
+            torch.equal(c.scale, codes[name].scale) and torch.equal(c.zero, codes[name].zero) for name, c in layer.codes.items()
+        )

@@ -30,7 +30,9 @@ def _logits(source: Source, transform: Transform | None = None) -> torch.Tensor:
     return head.logits(x)
 
 
-@pytest.mark.parametrize("name", ["llama", "llama-wide-mlp", "llama-biases", "llama-llama3-rope", "mistral", "qwen2", "qwen3", "gemma3"])
+@pytest.mark.parametrize(
+    "name", ["llama", "llama-wide-mlp", "llama-biases", "llama-llama3-rope", "mistral", "qwen2", "qwen3", "gemma3"]
+)
 @pytest.mark.parametrize("rotate", [True, False])
 def test_outputs_stay(name: str, rotate: bool, hf_model) -> None:
     model, path = hf_model(name)

@@ -39,7 +39,9 @@ def test_a_prefix_is_cached_where_it_goes(server: tuple[subprocess.Popen[str], o
     client = server[1]
     for topic in ("rain", "stones", "trains", "birds", "glass", "salt"):
         prompt = f"Let me tell you all there is to know about {topic}. " * 8
-        answers = [client.completions.create(model=MODEL, prompt=prompt + end, max_tokens=2) for end in ("One.", "Two.", "Three.")]
+        answers = [
+            client.completions.create(model=MODEL, prompt=prompt + end, max_tokens=2) for end in ("One.", "Two.", "Three.")
+        ]
         cached = [answer.usage.prompt_tokens_details.cached_tokens for answer in answers]
         assert cached[0] == 0 and min(cached[1:]) >= 64, (topic, cached)
 

@@ -71,7 +71,9 @@ class FakeAsyncEngine:
         self.metrics = EngineMetrics()
         self.steps = StepLog()
         self.is_running, self.failure = True, None
-        self._builder = RequestBuilder(ByteTokenizer(), EngineConfig(kv_cache_tokens=32, max_model_len=32), ByteTokenizer.vocab_size)
+        self._builder = RequestBuilder(
+            ByteTokenizer(), EngineConfig(kv_cache_tokens=32, max_model_len=32), ByteTokenizer.vocab_size
+        )
 
     def prepare(self, params: SamplingParams) -> None:
         self._builder.prepare(params)

@@ -15,8 +15,14 @@ from .test_completions import events
 CHAT = {"messages": [{"role": "user", "content": "x"}]}
 CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 TOOL = {"type": "function", "function": {"name": "f"}}
-BAD_TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {"a": {"type": "frob"}}}}}
-DEEP_TOOL = {"type": "function", "function": {"name": "f", "parameters": functools.reduce(lambda s, _: {"items": s}, range(700), {})}}
+BAD_TOOL = {
+    "type": "function",
+    "function": {"name": "f", "parameters": {"type": "object", "properties": {"a": {"type": "frob"}}}},
+}
+DEEP_TOOL = {
+    "type": "function",
+    "function": {"name": "f", "parameters": functools.reduce(lambda s, _: {"items": s}, range(700), {})},
+}
 CHOOSE_OTHER = {"type": "function", "function": {"name": "other"}}
 
 

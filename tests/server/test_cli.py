@@ -64,7 +64,20 @@ def check_one_line_error(done: Done, code: int, *words: str) -> None:
     [
         ([], ["generate", "serve", "bench", "plan", "info", "tilestream generate"]),
         (["generate"], ["--max-tokens", "default: smollm2-135m-instruct", "Examples", "--raw"]),
-        (["serve"], ["--tensor-parallel-size", "--replicas", "--kv-cache-tokens", "--api-key", "--cors-origin", "--trace", "127.0.0.1", "/v1/chat/completions", "/metrics"]),
+        (
+            ["serve"],
+            [
+                "--tensor-parallel-size",
+                "--replicas",
+                "--kv-cache-tokens",
+                "--api-key",
+                "--cors-origin",
+                "--trace",
+                "127.0.0.1",
+                "/v1/chat/completions",
+                "/metrics",
+            ],
+        ),
         (["bench"], ["--batch-sizes", "--load-rate", "What is timed"]),
         (["plan"], ["1x512,8x1@4096", "--png"]),
         (["info"], ["Examples"]),

@@ -268,7 +268,10 @@ SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
     ],
 )
 async def test_structured_output_fields(client: httpx.AsyncClient, engine: FakeAsyncEngine, fields, constraint) -> None:
-    for path, prompt in (("completions", {"prompt": "x"}), ("chat/completions", {"messages": [{"role": "user", "content": "x"}]})):
+    for path, prompt in (
+        ("completions", {"prompt": "x"}),
+        ("chat/completions", {"messages": [{"role": "user", "content": "x"}]}),
+    ):
         answer = await client.post(f"/v1/{path}", json=prompt | {"max_tokens": 1} | fields)
         assert answer.status_code == 200, answer.text
         assert engine.seen[-1][1].constraint == constraint

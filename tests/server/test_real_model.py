@@ -53,7 +53,9 @@ def client(llm: LLM) -> Iterator[openai.OpenAI]:
 @pytest.fixture
 def chat(client: openai.OpenAI, llm: LLM):
     def create(**fields: object):
-        return client.chat.completions.create(**({"model": llm.name, "messages": QUESTION, "max_tokens": 100, "seed": 3} | fields))
+        return client.chat.completions.create(
+            **({"model": llm.name, "messages": QUESTION, "max_tokens": 100, "seed": 3} | fields)
+        )
 
     return create
 

@@ -21,7 +21,19 @@ from .conftest import wait_until
 
 # With activations of 8 bits a sum in another order may round to another integer, and change a near tie.
 MODEL = {"act_bits": "16", "kv_cache_tokens": 4096}
-SERVE = ["-m", "tilestream", "serve", "--tensor-parallel-size", "2", "--act-bits", "16", "--kv-cache-tokens", "4096", "--port", "0"]
+SERVE = [
+    "-m",
+    "tilestream",
+    "serve",
+    "--tensor-parallel-size",
+    "2",
+    "--act-bits",
+    "16",
+    "--kv-cache-tokens",
+    "4096",
+    "--port",
+    "0",
+]
 PROMPTS = ["Once upon a time", "The capital of France is", "def f(x):", "A list of colours: red, green,"]
 STORY = {"model": "smollm2-135m-instruct", "prompt": "Once upon a time", "max_tokens": 2000, "extra_body": {"ignore_eos": True}}
 

@@ -181,7 +181,11 @@ def difference(case: Case, got: np.ndarray, want: np.ndarray) -> str:
     """What is wrong with the summary `got`, or nothing."""
     if case.bound is None:
         wrong = np.flatnonzero(got != want)
-        where = f"word {wrong[0]}: {got[wrong[0]]:#010x}, not {want[wrong[0]]:#010x}" if len(wrong) and wrong[0] < len(got) - 8 else "a later word"
+        where = (
+            f"word {wrong[0]}: {got[wrong[0]]:#010x}, not {want[wrong[0]]:#010x}"
+            if len(wrong) and wrong[0] < len(got) - 8
+            else "a later word"
+        )
         return where if len(wrong) else ""
     errors = np.abs(got.view(np.float32).astype(np.float64) - want.view(np.float32))
     wrong = np.flatnonzero(~(errors <= case.bound))

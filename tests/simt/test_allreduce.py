@@ -332,7 +332,9 @@ def test_missing_barrier_is_a_race(world_size: int, multicast: bool, seed: int, 
             group.memory.signals(rank, 0)[0].fill_(1000)
         twice(group, 19)
         report = rank_calls.run(group.streams, seed)
-    assert re.search(r"race in global memory: .* by block \(\d+,0,0\) of rank \d at .*, with no release and acquire between", report)
+    assert re.search(
+        r"race in global memory: .* by block \(\d+,0,0\) of rank \d at .*, with no release and acquire between", report
+    )
 
 
 def lose_signals(group: Group, rank: int) -> None:

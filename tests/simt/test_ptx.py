@@ -15,7 +15,9 @@ def run(name: str, data: torch.Tensor, seed: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize(("name", "num", "trans"), [("ldmatrix_x4", 4, False), ("ldmatrix_x2", 2, False), ("ldmatrix_x4_trans", 4, True)])
+@pytest.mark.parametrize(
+    ("name", "num", "trans"), [("ldmatrix_x4", 4, False), ("ldmatrix_x2", 2, False), ("ldmatrix_x4_trans", 4, True)]
+)
 def test_ldmatrix(name: str, num: int, trans: bool, seed: int) -> None:
     data = torch.zeros(4096)
     data[:256] = torch.arange(256)

@@ -31,4 +31,6 @@ def test_sum_over_ranks(name: str, num_ranks: int, seed: int) -> None:
 def test_lost_signal_is_a_deadlock_of_all_ranks(num_ranks: int, seed: int) -> None:
     report, _ = run("lost_signal", seed, num_ranks)
     for rank in range(num_ranks):
-        assert re.search(rf"deadlock, .*, in the launch of ranks.cu.* by rank {rank}\n(.*\n)*?.*ld.acquire.sys at ranks.cu", report)
+        assert re.search(
+            rf"deadlock, .*, in the launch of ranks.cu.* by rank {rank}\n(.*\n)*?.*ld.acquire.sys at ranks.cu", report
+        )

@@ -86,7 +86,8 @@ inline bool cache_aligned(const Params& p) {
 template <class Params>
 inline void require_strided(const char* op, const Params& p) {
   if (p.kv_layout == KvLayout::kStrided) return;
-  throw std::invalid_argument(std::string(op) + ": kv_layout is blocked, which is the CPU backend's own; on CUDA allowed: strided (hnd, nhd)");
+  throw std::invalid_argument(std::string(op) +
+                              ": kv_layout is blocked, which is the CPU backend's own; on CUDA allowed: strided (hnd, nhd)");
 }
 
 // Calls f(KV{}) with what a cache of `dtype` stores.

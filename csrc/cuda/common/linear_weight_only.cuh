@@ -57,7 +57,8 @@ __device__ __forceinline__ void fetch_step(const LinearParams& p, typename Weigh
     auto& to = stage.weight[panel][j];
     const bool inside = part < num_parts;
     if (chunk < Storage::kCodeChunks) {
-      ptx::cp_async<16>(&to.codes[swizzled(chunk)], inside ? from + in_group * Storage::kCodeChunks + chunk : from, inside ? 16 : 0);
+      ptx::cp_async<16>(&to.codes[swizzled(chunk)], inside ? from + in_group * Storage::kCodeChunks + chunk : from,
+                        inside ? 16 : 0);
     } else {
       const int at = chunk - Storage::kCodeChunks;
       if (at >= scale_chunks) continue;
@@ -83,7 +84,8 @@ __device__ __forceinline__ unsigned code_pair(unsigned codes, int i, float offse
     return reinterpret_cast<const unsigned&>(pair);
   } else if constexpr (kFourBit) {  // in that of 128, which has 7 bits
     const unsigned biased = ptx::prmt(codes, 0x43434343u, i == 0 ? 0x4140u : 0x4342u);
-    const __nv_bfloat162 pair = __hsub2(reinterpret_cast<const __nv_bfloat162&>(biased), __floats2bfloat162_rn(128.0f + offset, 128.0f + offset));
+    const __nv_bfloat162 pair =
+        __hsub2(reinterpret_cast<const __nv_bfloat162&>(biased), __floats2bfloat162_rn(128.0f + offset, 128.0f + offset));
     return reinterpret_cast<const unsigned&>(pair);
   } else {
     const auto value = [&](int byte) { return float(codes >> 8 * byte & 255u) - offset; };
@@ -93,8 +95,9 @@ __device__ __forceinline__ unsigned code_pair(unsigned codes, int i, float offse
 
 // total += 32 k of 8 kTiles rows.
 template <class T, bool kFourBit, int kTiles>
-__device__ __forceinline__ void multiply_part(const LinearParams& p, const typename WeightOnlyStorage<T, kFourBit, kTiles>::Stage& stage,
-                                              int j, Fragments<kTiles>& total) {
+__device__ __forceinline__ void multiply_part(const LinearParams& p,
+                                              const typename WeightOnlyStorage<T, kFourBit, kTiles>::Stage& stage, int j,
+                                              Fragments<kTiles>& total) {
   constexpr PackedFormat kFormat = kFourBit ? PackedFormat::kU4G32 : PackedFormat::kU8G32;  // whose codes lie as all others'
   constexpr unsigned kOnes = std::is_same_v<T, __half> ? 0x3c003c00u : 0x3f803f80u;
   const int lane = threadIdx.x % kWarpSize, g = lane / 4, t = lane % 4;
@@ -114,7 +117,8 @@ __device__ __forceinline__ void multiply_part(const LinearParams& p, const typen
     weight[step][h][i % 2] = code_pair<T, kFourBit>(codes[column][step], 0, offset);
     weight[step][h][2 + i % 2] = code_pair<T, kFourBit>(codes[column][step], 1, offset);
   }
-  const FourHalfs scale = reinterpret_cast<const FourHalfs*>(part.scale)[g], zero = reinterpret_cast<const FourHalfs*>(part.zero)[g];
+  const FourHalfs scale = reinterpret_cast<const FourHalfs*>(part.scale)[g],
+                  zero = reinterpret_cast<const FourHalfs*>(part.zero)[g];
 #pragma unroll
   for (int tile = 0; tile < kTiles; ++tile) {
     const auto* const x = reinterpret_cast<const uint2*>(stage.rows[8 * tile + g].x + kGroupK * j);
@@ -173,7 +177,8 @@ __global__ void __launch_bounds__(kRowsThreads, kTiles == 1 ? 4 : 2) weight_only
 
 template <class T, bool kFourBit, int kTiles>
 void launch_weight_only_tiles(const LinearParams& p, Stream stream) {
-  launch_tiles(weight_only_kernel<T, kFourBit, kTiles>, 8 * kTiles, kRowsThreads, sizeof(WeightOnlyStorage<T, kFourBit, kTiles>), p, stream);
+  launch_tiles(weight_only_kernel<T, kFourBit, kTiles>, 8 * kTiles, kRowsThreads, sizeof(WeightOnlyStorage<T, kFourBit, kTiles>),
+               p, stream);
 }
 
 // Instantiations: 2 element types x 4 or 8 bits x tiles of 8 and 64 rows; groups and zeros are found at run time.

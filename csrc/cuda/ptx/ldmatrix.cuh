@@ -13,7 +13,10 @@
 namespace tilestream::ptx {
 
 __device__ __forceinline__ void ldmatrix_x1(unsigned (&d)[1], const void* row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%0}, [%1];" : "=r"(d[0]) : "r"(unsigned(__cvta_generic_to_shared(row))) : "memory");
+  asm volatile("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%0}, [%1];"
+               : "=r"(d[0])
+               : "r"(unsigned(__cvta_generic_to_shared(row)))
+               : "memory");
 }
 __device__ __forceinline__ void ldmatrix_x2(unsigned (&d)[2], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"

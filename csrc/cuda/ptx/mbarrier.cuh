@@ -48,8 +48,11 @@ __device__ __forceinline__ void cp_async_mbarrier_arrive_noinc(uint64_t* bar) {
 // and the copy engine did.
 __device__ __forceinline__ bool mbarrier_try_wait_parity(uint64_t* bar, unsigned parity) {
   unsigned done;
-  asm volatile("{ .reg .pred done; mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 done, [%1], %2; selp.u32 %0, 1, 0, done; }"
-               : "=r"(done) : "r"(unsigned(__cvta_generic_to_shared(bar))), "r"(parity) : "memory");
+  asm volatile(
+      "{ .reg .pred done; mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 done, [%1], %2; selp.u32 %0, 1, 0, done; }"
+      : "=r"(done)
+      : "r"(unsigned(__cvta_generic_to_shared(bar))), "r"(parity)
+      : "memory");
   return done != 0;
 }
 __device__ __forceinline__ void mbarrier_wait_parity(uint64_t* bar, unsigned parity) {
@@ -59,15 +62,21 @@ __device__ __forceinline__ void mbarrier_wait_parity(uint64_t* bar, unsigned par
 // The same question, answered at once.
 __device__ __forceinline__ bool mbarrier_test_wait_parity(uint64_t* bar, unsigned parity) {
   unsigned done;
-  asm volatile("{ .reg .pred done; mbarrier.test_wait.parity.acquire.cta.shared::cta.b64 done, [%1], %2; selp.u32 %0, 1, 0, done; }"
-               : "=r"(done) : "r"(unsigned(__cvta_generic_to_shared(bar))), "r"(parity) : "memory");
+  asm volatile(
+      "{ .reg .pred done; mbarrier.test_wait.parity.acquire.cta.shared::cta.b64 done, [%1], %2; selp.u32 %0, 1, 0, done; }"
+      : "=r"(done)
+      : "r"(unsigned(__cvta_generic_to_shared(bar))), "r"(parity)
+      : "memory");
   return done != 0;
 }
 // As mbarrier_try_wait_parity, and of what other blocks of the cluster did before they arrived; costs the multiprocessor its L1.
 __device__ __forceinline__ bool mbarrier_try_wait_parity_cluster(uint64_t* bar, unsigned parity) {
   unsigned done;
-  asm volatile("{ .reg .pred done; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%1], %2; selp.u32 %0, 1, 0, done; }"
-               : "=r"(done) : "r"(unsigned(__cvta_generic_to_shared(bar))), "r"(parity) : "memory");
+  asm volatile(
+      "{ .reg .pred done; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%1], %2; selp.u32 %0, 1, 0, done; }"
+      : "=r"(done)
+      : "r"(unsigned(__cvta_generic_to_shared(bar))), "r"(parity)
+      : "memory");
   return done != 0;
 }
 __device__ __forceinline__ void mbarrier_wait_parity_cluster(uint64_t* bar, unsigned parity) {

@@ -29,8 +29,8 @@ struct AttentionTile {
 // What limits each row. A head dim of 64: L2, which gives an SM about 24 bytes a cycle, where 128 rows would take 32: so 192
 // rows. 96 and 128: registers (scores, weights and out of 64 rows: 64 + 32 + 64). 192 and more: out's registers leave room for 64
 // keys. 256: q, K and V fill shared memory, and the wide lane takes decodes too. Converted: 128 rows of 64 keys, what is left of
-// the registers goes to those that convert; L2 gives half the bytes. Products of e4m3 have no narrow lane: decodes over an fp8 cache
-// want a 16-bit q, and are converted.
+// the registers goes to those that convert; L2 gives half the bytes. Products of e4m3 have no narrow lane: decodes over an fp8
+// cache want a 16-bit q, and are converted.
 constexpr AttentionTile kAttentionTiles[] = {
     {TileKind::kDirect, 64, 64, 3, 64, 4, 16, 40, 120, 80},
     {TileKind::kDirect, 96, 96, 2, 128, 2, 16, 40, 200, 72},

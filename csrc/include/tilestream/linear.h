@@ -47,7 +47,9 @@ inline void with_format(PackedFormat format, F&& f) {
 
 constexpr int kPanelColumns = 32;
 
-TILESTREAM_HOST_DEVICE constexpr bool is_quantised(PackedFormat f) { return f >= PackedFormat::kU4G32S && f <= PackedFormat::kU8G128S; }
+TILESTREAM_HOST_DEVICE constexpr bool is_quantised(PackedFormat f) {
+  return f >= PackedFormat::kU4G32S && f <= PackedFormat::kU8G128S;
+}
 TILESTREAM_HOST_DEVICE constexpr bool is_row_major(PackedFormat f) { return f >= PackedFormat::kRowsBFloat16; }
 
 TILESTREAM_HOST_DEVICE constexpr bool is_four_bit(PackedFormat f) {
@@ -182,7 +184,8 @@ inline int64_t most_shared_columns(const LinearParams& p) {
 // rows, where those are a third of the SMs' number at least, and y takes pairs of elements or a gate leaves one of two.
 constexpr int64_t kSm90Sms = 132, kSm90WideBytes = 4 * 128 * 256;
 inline bool sm90_is_wide(const LinearParams& p) {
-  const bool takes_pairs = p.n % 2 == 0 && p.y_row_stride % 2 == 0 && reinterpret_cast<uintptr_t>(p.y) % dtype_bytes(p.dtype, 2) == 0;
+  const bool takes_pairs =
+      p.n % 2 == 0 && p.y_row_stride % 2 == 0 && reinterpret_cast<uintptr_t>(p.y) % dtype_bytes(p.dtype, 2) == 0;
   return p.m > 64 && ceil_div(p.m, 128) * ceil_div(p.n, 256) >= kSm90Sms / 3 && (takes_pairs || p.gate != Activation::kNone);
 }
 // Slices of K with a sum each, where 64 columns a block are not two blocks for each SM. Of n and k alone: a row's bits do not

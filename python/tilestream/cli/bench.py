@@ -120,7 +120,13 @@ def command(
     memory = f"weights {llm.weight_bytes / 1e6:.1f} MB, KV cache {llm.kv_token_bytes} bytes a token"
     _print_tables(f"{model}, {_C.num_threads()} threads; {memory}", cases, load_result)
     if json_path is not None:
-        facts = {"model": model, "num_threads": _C.num_threads(), "dtype": dtype.value, "kv_dtype": kv_dtype.value, "act_bits": act_bits.value}
+        facts = {
+            "model": model,
+            "num_threads": _C.num_threads(),
+            "dtype": dtype.value,
+            "kv_dtype": kv_dtype.value,
+            "act_bits": act_bits.value,
+        }
         facts |= {"weight_bytes": llm.weight_bytes, "kv_token_bytes": llm.kv_token_bytes}
         result = facts | {
             "cases": [asdict(case) for case in cases],

@@ -105,8 +105,8 @@ ActBitsOption = Annotated[
     ActBits,
     typer.Option(
         "--act-bits",
-        help="Bits of the activations that meet quantised weights; 4: in the INT4 blocks of a directory of `tilestream quantize`; "
-        "auto: 4 for such a directory where the device multiplies INT4 natively (sm_80 to sm_89), else 8.",
+        help="Bits of the activations that meet quantised weights; 4: in the INT4 blocks of a directory of "
+        "`tilestream quantize`; auto: 4 for such a directory where the device multiplies INT4 natively (sm_80 to sm_89), else 8.",
         rich_help_panel="Engine",
     ),
 ]

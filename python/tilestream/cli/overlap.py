@@ -23,7 +23,8 @@ def command(
         str,
         typer.Option(
             metavar="FILE|NAME",
-            help="What a rank's kernels take: a JSON file, or h100x8-llama3-70b (communication measured by others, the rest an estimate).",
+            help="What a rank's kernels take: a JSON file, or h100x8-llama3-70b (communication measured by others, the rest "
+            "an estimate).",
         ),
     ] = "h100x8-llama3-70b",
     tokens: Annotated[str, typer.Option(metavar="LIST", help="Sizes of steps, each one prompt.")] = (

@@ -44,7 +44,10 @@ def command(
     ] = 0.84,
     group_size: Annotated[GroupSize, typer.Option(help="Input channels of a weight with one scale and zero.")] = GroupSize.g128,
     rotate: Annotated[
-        bool, typer.Option("--rotate/--no-rotate", help="Turn the residual stream, the values and the inside of MLPs, or only sort channels.")
+        bool,
+        typer.Option(
+            "--rotate/--no-rotate", help="Turn the residual stream, the values and the inside of MLPs, or only sort channels."
+        ),
     ] = True,
     method: Annotated[Method, typer.Option(help="rtn: round to nearest and nothing else, for comparison.")] = Method.fmpq,
     tune_epochs: Annotated[

@@ -38,8 +38,8 @@ _HEADER = (
     "tokens  NCCL + norm  multimem + norm    fused  our split  best split  no communication  over NCCL  over fused  "
     "  first half  blocks"
 )
-_NOTES = """times: ms. our split: by the rule of waves, with our kernel's blocks; then of the best split: times as fast as NCCL + norm and as
-fused, tokens of its first half and how many more than the middle, blocks of communication beside attention/MLP"""
+_NOTES = """times: ms. our split: by the rule of waves, with our kernel's blocks; then of the best split: times as fast as NCCL + norm and
+as fused, tokens of its first half and how many more than the middle, blocks of communication beside attention/MLP"""
 
 
 def table(steps: Sequence[Comparison]) -> str:

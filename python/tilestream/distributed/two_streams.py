@@ -24,8 +24,8 @@ class TwoStreams:
     """Takes turns with halves whose stages are communication, computation, communication, ..., communication.
 
     On a CPU both streams are the calling thread, and the order stays. On a GPU computation runs in the current stream, and
-    communication in one of a higher priority, whose few blocks so get their SMs before the other half's tiles do. A CUDA graph may
-    capture it: the second stream begins with an event of the current one, which waits for its end, and nothing is allocated.
+    communication in one of a higher priority, whose few blocks so get their SMs before the other half's tiles do. A CUDA graph
+    may capture it: the second stream begins with an event of the current one, which waits for its end, and nothing is allocated.
 
     Kernels whose blocks stay leave the communication its SMs meanwhile (csrc/include/tilestream/taken_sms.h).
 

@@ -53,7 +53,8 @@ class Tiling:
     def beside(num_blocks: int, num_sms: int) -> Tiling:
         """Beside communication in num_blocks blocks, on a GPU of num_sms. It runs for less than half of a layer's time where a
         split pays, so half of its SMs are counted: by the simulator, with 8 blocks, the cuts are then 1.5% slower than the best
-        ones, as a mean over every 64th size from 1,024 to 8,192 tokens; with all of its SMs counted 3.3%, and in the middle 3.8%."""
+        ones, as a mean over every 64th size from 1,024 to 8,192 tokens; with all of its SMs counted 3.3%, and in the middle
+        3.8%."""
         return Tiling(num_sms - num_blocks // 2)
 
     def num_tiles(self, num_tokens: int, gemm: Gemm) -> int:
@@ -70,8 +71,8 @@ def middle_of(num_tokens: int, rows: int = 128) -> int:
 
 @functools.lru_cache(maxsize=1024)
 def split_point(num_tokens: int, gemms: tuple[Gemm, ...], tiling: Tiling) -> int:
-    """Tokens of the first half: of the cuts at whole tiles within an eighth of the middle, the one with the fewest waves over those
-    of the whole step, a wave counted by its length; of equals the one nearest to the middle, and of two such the larger.
+    """Tokens of the first half: of the cuts at whole tiles within an eighth of the middle, the one with the fewest waves over
+    those of the whole step, a wave counted by its length; of equals the one nearest to the middle, and of two such the larger.
 
     Args:
         num_tokens: of the step, at least 2.

@@ -14,8 +14,8 @@ from tilestream.engine.step_plan import StepPlan
 def split_step(plan: StepPlan, num_first: int) -> tuple[StepPlan, StepPlan]:
     """The step of the first num_first tokens and the step of the others; together they compute what `plan` does.
 
-    A prefix group goes to both halves with the members that have tokens there, for its pages are filled before any of them attends;
-    where fewer than two are left it has no company to share with, and is dropped.
+    A prefix group goes to both halves with the members that have tokens there, for its pages are filled before any of them
+    attends; where fewer than two are left it has no company to share with, and is dropped.
 
     Args:
         plan: a step.

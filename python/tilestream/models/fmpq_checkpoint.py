@@ -20,8 +20,15 @@ GROUP_SIZES = (32, 128)
 HADAMARD_K = 128  # channels of a matrix
 _TABLE_GROUP = 32
 # Which entry of k4 is a linear's: that of the input that it reads.
-_INPUT_OF_STEM = {"attn_q": "qkv", "attn_k": "qkv", "attn_v": "qkv", "attn_output": "o", "ffn_gate": "gate_up", "ffn_up": "gate_up",
-                  "ffn_down": "down"}
+_INPUT_OF_STEM = {
+    "attn_q": "qkv",
+    "attn_k": "qkv",
+    "attn_v": "qkv",
+    "attn_output": "o",
+    "ffn_gate": "gate_up",
+    "ffn_up": "gate_up",
+    "ffn_down": "down",
+}
 
 
 def is_fmpq(values: Any) -> bool:
@@ -138,6 +145,7 @@ class FmpqCheckpoint:
             raise ModelLoadError(f"{self.path / FILE_NAME}: tensor {name} is not readable: {error}") from error
         if tensor.dim() != dim or tensor.dtype != dtype or tensor.numel() == 0:
             raise ModelLoadError(
-                f"{self.path / FILE_NAME}: tensor {name} is {tensor.dtype} {list(tensor.shape)}; expected {dtype} of {dim} dimensions"
+                f"{self.path / FILE_NAME}: tensor {name} is {tensor.dtype} {list(tensor.shape)}; "
+                f"expected {dtype} of {dim} dimensions"
             )
         return tensor

@@ -58,8 +58,8 @@ def _one_of(config: Mapping[str, Any], key: str, default: Any, allowed: tuple, s
 
 
 def _gptq(config: Mapping[str, Any], source: str) -> Quantisation:
-    """qweight int32 [k / 8, n] (4 bits), qzeros [k / group, n / 8], scales [k / group, n]; AutoGPTQ stores zeros less one, a zero of 0 as
-    the greatest code."""
+    """qweight int32 [k / 8, n] (4 bits), qzeros [k / group, n / 8], scales [k / group, n]; AutoGPTQ stores zeros less one, a zero
+    of 0 as the greatest code."""
     bits = _one_of(config, "bits", 4, (4, 8), source)
     later = 0 if config.get("checkpoint_format") == "gptq_v2" else 1
 

@@ -107,7 +107,9 @@ class WeightLoader:
         biases = [self._bias(name, n, part) for name, n, part in zip(names, sizes, rows, strict=True)]
         return self._stack(raws, biases)
 
-    def gated(self, names: Sequence[str], n: int, k: int, activation: str, *, rows: range | None = None) -> Linear | StackedLinear:
+    def gated(
+        self, names: Sequence[str], n: int, k: int, activation: str, *, rows: range | None = None
+    ) -> Linear | StackedLinear:
         """Gate and up, or a rank's rows of them, in one packed weight that gates by itself; as `stacked` has them where they
         lie in different ways."""
         rows = rows or range(n)

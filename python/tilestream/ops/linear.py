@@ -186,7 +186,9 @@ def _by_cublas(
     if residual is not None:
         raise ValueError(f"gate is {gate!r} and a residual is given; allowed: one of them")
     if weight.size(0) % 2 != 0:
-        raise ValueError(f"n is {weight.size(0)}; with a gate the weight's rows alternate between gate and up, so it must be even")
+        raise ValueError(
+            f"n is {weight.size(0)}; with a gate the weight's rows alternate between gate and up, so it must be even"
+        )
     both = x.new_empty(x.size(0), weight.size(0))
     for i, part in enumerate(both.chunk(2, 1)):
         torch.mm(x, weight[i::2].t(), out=part)

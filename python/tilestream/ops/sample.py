@@ -29,7 +29,8 @@ class Penalties:
 
 @dataclass(frozen=True, slots=True)
 class SampleOutput:
-    """tokens: [batch_size]; logprobs: [batch_size], or None when not wanted; top_ids, top_logprobs: [batch_size, num_top_logprobs]."""
+    """tokens: [batch_size]; logprobs: [batch_size], or None when not wanted; top_ids, top_logprobs: [batch_size,
+    num_top_logprobs]."""
 
     tokens: torch.Tensor
     logprobs: torch.Tensor | None

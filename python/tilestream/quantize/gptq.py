@@ -32,7 +32,9 @@ class Codes:
 
     def split(self, sizes: Sequence[int]) -> list[Codes]:
         """Parts of the output features, so many each."""
-        return [Codes(*parts, self.group) for parts in zip(*(t.split(sizes) for t in (self.q, self.scale, self.zero)), strict=True)]
+        return [
+            Codes(*parts, self.group) for parts in zip(*(t.split(sizes) for t in (self.q, self.scale, self.zero)), strict=True)
+        ]
 
     def dequantise(self) -> torch.Tensor:
         k = self.q.size(1)

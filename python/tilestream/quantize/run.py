@@ -77,7 +77,9 @@ class Recipe:
         if self.tune_epochs < 0:
             raise ValueError(f"tune_epochs is {self.tune_epochs}; it must be 0 or more")
         if self.method == "fmpq" and self.tune_epochs and self.num_windows < 2:
-            raise ValueError("tuning holds windows out, so it needs 2 at least; give 2 (--calib-windows) or 0 epochs (--tune-epochs)")
+            raise ValueError(
+                "tuning holds windows out, so it needs 2 at least; give 2 (--calib-windows) or 0 epochs (--tune-epochs)"
+            )
 
 
 @torch.no_grad()
@@ -149,9 +151,10 @@ class _Run:
         rotate = recipe.rotate and recipe.method == "fmpq" and not config.post_norms
         if self.source.is_four_bit and (rotate or recipe.group_size != 32):
             logger.warning(
-                "%s has 4-bit weights in groups of 32 already; they are rounded again here, and kept as they are without rotation "
-                "and in groups of 32 (--no-rotate --group-size 32 --int4-share 0)", self.name
-            )  # fmt: skip
+                "%s has 4-bit weights in groups of 32 already; they are rounded again here, and kept as they are without "
+                "rotation and in groups of 32 (--no-rotate --group-size 32 --int4-share 0)",
+                self.name,
+            )
         # Rotation moves the last norm's weight into the output projection, which is then no longer the embedding.
         tied = config.tied_embeddings and not rotate
         if recipe.method == "rtn":

@@ -20,7 +20,8 @@ class Input:
     Attributes:
         k: channels.
         n: output features of all linears that read it.
-        harm: [k // 128], what INT4 instead of INT8 adds to the mean square by which a token's log-likelihood moves, block by block.
+        harm: [k // 128], what INT4 instead of INT8 adds to the mean square by which a token's log-likelihood moves, block
+            by block.
     """
 
     k: int

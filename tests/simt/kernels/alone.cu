@@ -85,9 +85,10 @@ ALONE(cp_async_bulk, Storage& s = storage();
 
 ALONE(atoms, d[0] = ptx::atom_cas_acq_rel_gpu(d + 1, d[1], a[0]); d[2] = ptx::atom_add_acq_rel_gpu(d + 1, a[1]);
       d[3] = ptx::atom_cas_acq_rel_sys(d + 1, a[0], 5u); d[4] = ptx::atom_add_acq_rel_sys(d + 1, a[2]);
-      ptx::red_add_release_gpu(d + 1, a[3]); ptx::red_add_release_sys(d + 1, 7u); ptx::st_release_gpu(d + 5, ptx::ld_acquire_gpu(d + 1));
-      ptx::st_release_sys(d + 6, ptx::ld_acquire_sys(d + 1) + 1u);)
+      ptx::red_add_release_gpu(d + 1, a[3]); ptx::red_add_release_sys(d + 1, 7u);
+      ptx::st_release_gpu(d + 5, ptx::ld_acquire_gpu(d + 1)); ptx::st_release_sys(d + 6, ptx::ld_acquire_sys(d + 1) + 1u);)
 
-ALONE(ld_nc_no_allocate, const uint4 v = ptx::ld_nc_no_allocate(reinterpret_cast<const uint4*>(a)); d[0] = v.x; d[1] = v.y; d[2] = v.z; d[3] = v.w;)
+ALONE(ld_nc_no_allocate, const uint4 v = ptx::ld_nc_no_allocate(reinterpret_cast<const uint4*>(a)); d[0] = v.x; d[1] = v.y;
+      d[2] = v.z; d[3] = v.w;)
 
 }  // namespace

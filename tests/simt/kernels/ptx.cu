@@ -56,7 +56,8 @@ CASE(ldmatrix_x4_trans, .grid = 1, .block = 32, .smem_bytes = sizeof(Storage)) {
 CASE(stmatrix_x4, .grid = 1, .block = 32, .smem_bytes = sizeof(Storage)) {
   Storage& s = cuda::dynamic_smem<Storage>();
   unsigned d[4];
-  for (int i = 0; i < 4; ++i) d[i] = unsigned(data[2 * (4 * threadIdx.x + i)]) | unsigned(data[2 * (4 * threadIdx.x + i) + 1]) << 16;
+  for (int i = 0; i < 4; ++i)
+    d[i] = unsigned(data[2 * (4 * threadIdx.x + i)]) | unsigned(data[2 * (4 * threadIdx.x + i) + 1]) << 16;
   ptx::stmatrix_x4(s.tile[threadIdx.x], d);
   __syncwarp();
   for (int i = 0; i < 8; ++i) data[2048 + 8 * threadIdx.x + i] = float(s.tile[threadIdx.x][i]);
@@ -86,8 +87,9 @@ CASE(mma_bf16, .grid = 1, .block = 32) {
                      [](auto& d, auto& a, auto& b) { ptx::mma_m16n8k16_bf16(d, a, b); });
 }
 CASE(mma_e4m3, .grid = 1, .block = 32) {
-  multiply<4, float>(data, [](const float* p) { return ptx::cvt_e4m3x2(p[0], p[1]) | unsigned(ptx::cvt_e4m3x2(p[2], p[3])) << 16; },
-                     [](auto& d, auto& a, auto& b) { ptx::mma_m16n8k32_e4m3(d, a, b); });
+  multiply<4, float>(
+      data, [](const float* p) { return ptx::cvt_e4m3x2(p[0], p[1]) | unsigned(ptx::cvt_e4m3x2(p[2], p[3])) << 16; },
+      [](auto& d, auto& a, auto& b) { ptx::mma_m16n8k32_e4m3(d, a, b); });
 }
 
 template <int kBits>

@@ -14,7 +14,9 @@ struct Ranks {
   int rank, num;
 };
 
-__device__ __forceinline__ unsigned* signal(float* buffer, int round) { return reinterpret_cast<unsigned*>(buffer + 512) + round; }
+__device__ __forceinline__ unsigned* signal(float* buffer, int round) {
+  return reinterpret_cast<unsigned*>(buffer + 512) + round;
+}
 
 // Every block of every rank has come this far.
 template <class Signal>

@@ -68,8 +68,9 @@ template <int kRank, size_t... kDims>
 Params<kRank> read_params(const float* inputs, float* data, std::index_sequence<kDims...>) {
   const auto* host = reinterpret_cast<const int*>(inputs);
   Params<kRank> p;
-  p.map = ptx::make_tensor_map(data + 64, host[1], {ptx::TensorDim{uint64_t(host[4 + kDims]), uint64_t(host[9 + kDims]), unsigned(host[14 + kDims])}...},
-                               ptx::Swizzle(host[2]));
+  p.map = ptx::make_tensor_map(
+      data + 64, host[1], {ptx::TensorDim{uint64_t(host[4 + kDims]), uint64_t(host[9 + kDims]), unsigned(host[14 + kDims])}...},
+      ptx::Swizzle(host[2]));
   p.bytes = host[1], p.ranks = host[3], p.words = reinterpret_cast<unsigned*>(data + 16384);
   for (int i = 0; i < kRank; ++i) p.corner[i] = host[19 + i], p.bytes *= host[14 + i];
   return p;

@@ -13,7 +13,8 @@ void cp_async(void* dst, const void* src, int bytes, int src_bytes) {
   Thread& me = *machine.current;
   const void* pc = __builtin_return_address(0);
   if (src_bytes < 0 || src_bytes > bytes) fail("cp.async of %d bytes from %d; allowed: 0 to %d", bytes, src_bytes, bytes);
-  if (reinterpret_cast<uintptr_t>(src) % bytes != 0 && src_bytes > 0) fail("cp.async of %d bytes from %p, which is not aligned to that", bytes, src);
+  if (reinterpret_cast<uintptr_t>(src) % bytes != 0 && src_bytes > 0)
+    fail("cp.async of %d bytes from %p, which is not aligned to that", bytes, src);
   Cluster& cluster = *me.owner->cluster;
   shared_pointer("cp.async", shared_address(dst), bytes, bytes);
   machine.global_access(Shadow::kRead, "cp.async", src, src_bytes, pc);

@@ -84,7 +84,8 @@ void barrier_arrive(const char* what, int id, int num_threads) {
   Machine& machine = Machine::of_this_thread();
   Thread& me = *machine.current;
   if (id < 0 || id >= kNumBarriers) fail("%s of barrier %d; a block has 0 to 15", what, id);
-  if (num_threads <= 0 || num_threads % int(kWarpSize) != 0) fail("%s for %d threads; it must be a positive multiple of 32", what, num_threads);
+  if (num_threads <= 0 || num_threads % int(kWarpSize) != 0)
+    fail("%s for %d threads; it must be a positive multiple of 32", what, num_threads);
   Barrier& barrier = me.owner->barriers[id];
   enter(barrier, what, id, num_threads);
   barrier.arrive(me);

@@ -77,7 +77,8 @@ struct Box {
     // wgmma reads it.
     const unsigned pattern = 8 * (map.swizzle_mask + 16);
     if (map.swizzle_mask != 0 && shared_address(shared) % pattern != 0)
-      fail("%s: shared address 0x%x is not a multiple of %u, at which its swizzle repeats", what, shared_address(shared), pattern);
+      fail("%s: shared address 0x%x is not a multiple of %u, at which its swizzle repeats", what, shared_address(shared),
+           pattern);
   }
 
   // f(offset from `address` in shared memory, place in global memory or null outside the tensor) for each
@@ -114,11 +115,13 @@ void bulk_store(void* dst, const void* src, unsigned bytes) {
   store("cp.async.bulk", src, bytes, [dst, bytes](const unsigned char* read) { std::memcpy(dst, read, bytes); }, pc);
 }
 
-void tensor_load(const char* what, void* dst, const TensorMap& map, const int* coordinates, int rank, uint64_t* bar, unsigned ranks) {
+void tensor_load(const char* what, void* dst, const TensorMap& map, const int* coordinates, int rank, uint64_t* bar,
+                 unsigned ranks) {
   const void* pc = __builtin_return_address(0);
   const Box box(what, map, coordinates, rank, dst);
   const uint32_t address = shared_address(dst);
-  if (ranks == 0 || ranks >> self().cluster_size != 0) fail("%s to blocks 0x%x of a cluster of %u", what, ranks, self().cluster_size);
+  if (ranks == 0 || ranks >> self().cluster_size != 0)
+    fail("%s to blocks 0x%x of a cluster of %u", what, ranks, self().cluster_size);
   box.for_each(address, [&](uint32_t, const char* global) {
     if (global != nullptr) Machine::of_this_thread().global_access(Shadow::kRead, what, global, map.element_bytes, pc);
   });

@@ -80,7 +80,8 @@ void GlobalShadow::release(const Thread& thread, const void* address) {
 
 void GlobalShadow::report(const Thread& thread, Shadow::Kind kind, const char* what, const Access& before, const char* verb,
                           const void* address, const void* pc) const {
-  const std::string of_rank = Machine::of_this_thread().rank < 0 ? " at " : format(" of rank %zu at ", before.cluster / per_rank_);
+  const std::string of_rank =
+      Machine::of_this_thread().rank < 0 ? " at " : format(" of rank %zu at ", before.cluster / per_rank_);
   static const char* const kVerbs[] = {"reads", "writes", "changes atomically"};
   const std::string text =
       format("race in global memory: %s (%s) %s %p, %s by block (%u,%u,%u)%s, with no release and acquire between",

@@ -46,7 +46,8 @@ void register_access(Shadow::Kind kind, const void* address, size_t bytes, const
 void global_access(Shadow::Kind kind, const void* address, size_t bytes, const void* pc) {
   Machine& machine = Machine::of_this_thread();
   if (machine.current->fiber.holds(address)) return;  // an array of the thread's own
-  machine.global_access(kind, kind == Shadow::kRead ? "a load" : kind == Shadow::kWrite ? "a store" : "an atomic", address, bytes, pc);
+  const char* what = kind == Shadow::kRead ? "a load" : kind == Shadow::kWrite ? "a store" : "an atomic";
+  machine.global_access(kind, what, address, bytes, pc);
 }
 
 inline void hook(Shadow::Kind kind, const void* address, size_t bytes, const void* pc) {
@@ -86,11 +87,15 @@ extern "C" {
   void __tsan_##name(void* address) { simt::hook(simt::Shadow::kind, address, bytes, __builtin_return_address(0)); }
 HOOK(read1, kRead, 1) HOOK(read2, kRead, 2) HOOK(read4, kRead, 4) HOOK(read8, kRead, 8) HOOK(read16, kRead, 16)
 HOOK(write1, kWrite, 1) HOOK(write2, kWrite, 2) HOOK(write4, kWrite, 4) HOOK(write8, kWrite, 8) HOOK(write16, kWrite, 16)
-HOOK(unaligned_read2, kRead, 2) HOOK(unaligned_read4, kRead, 4) HOOK(unaligned_read8, kRead, 8) HOOK(unaligned_read16, kRead, 16)
-HOOK(unaligned_write2, kWrite, 2) HOOK(unaligned_write4, kWrite, 4) HOOK(unaligned_write8, kWrite, 8)
-HOOK(unaligned_write16, kWrite, 16)
-void __tsan_read_range(void* address, size_t bytes) { simt::hook(simt::Shadow::kRead, address, bytes, __builtin_return_address(0)); }
-void __tsan_write_range(void* address, size_t bytes) { simt::hook(simt::Shadow::kWrite, address, bytes, __builtin_return_address(0)); }
+HOOK(unaligned_read2, kRead, 2) HOOK(unaligned_read4, kRead, 4) HOOK(unaligned_read8, kRead, 8)
+HOOK(unaligned_read16, kRead, 16) HOOK(unaligned_write2, kWrite, 2) HOOK(unaligned_write4, kWrite, 4)
+HOOK(unaligned_write8, kWrite, 8) HOOK(unaligned_write16, kWrite, 16)
+void __tsan_read_range(void* address, size_t bytes) {
+  simt::hook(simt::Shadow::kRead, address, bytes, __builtin_return_address(0));
+}
+void __tsan_write_range(void* address, size_t bytes) {
+  simt::hook(simt::Shadow::kWrite, address, bytes, __builtin_return_address(0));
+}
 void __tsan_vptr_read(void**) {}
 void __tsan_vptr_update(void**, void*) {}
 void __tsan_func_entry(void*) {}

@@ -50,12 +50,14 @@ void run(const LaunchConfig& config, const std::function<void()>& kernel, const 
 void Machine::run(const LaunchConfig& config, const std::function<void()>& kernel, const void* kernel_address) {
   kernel_address = static_cast<const char*>(kernel_address) + 1;  // where() looks up the byte before
   const auto refuse = [&](const char* what, long long value, const char* allowed) {
-    throw std::runtime_error(format("simt: launch of %s with %s %lld; allowed: %s", where(kernel_address).c_str(), what, value, allowed));
+    throw std::runtime_error(
+        format("simt: launch of %s with %s %lld; allowed: %s", where(kernel_address).c_str(), what, value, allowed));
   };
   const long long num_threads = 1ll * config.block.x * config.block.y * config.block.z;
   const long long num_blocks = 1ll * config.grid.x * config.grid.y * config.grid.z;
   if (num_threads < 1 || num_threads > 1024) refuse("threads per block", num_threads, "1 to 1024");
-  if (num_blocks < 1 || config.grid.y > 65535 || config.grid.z > 65535) refuse("blocks", num_blocks, "at least 1; y and z at most 65535");
+  if (num_blocks < 1 || config.grid.y > 65535 || config.grid.z > 65535)
+    refuse("blocks", num_blocks, "at least 1; y and z at most 65535");
   if (config.cluster < 1 || config.cluster > kMaxCluster || config.grid.x % config.cluster != 0)
     refuse("cluster size", config.cluster, "1 to 16, a divisor of the grid's x");
   if (config.smem_bytes > 227 * 1024) refuse("bytes of shared memory", config.smem_bytes, "0 to 232448");
@@ -78,7 +80,8 @@ void Machine::run(const LaunchConfig& config, const std::function<void()>& kerne
   global_shadow = nullptr;
   if (races != nullptr && *races == '1') {
     if (ranks == nullptr) own_global_shadow_ = std::make_unique<GlobalShadow>(num_blocks / config.cluster);
-    else if (num_blocks > int64_t(RankGroup::kMaxBlocks)) refuse("blocks", num_blocks, "1 to 16 where races between ranks are looked for");
+    else if (num_blocks > int64_t(RankGroup::kMaxBlocks))
+      refuse("blocks", num_blocks, "1 to 16 where races between ranks are looked for");
     global_shadow = ranks == nullptr ? own_global_shadow_.get() : &ranks->global_shadow;
     global_shadow->begin_launch(std::max(rank, 0));
   }
@@ -197,7 +200,8 @@ void Machine::retire(Thread* thread) {
   if (cluster.live > 0) return;
   for (const auto& t : cluster.threads) {
     if (!t->pending.empty())
-      fail_current("the block has ended while a bulk load that nobody waits for still writes its shared memory", t->pending[0]->pc);
+      fail_current("the block has ended while a bulk load that nobody waits for still writes its shared memory",
+                   t->pending[0]->pc);
   }
 
   for (auto& t : cluster.threads) idle_threads_.push_back(std::move(t));

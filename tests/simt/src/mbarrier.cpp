@@ -12,7 +12,8 @@ Mbarrier& find_mbarrier(const char* what, uint64_t* bar) {
   if (found == cluster.mbarriers.end()) fail("%s on an mbarrier that was never initialised", what);
   const Mbarrier& state = found->second;
   if (me.tid != state.init_tid && (*me.seen)[state.init_tid] < state.init_now)
-    fail("%s on an mbarrier whose init by %s is not ordered before it: a barrier is missing", what, describe(*cluster.threads[state.init_tid]).c_str());
+    fail("%s on an mbarrier whose init by %s is not ordered before it: a barrier is missing", what,
+         describe(*cluster.threads[state.init_tid]).c_str());
   return found->second;
 }
 

@@ -46,7 +46,8 @@ struct Call {
   const void* params;
 };
 
-// Each rank's stream of calls, all ranks at once: those of rank r are calls[r * num_calls ...]. The report of what was wrong, or "".
+// Each rank's stream of calls, all ranks at once: those of rank r are calls[r * num_calls ...]. The report of what was wrong, or
+// "".
 EXPORT const char* tilestream_simt_run_ranks(const Call* calls, int num_ranks, int num_calls) {
   static std::string report;
   report.clear();

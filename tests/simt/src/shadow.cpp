@@ -21,7 +21,8 @@ bool Shadow::ordered(const Thread& thread, const Access& before) const {
 }
 
 void Shadow::access(const Thread& thread, Kind kind, const char* what, size_t offset, size_t bytes, const void* pc) {
-  if (thread.now > kLastMoment) Machine::of_this_thread().fail_current("more than 2^17 synchronisations in one thread: use a smaller shape", pc);
+  if (thread.now > kLastMoment)
+    Machine::of_this_thread().fail_current("more than 2^17 synchronisations in one thread: use a smaller shape", pc);
   const Access me{uint32_t(thread.tid), kind == kAtomic, thread.now, pack_pc(pc)};
   check_and_record(thread, kind, what, offset, bytes, me, false, pc);
 }
@@ -70,8 +71,8 @@ void Shadow::report(const Thread& thread, const char* what, Kind kind, size_t of
                                         describe(other).c_str(), at.c_str())
                                : format("%s at %s, with no barrier between", describe(other).c_str(), at.c_str());
   const std::string text =
-      format("race in shared memory: %s (%s) %s byte 0x%zx of shared memory of block %zu in its cluster, %s by %s", describe(thread).c_str(), what,
-             kVerbs[kind], offset % stride_, offset / stride_, before_kind, by.c_str());
+      format("race in shared memory: %s (%s) %s byte 0x%zx of shared memory of block %zu in its cluster, %s by %s",
+             describe(thread).c_str(), what, kVerbs[kind], offset % stride_, offset / stride_, before_kind, by.c_str());
   Machine::of_this_thread().fail_current(text, pc);
 }
 

@@ -19,7 +19,8 @@ void* shared_pointer(const char* what, uint32_t address, size_t bytes, size_t al
   const size_t rank = address / kSharedWindow, offset = address % kSharedWindow;
   if (address % alignment != 0) fail("%s: shared address 0x%x is not a multiple of %zu", what, address, alignment);
   if (rank >= cluster.blocks.size() || offset + bytes > cluster.shared_bytes)
-    fail("out of bounds: %s of %zu bytes at byte 0x%zx of shared memory, which has %zu bytes", what, bytes, offset, cluster.shared_bytes);
+    fail("out of bounds: %s of %zu bytes at byte 0x%zx of shared memory, which has %zu bytes", what, bytes, offset,
+         cluster.shared_bytes);
   if (cluster.blocks[rank]->live == 0) fail("%s in shared memory of block %zu of the cluster, which has ended", what, rank);
   return cluster.arena + rank * cluster.stride + offset;
 }

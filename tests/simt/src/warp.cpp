@@ -60,8 +60,10 @@ void warp_collective(const char* what, uint32_t mask, void* arguments, void (*bo
   for (unsigned lane = 0; lane < kWarpSize; ++lane) {
     if ((mask >> lane & 1) == 0) continue;
     const size_t index = me.warp * kWarpSize + lane;
-    if (index >= me.owner->threads.size()) fail("%s with mask %08x, but the block has no lane %u in warp %u", what, mask, lane, me.warp);
-    if (me.owner->threads[index]->finished) fail("%s with mask %08x waits for lane %u, which has returned from the kernel", what, mask, lane);
+    if (index >= me.owner->threads.size())
+      fail("%s with mask %08x, but the block has no lane %u in warp %u", what, mask, lane, me.warp);
+    if (me.owner->threads[index]->finished)
+      fail("%s with mask %08x waits for lane %u, which has returned from the kernel", what, mask, lane);
   }
   meet(me.owner->warps[me.warp], what, mask, me.lane, std::popcount(mask), arguments, body, orders_memory, pc);
 }
@@ -81,7 +83,8 @@ void warpgroup_collective(const char* what, void* arguments, void (*body)(LaneAr
 void Machine::check_collectives_after(const Thread& gone) {
   for (const Rendezvous& r : gone.owner->warps[gone.warp]) {
     if (r.mask >> gone.lane & 1)
-      fail_current(format("%s with mask %08x waits for lane %u, which has returned from the kernel", r.what, r.mask, gone.lane), r.pc);
+      fail_current(format("%s with mask %08x waits for lane %u, which has returned from the kernel", r.what, r.mask, gone.lane),
+                   r.pc);
   }
   for (const Rendezvous& r : gone.owner->warpgroups[gone.warp / 4])
     fail_current(format("%s waits for warp %u, which has returned from the kernel", r.what, gone.warp), r.pc);

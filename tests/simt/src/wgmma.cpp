@@ -60,15 +60,16 @@ struct Tile {
 
 // One warp's or the whole warpgroup's part of a tile, chunk by chunk of 16 bytes: in bounds, ordered before,
 // then recorded.
-void read_tile(const Thread& thread, const Thread& leader, const Wgmma& form, const Tile& tile, int begin, int end, uint32_t epoch,
-               const void* pc) {
+void read_tile(const Thread& thread, const Thread& leader, const Wgmma& form, const Tile& tile, int begin, int end,
+               uint32_t epoch, const void* pc) {
   Cluster& cluster = *thread.owner->cluster;
   const int chunk = 16 / tile.bytes, num_k = depth(form.element);
   for (int mn = begin; mn < end; mn += tile.major_mn ? chunk : 1) {
     for (int k = 0; k < num_k; k += tile.major_mn ? 1 : chunk) {
       const unsigned at = tile.address(mn, k);
       if (at + 16 > cluster.shared_bytes)
-        fail("out of bounds: %s reads 16 bytes at byte 0x%x of shared memory, which has %zu bytes", form.what, at, cluster.shared_bytes);
+        fail("out of bounds: %s reads 16 bytes at byte 0x%x of shared memory, which has %zu bytes", form.what, at,
+             cluster.shared_bytes);
       cluster.shadow->access_async(thread, Shadow::kRead, form.what, tile.block - cluster.arena + at, 16,
                                    cluster.shadow->agent_of(leader.tid, AsyncOp::kWgmma), epoch, true, pc);
     }
@@ -142,9 +143,11 @@ void issue(LaneArguments lanes) {
     const Part& p = part(lane);
     if (p.form.desc_a != form.desc_a || p.form.desc_b != form.desc_b || p.form.accumulate != form.accumulate ||
         p.form.num_registers != form.num_registers || (p.form.a == nullptr) != (form.a == nullptr))
-      fail("%s with other descriptors, shape or scale in %s than in %s", form.what, describe(*p.thread).c_str(), describe(leader).c_str());
+      fail("%s with other descriptors, shape or scale in %s than in %s", form.what, describe(*p.thread).c_str(),
+           describe(leader).c_str());
     if (int(p.thread->group_epochs[AsyncOp::kWgmma].size()) != group)
-      fail("%s, before which %s has committed another number of groups than %s", form.what, describe(*p.thread).c_str(), describe(leader).c_str());
+      fail("%s, before which %s has committed another number of groups than %s", form.what, describe(*p.thread).c_str(),
+           describe(leader).c_str());
     if (!p.thread->wgmma_fenced) fail("missing wgmma.fence: %s touches registers with none since the last commit", form.what);
   }
 

@@ -31,7 +31,8 @@ struct alignas(64) TensorMap {
   unsigned swizzle_mask;         // bits 4 to 6 of the shared address that are xored with bits 7 to 9
 };
 static_assert(sizeof(TensorMap) == 128);
-void tensor_load(const char* what, void* dst, const TensorMap& map, const int* coordinates, int rank, uint64_t* bar, unsigned ranks);
+void tensor_load(const char* what, void* dst, const TensorMap& map, const int* coordinates, int rank, uint64_t* bar,
+                 unsigned ranks);
 void tensor_store(const char* what, const TensorMap& map, const int* coordinates, int rank, const void* src);
 
 // wgmma: one thread's part of the instruction. Elements as in the twin of ptx/mma.cuh.

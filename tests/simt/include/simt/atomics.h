@@ -15,7 +15,8 @@ template <class T, class F>
 T exchange_word(T* address, F next) {
   auto* word = reinterpret_cast<Word<T>*>(address);
   Word<T> before = __atomic_load_n(word, __ATOMIC_RELAXED);
-  while (!__atomic_compare_exchange_n(word, &before, bits<Word<T>>(next(bits<T>(before))), true, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED)) {
+  while (!__atomic_compare_exchange_n(word, &before, bits<Word<T>>(next(bits<T>(before))), true, __ATOMIC_ACQ_REL,
+                                      __ATOMIC_RELAXED)) {
   }
   return bits<T>(before);
 }

@@ -42,7 +42,8 @@ namespace simt {
 template <class I>
 inline I to_integer(float x) {
   if (x != x) return 0;
-  constexpr double low = double(std::is_signed_v<I> ? -2147483648.0 : 0.0), high = std::is_signed_v<I> ? 2147483647.0 : 4294967295.0;
+  constexpr double low = double(std::is_signed_v<I> ? -2147483648.0 : 0.0),
+                   high = std::is_signed_v<I> ? 2147483647.0 : 4294967295.0;
   return I(double(x) < low ? low : double(x) > high ? high : double(x));
 }
 }  // namespace simt

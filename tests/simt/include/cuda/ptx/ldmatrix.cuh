@@ -45,17 +45,27 @@ SIMT_TWIN void matrices(const char* what, unsigned* d, void* row) {
 
 namespace tilestream::ptx {
 
-SIMT_TWIN void ldmatrix_x1(unsigned (&d)[1], const void* row) { simt::matrices<1, false, false>("ldmatrix_x1", d, const_cast<void*>(row)); }
-SIMT_TWIN void ldmatrix_x2(unsigned (&d)[2], const void* row) { simt::matrices<2, false, false>("ldmatrix_x2", d, const_cast<void*>(row)); }
-SIMT_TWIN void ldmatrix_x4(unsigned (&d)[4], const void* row) { simt::matrices<4, false, false>("ldmatrix_x4", d, const_cast<void*>(row)); }
+SIMT_TWIN void ldmatrix_x1(unsigned (&d)[1], const void* row) {
+  simt::matrices<1, false, false>("ldmatrix_x1", d, const_cast<void*>(row));
+}
+SIMT_TWIN void ldmatrix_x2(unsigned (&d)[2], const void* row) {
+  simt::matrices<2, false, false>("ldmatrix_x2", d, const_cast<void*>(row));
+}
+SIMT_TWIN void ldmatrix_x4(unsigned (&d)[4], const void* row) {
+  simt::matrices<4, false, false>("ldmatrix_x4", d, const_cast<void*>(row));
+}
 SIMT_TWIN void ldmatrix_x2_trans(unsigned (&d)[2], const void* row) {
   simt::matrices<2, true, false>("ldmatrix_x2_trans", d, const_cast<void*>(row));
 }
 SIMT_TWIN void ldmatrix_x4_trans(unsigned (&d)[4], const void* row) {
   simt::matrices<4, true, false>("ldmatrix_x4_trans", d, const_cast<void*>(row));
 }
-SIMT_TWIN void stmatrix_x4(void* row, const unsigned (&d)[4]) { simt::matrices<4, false, true>("stmatrix_x4", const_cast<unsigned*>(d), row); }
-SIMT_TWIN void stmatrix_x2(void* row, const unsigned (&d)[2]) { simt::matrices<2, false, true>("stmatrix_x2", const_cast<unsigned*>(d), row); }
+SIMT_TWIN void stmatrix_x4(void* row, const unsigned (&d)[4]) {
+  simt::matrices<4, false, true>("stmatrix_x4", const_cast<unsigned*>(d), row);
+}
+SIMT_TWIN void stmatrix_x2(void* row, const unsigned (&d)[2]) {
+  simt::matrices<2, false, true>("stmatrix_x2", const_cast<unsigned*>(d), row);
+}
 SIMT_TWIN void stmatrix_x4_trans(void* row, const unsigned (&d)[4]) {
   simt::matrices<4, true, true>("stmatrix_x4_trans", const_cast<unsigned*>(d), row);
 }

@@ -42,8 +42,12 @@ SIMT_TWIN void st_release_gpu(unsigned* p, unsigned v) { simt::store_release(p, 
 SIMT_TWIN void st_release_sys(unsigned* p, unsigned v) { simt::store_release(p, v); }
 SIMT_TWIN unsigned atom_add_acq_rel_gpu(unsigned* p, unsigned v) { return simt::add(p, v); }
 SIMT_TWIN unsigned atom_add_acq_rel_sys(unsigned* p, unsigned v) { return simt::add(p, v); }
-SIMT_TWIN unsigned atom_cas_acq_rel_gpu(unsigned* p, unsigned compare, unsigned v) { return simt::compare_and_swap(p, compare, v); }
-SIMT_TWIN unsigned atom_cas_acq_rel_sys(unsigned* p, unsigned compare, unsigned v) { return simt::compare_and_swap(p, compare, v); }
+SIMT_TWIN unsigned atom_cas_acq_rel_gpu(unsigned* p, unsigned compare, unsigned v) {
+  return simt::compare_and_swap(p, compare, v);
+}
+SIMT_TWIN unsigned atom_cas_acq_rel_sys(unsigned* p, unsigned compare, unsigned v) {
+  return simt::compare_and_swap(p, compare, v);
+}
 SIMT_TWIN void red_add_release_gpu(unsigned* p, unsigned v) { simt::add(p, v); }
 SIMT_TWIN void red_add_release_sys(unsigned* p, unsigned v) { simt::add(p, v); }
 SIMT_TWIN void fence_acq_rel_gpu() { simt::preempt(), __threadfence(); }

@@ -8,9 +8,21 @@
 namespace simt {
 
 // One element's value and bits; kBits wide.
-struct MultimemF32 { using Word = unsigned; static float value(Word b) { return bits<float>(b); } static Word narrowed(float x) { return bits<Word>(x); } };
-struct MultimemF16 { using Word = unsigned short; static float value(Word b) { return widen<5, 10>(b); } static Word narrowed(float x) { return Word(narrow<5, 10>(x)); } };
-struct MultimemBF16 { using Word = unsigned short; static float value(Word b) { return widen<8, 7>(b); } static Word narrowed(float x) { return Word(narrow<8, 7>(x)); } };
+struct MultimemF32 {
+  using Word = unsigned;
+  static float value(Word b) { return bits<float>(b); }
+  static Word narrowed(float x) { return bits<Word>(x); }
+};
+struct MultimemF16 {
+  using Word = unsigned short;
+  static float value(Word b) { return widen<5, 10>(b); }
+  static Word narrowed(float x) { return Word(narrow<5, 10>(x)); }
+};
+struct MultimemBF16 {
+  using Word = unsigned short;
+  static float value(Word b) { return widen<8, 7>(b); }
+  static Word narrowed(float x) { return Word(narrow<8, 7>(x)); }
+};
 
 template <class Element, class V>
 SIMT_TWIN V multimem_sum(const char* what, const void* p) {
@@ -21,7 +33,8 @@ SIMT_TWIN V multimem_sum(const char* what, const void* p) {
   float sums[16 / sizeof(Word)] = {};
   for (void* peer : peers(what, p, 16)) {
     read_global(what, peer, 16);
-    for (size_t i = 0; i < 16 / sizeof(Word); ++i) sums[i] += Element::value(__atomic_load_n(static_cast<Word*>(peer) + i, __ATOMIC_RELAXED));
+    for (size_t i = 0; i < 16 / sizeof(Word); ++i)
+      sums[i] += Element::value(__atomic_load_n(static_cast<Word*>(peer) + i, __ATOMIC_RELAXED));
   }
   for (size_t i = 0; i < 16 / sizeof(Word); ++i) words[i] = Element::narrowed(sums[i]);
   __builtin_memcpy(&result, words, 16);
@@ -36,7 +49,8 @@ SIMT_TWIN void multimem_add(const char* what, void* p, V v) {
   __builtin_memcpy(words, &v, 16);
   for (void* peer : peers(what, p, 16)) {
     for (size_t i = 0; i < 16 / sizeof(Word); ++i)
-      exchange_word(static_cast<Word*>(peer) + i, [&](Word old) { return Element::narrowed(Element::value(old) + Element::value(words[i])); });
+      exchange_word(static_cast<Word*>(peer) + i,
+                    [&](Word old) { return Element::narrowed(Element::value(old) + Element::value(words[i])); });
   }
 }
 
@@ -60,7 +74,9 @@ constexpr bool kHasMultimem = true;
 SIMT_TWIN float4 multimem_ld_reduce_add_f32(const void* p) {
   return simt::multimem_sum<simt::MultimemF32, float4>("multimem.ld_reduce", p);
 }
-SIMT_TWIN uint4 multimem_ld_reduce_add_f16x2(const void* p) { return simt::multimem_sum<simt::MultimemF16, uint4>("multimem.ld_reduce", p); }
+SIMT_TWIN uint4 multimem_ld_reduce_add_f16x2(const void* p) {
+  return simt::multimem_sum<simt::MultimemF16, uint4>("multimem.ld_reduce", p);
+}
 SIMT_TWIN uint4 multimem_ld_reduce_add_bf16x2(const void* p) {
   return simt::multimem_sum<simt::MultimemBF16, uint4>("multimem.ld_reduce", p);
 }
