@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tilestream.quantize.run import Recipe, quantize
+from tilestream.quantize import Recipe, quantize
 from tilestream.sampling_params import SamplingParams
 from tilestream.testing import Ranks
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +15,13 @@ from safetensors.torch import load_file, save_file
 from tilestream import LLM, SamplingParams
 from tilestream.models import ModelLoadError, load_model
 from tilestream.models.fmpq_checkpoint import pack_nibbles, unpack_nibbles
-from tilestream.quantize.run import Recipe, quantize
+from tilestream.models.config_hf import config_from_hf
+from tilestream.models.loader import open_checkpoint
+from tilestream.placement import Placement
+from tilestream.quantize import Recipe, quantize
+from tilestream.quantize.config_json import config_json
+from tilestream.quantize.source import Source
+from tilestream.quantize.writer import new_directory, write_tensors
 
 from tests.models.gguf_files import write_model
 from tests.models.helpers import PagedRunner
@@ -95,11 +104,40 @@ def test_gguf_input(architecture: str, hf_model, tmp_path: Path) -> None:
     assert tokenizers[0].eos_token_ids == tokenizers[1].eos_token_ids
 
 
+def test_frequency_factors_of_a_gguf_file(hf_model, tmp_path: Path) -> None:
+    """As files of Llama 3.1 and later have them."""
+    model, _ = hf_model("llama")
+    factors = torch.linspace(1, 8, 32)
+    file = write_model(tmp_path / "model.gguf", "llama", model, extra={"rope_freqs.weight": factors.numpy()})
+    quantize(file, TEXT, tmp_path / "out", Recipe(**RECIPE))
+    loaded = load_model(tmp_path / "out")
+    assert loaded.config.rope == replace(load_model(file).config.rope, interleaved=False)
+    assert loaded.config.rope.freq_factors == tuple(factors.tolist())
+    assert _error(tmp_path / "out", _logits(file)) < 0.6
+
+
+@pytest.mark.parametrize(
+    ("factors", "message"),
+    [
+        ([1.0] * 31, "31 RoPE frequency factors; expected 32"),
+        ([1.0] * 31 + [0.0], "a RoPE frequency factor is not positive and finite"),
+        ("8", "freq_factors is '8'; it must be a list of numbers"),
+    ],
+)
+def test_frequency_factors_that_are_wrong(factors: object, message: str, hf_model) -> None:
+    _, path = hf_model("llama")
+    values = json.loads((path / "config.json").read_text())
+    with pytest.raises(ModelLoadError, match=message):
+        config_from_hf(values | {"rope_parameters": {"rope_theta": 1e4, "freq_factors": factors}}, "config.json")
+
+
 def test_metadata_that_config_json_cannot_express(hf_model, tmp_path: Path) -> None:
     model, _ = hf_model("llama")
-    file = write_model(tmp_path / "model.gguf", "llama", model, extra={"rope_freqs.weight": torch.full((32,), 2.0).numpy()})
-    with pytest.raises(ModelLoadError, match="cannot express this file's rope"):
-        quantize(str(file), TEXT, tmp_path / "out", Recipe(**RECIPE))
+    file = write_model(tmp_path / "model.gguf", "llama", model)
+    opened = open_checkpoint(file)
+    config = replace(Source(opened.checkpoint, opened.config).config, sm_scale=1.0)
+    with pytest.raises(ModelLoadError, match="cannot express this file's sm_scale"):
+        config_json(file, config)
 
 
 @pytest.mark.parametrize(
@@ -175,11 +213,65 @@ def test_directories_that_do_not_load(hf_model, tmp_path: Path) -> None:
             load_model(out, act_bits="4")
 
     broken(lambda q, t: q.update(version=3), "version 3")
+    broken(lambda q, t: q.update(group_size=128.0), "group_size 128.0")
+    broken(lambda q, t: q.pop("down_hadamard"), "down_hadamard None; it must be true or false")
+    broken(lambda q, t: q.update(down_hadamard="false"), "down_hadamard 'false'; it must be true or false")
+    broken(lambda q, t: q.update(down_hadamard=True), "blk.0.ffn_down has 192 columns; they must be a multiple of 128")
     broken(lambda q, t: q.update(k4=q["k4"][:2]), "no k4 for blk.2.attn_q")
     broken(lambda q, t: q["k4"][0].update(o=96), "k4 of blk.0.attn_output is 96")
     broken(lambda q, t: t.pop("blk.1.ffn_up.scale"), "the tensor blk.1.ffn_up.scale is missing")
     broken(lambda q, t: t.update({"blk.0.attn_norm.weight": torch.ones(4)}), r"attn_norm.weight has 4 elements; expected 128")
     broken(lambda q, t: t.update({"blk.0.more.weight": torch.ones(4)}), "1 tensors belong to no known part")
+
+
+def test_int4_where_it_cannot_run(hf_model, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    _, path = hf_model("llama")
+    out, recipe = tmp_path / "out", Recipe(method="rtn", group_size=32, **RECIPE)
+    quantize(path, TEXT, out, recipe)
+    with pytest.raises(ModelLoadError, match="act_bits 4 needs 4-bit weights, and dtype is bfloat16; allowed: auto"):
+        load_model(out, act_bits="4", dtype="bfloat16")
+
+    class Ampere(Placement):
+        has_int4 = True
+
+    ampere = Ampere(torch.device("cuda"), torch.bfloat16, blocked_kv=False, asynchronous=True)
+    with pytest.raises(ModelLoadError, match="need weights in groups of 128 on a GPU, and these are in groups of 32; take act_bits 8"):
+        load_model(out, act_bits="4", placement=ampere)
+    with suppress(RuntimeError, AssertionError):  # where there is no GPU
+        load_model(out, placement=ampere)
+    assert "groups of 32; they meet INT8 activations" in caplog.text
+
+
+def test_a_share_that_blocks_do_not_reach(hf_model, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    share = quantize(hf_model("llama")[1], TEXT, tmp_path / "out", Recipe(method="rtn", int4_share=1.0, **RECIPE))
+    assert share < 1.0
+    assert f"{share:.1%}".replace("%", " %") in caplog.text and "100.0 % was wanted" in caplog.text
+
+
+def test_a_name_that_is_taken_meanwhile(tmp_path: Path) -> None:
+    with pytest.raises(FileExistsError, match="out has been taken meanwhile; what was to be there is in") as raised:
+        with new_directory(tmp_path / "out") as folder:
+            (folder / "file").write_text("work of hours")
+            (tmp_path / "out").mkdir()
+            (tmp_path / "out/file").touch()
+    assert Path(str(raised.value).rpartition(" in ")[2], "file").read_text() == "work of hours"
+    (tmp_path / "link").symlink_to("nowhere")
+    with pytest.raises(FileExistsError, match="link exists"), new_directory(tmp_path / "link"):
+        pass
+
+
+def test_weights_too_large_for_their_scales(tmp_path: Path) -> None:
+    with pytest.raises(ModelLoadError, match="blk.0.attn_q.scale is not finite"):
+        write_tensors(tmp_path, {"blk.0.attn_q.scale": torch.full((2, 2), 1e6).half()})
+
+
+def test_others_may_read_it(hf_model, tmp_path: Path) -> None:
+    old = os.umask(0o022)
+    try:
+        quantize(hf_model("llama")[1], TEXT, tmp_path / "out", Recipe(method="rtn", **RECIPE))
+    finally:
+        os.umask(old)
+    assert {oct(file.stat().st_mode & 0o777) for file in (tmp_path / "out").iterdir()} == {"0o644"}
 
 
 def test_nibbles() -> None:

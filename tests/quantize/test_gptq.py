@@ -44,6 +44,18 @@ def test_weights_that_are_codes_already_stay_what_they_are() -> None:
         assert torch.equal(codes.zero, zero)
 
 
+def test_codes_of_q4_0_stay_what_they_are() -> None:
+    """Their steps meet 0, and the value of largest magnitude is -8 of them; few groups have a 15."""
+    torch.manual_seed(2)
+    q = torch.randint(3, 14, (8, 96))
+    q.view(8, 3, 32)[:, :, 7] = 0
+    scale = (torch.rand(8, 3) + 0.5).mul(torch.tensor([1, -1, 1])).half()
+    weight = (q - 8) * scale.float().repeat_interleave(32, 1)
+    codes = gptq(weight, _hessian(96), 32)
+    assert torch.equal(codes.dequantise(), weight)
+    assert torch.equal(codes.scale, scale)
+
+
 def test_constant_groups_and_channels_that_are_never_read() -> None:
     weight = torch.full((4, 64), 0.25)
     hessian = torch.zeros(64, 64)

@@ -12,7 +12,7 @@ from tilestream.models import ModelLoadError, load_model
 from tilestream.ops import KeyRounding, KvCache, gather_kv
 from tilestream.quantize.key_rounding import KeyStatistics, find_key_rounding
 from tilestream.quantize.rounding import round_keys, round_kv
-from tilestream.quantize.run import Recipe, quantize
+from tilestream.quantize import Recipe, quantize
 
 from tests.models.helpers import PAGE_SIZE, PagedRunner
 from tests.quantize.test_end_to_end import RECIPE, TEXT

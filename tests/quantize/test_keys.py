@@ -29,3 +29,13 @@ def test_attention_stays_and_errs_less(shared: bool) -> None:
     assert torch.allclose(logits(turned_q, turned_k), logits(q, k), atol=1e-3)
     error = (logits(turned_q, round_kv(turned_k, 4)) - logits(q, k)).square().mean()
     assert error < (0.8 if shared else 0.4) * (logits(q, round_kv(k, 4)) - logits(q, k)).square().mean()
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_heads_that_were_pruned(shared: bool) -> None:
+    torch.manual_seed(7)
+    q, k = torch.randn(2, 4, 30, 64), torch.randn(2, 2, 30, 64)
+    k[:, 0] = 0
+    q[:, 2:] = 0
+    basis = find_key_basis(q, k, torch.full((2, 4, 30, 30), 1 / 30), 64, shared=shared)
+    assert basis.scale.isfinite().all() and basis.angle.isfinite().all()

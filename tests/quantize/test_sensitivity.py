@@ -51,10 +51,10 @@ def test_gradients_are_those_of_the_whole_model(name: str, hf_model) -> None:
     for (i, name), kept in rows.items():
         entry, weights = found.inputs[i, name], found.token_weights[i, name]
         harm = block_harm(kept.detach().flatten(0, 1), kept.grad.flatten(0, 1)) / TOKENS.numel()
-        assert torch.allclose(entry.harm, harm, rtol=1e-3)
+        assert torch.allclose(entry.harm, harm, rtol=2e-2)  # layers' inputs are kept as bfloat16
         assert entry.k == kept.size(-1) and entry.n == sum(outputs[i, reader].size(-1) for reader in INPUTS[name])
         lengths = sum(outputs[i, reader].grad.square().sum(-1) for reader in INPUTS[name]).sqrt()
-        assert torch.allclose(weights, lengths / lengths.mean(), rtol=1e-3, atol=1e-5)
+        assert torch.allclose(weights, lengths / lengths.mean(), rtol=2e-2, atol=1e-5)
     assert rows.keys() == found.inputs.keys() == found.token_weights.keys()
 
 

@@ -42,7 +42,9 @@ def command(
         float,
         typer.Option(metavar="SHARE", min=0.0, max=1.0, help="Least share of the multiply-adds that has 4-bit activations."),
     ] = 0.84,
-    group_size: Annotated[GroupSize, typer.Option(help="Input channels of a weight with one scale and zero.")] = GroupSize.g128,
+    group_size: Annotated[
+        GroupSize, typer.Option(help="Input channels of a weight with one scale and zero; on a GPU INT4 activations need 128.")
+    ] = GroupSize.g128,
     rotate: Annotated[
         bool,
         typer.Option(
@@ -66,7 +68,7 @@ def command(
     import torch
 
     from tilestream._native import _C
-    from tilestream.quantize.run import Recipe, quantize
+    from tilestream.quantize import Recipe, quantize
 
     torch.set_num_threads(num_threads or _C.num_threads())  # here torch computes, not our kernels
     recipe = Recipe(

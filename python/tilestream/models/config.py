@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from tilestream.layers.rope import RopeConfig
@@ -111,3 +112,5 @@ class ModelConfig:
             raise ModelLoadError(
                 f"{source}: {len(rope.freq_factors)} RoPE frequency factors; expected {rope.rotary_dim // 2}"
             )
+        if not all(0.0 < factor < math.inf for factor in rope.freq_factors):
+            raise ModelLoadError(f"{source}: a RoPE frequency factor is not positive and finite")

@@ -137,7 +137,4 @@ def _freq_factors(file: GgufFile) -> tuple[float, ...]:
     """Llama 3's frequency-dependent scaling, which converters bake into a tensor."""
     if not file.has_tensor("rope_freqs.weight"):
         return ()
-    factors = tuple(file.vector("rope_freqs.weight").tolist())
-    if not all(0.0 < factor < float("inf") for factor in factors):
-        raise ModelLoadError(f"{file.path}: rope_freqs.weight has a factor that is not positive and finite")
-    return factors
+    return tuple(file.vector("rope_freqs.weight").tolist())

@@ -38,6 +38,12 @@ class _Fields:
     def integer(self, key: str, default: Any = _REQUIRED) -> Any:
         return self.number(key, default, integer=True)
 
+    def numbers(self, key: str) -> tuple[float, ...]:
+        values = self.values.get(key) or []
+        if not isinstance(values, list) or not all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values):
+            raise ModelLoadError(f"{self.source}: {key} is {values!r}; it must be a list of numbers")
+        return tuple(float(value) for value in values)
+
     def mapping(self, key: str) -> Mapping[str, Any]:
         value = self.values.get(key)
         if value is None:
@@ -194,4 +200,5 @@ def _rope(values: Mapping[str, Any], fields: _Fields, head_dim: int) -> RopeConf
         beta_slow=float(rope.number("beta_slow", 1.0)),
         attention_factor=attention_factor,
         truncate=bool(values.get("truncate", True)),
+        freq_factors=rope.numbers("freq_factors"),
     )

@@ -56,6 +56,7 @@ class FmpqCheckpoint:
         path: the directory.
         quantisation: quantization_config of its config.json.
     Attributes:
+        group_size: input channels of a 4-bit weight with one scale and zero.
         down_hadamard: the columns of `down` were multiplied by Hadamard matrices, and so must be what it reads.
     Raises:
         ModelLoadError: a missing, damaged or foreign file.
@@ -63,13 +64,18 @@ class FmpqCheckpoint:
 
     def __init__(self, path: Path, quantisation: Mapping[str, Any]) -> None:
         self.path, self._config = path, path / "config.json"
-        if quantisation.get("version") not in (1, VERSION) or quantisation.get("group_size") not in GROUP_SIZES:
+        version, group = quantisation.get("version"), quantisation.get("group_size")
+        if version not in (1, VERSION) or type(group) is not int or group not in GROUP_SIZES:
             raise ModelLoadError(
-                f"{self._config}: quantization_config has version {quantisation.get('version')!r} and group_size "
-                f"{quantisation.get('group_size')!r}; this build reads versions 1 and {VERSION} and groups of {GROUP_SIZES}"
+                f"{self._config}: quantization_config has version {version!r} and group_size {group!r}; this build reads "
+                f"versions 1 and {VERSION} and groups of {GROUP_SIZES}"
             )
-        self._group, self._k4 = quantisation["group_size"], quantisation.get("k4")
-        self.down_hadamard = bool(quantisation.get("down_hadamard", False))
+        self.group_size, self._k4 = group, quantisation.get("k4")
+        self.down_hadamard = quantisation.get("down_hadamard", False if version == 1 else None)
+        if not isinstance(self.down_hadamard, bool):
+            raise ModelLoadError(
+                f"{self._config}: quantization_config has down_hadamard {self.down_hadamard!r}; it must be true or false"
+            )
         try:
             self._file = safe_open(path / FILE_NAME, framework="pt")
         except (SafetensorError, OSError) as error:
@@ -95,13 +101,17 @@ class FmpqCheckpoint:
         codes = self._read(stem + ".codes", torch.uint8, 2)
         scale = self._read(stem + ".scale", torch.float16, 2).float()
         zero = None if table else self._read(stem + ".zero", torch.float16, 2).float()
-        group = _TABLE_GROUP if table else self._group
+        group = _TABLE_GROUP if table else self.group_size
         k = codes.shape[1] * (1 if table else 2)
         expected = (codes.shape[0], -(-k // group))
         if k % 32 != 0 or scale.shape != expected or (zero is not None and zero.shape != expected):
             raise ModelLoadError(
                 f"{self.path / FILE_NAME}: the tensors of {stem} do not fit each other: codes {list(codes.shape)}, scale "
                 f"{list(scale.shape)}; expected a multiple of 32 columns, and a scale for each {group} of them"
+            )
+        if self.down_hadamard and stem.endswith(".ffn_down") and k % HADAMARD_K:
+            raise ModelLoadError(
+                f"{self._config}: down_hadamard is true, and {stem} has {k} columns; they must be a multiple of {HADAMARD_K}"
             )
         if table:
             return QuantisedTensor(codes, scale, None, group, 8)

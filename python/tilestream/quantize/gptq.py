@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 _LEVELS = 15
 _SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)  # of a group's range: what is cut off pays for finer steps
+_PEAK = 8  # steps from 0 to the value of largest magnitude, whatever its sign, of a group whose steps meet 0 (GGUF's Q4_0)
 # Of the mean of the Hessian's diagonal. GPTQ's 0.01 (section 3.3) fits the calibration text's rows and not the next text's.
 _DAMPING = 0.1
 _LAZY_COLUMNS = 64  # columns between two updates of all that follow
@@ -109,14 +110,16 @@ def _round(groups: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> tor
 
 
 def _search_grid(weight: torch.Tensor, importance: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of each group, the share of its range that rounds to nearest with the least weighted error."""
+    """Of each group, the steps that round to nearest with the least weighted error: over a share of its range, or of its peak."""
     groups = _groups(weight, group)
     weights = F.pad(importance, (0, -weight.size(1) % group)).unflatten(0, (-1, group))
     low, high = groups.aminmax(dim=-1)
+    peak = torch.where(high > -low, high, low)
+    grids = [_grid(low * shrink, high * shrink) for shrink in _SHRINKS]
+    grids += [((peak * shrink / -_PEAK).half(), (peak * shrink).half()) for shrink in _SHRINKS]
     best = torch.full_like(low, torch.inf)
-    best_scale, best_zero = _grid(low, high)
-    for shrink in _SHRINKS:
-        scale, zero = _grid(low * shrink, high * shrink)
+    best_scale, best_zero = grids[0]
+    for scale, zero in grids:
         s, z = scale.float().unsqueeze(-1), zero.float().unsqueeze(-1)
         error = ((_steps(groups, s, z) * s + z - groups).square_() * weights).sum(-1)
         better = error < best

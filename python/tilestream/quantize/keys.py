@@ -20,6 +20,7 @@ import torch
 _NUM_SAMPLES = 512  # keys of a head, drawn in proportion to their weight
 _NUM_STEPS = 100
 _RATE = 0.05
+_TINY = 1e-20  # in the place of 0, which heads that were pruned have
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +78,8 @@ def find_key_basis(q: torch.Tensor, k: torch.Tensor, attention: torch.Tensor, ro
             cos, sin = (angle.cos() / scale)[:, None], (angle.sin() / scale)[:, None]
             turned = torch.cat([a * cos - b * sin, a * sin + b * cos, kept], 2)
             steps = (turned.amax(2) - turned.amin(2)).square().mean(1)
-            loss = (steps.log() + ((scale.square() * q_pairs).sum(1) + q_kept).log()).sum()
+            norms = (scale.square() * q_pairs).sum(1) + q_kept
+            loss = (steps.clamp_min(_TINY).log() + norms.clamp_min(_TINY).log()).sum()
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()

@@ -22,6 +22,7 @@ from tilestream.quantize.gptq import nearest
 from tilestream.quantize.head import Head
 from tilestream.quantize.layers import RoundedLayer, round_layer, teach_cache
 from tilestream.quantize.report import check_can_draw, write_report
+from tilestream.quantize.rounding import BLOCK_K
 from tilestream.quantize.select import Input, Key, choose_k4, int4_share
 from tilestream.quantize.sensitivity import Sensitivity, measure_sensitivity
 from tilestream.quantize.source import INPUTS, NORMS, STEMS, Source
@@ -83,7 +84,7 @@ class Recipe:
 
 
 @torch.no_grad()
-def quantize(model: str, text: str, path: Path, recipe: Recipe | None = None, progress: Progress | None = None) -> float:
+def quantize(model: str | Path, text: str, path: str | Path, recipe: Recipe | None = None, progress: Progress | None = None) -> float:
     """Quantise a model.
 
     Args:
@@ -103,12 +104,12 @@ def quantize(model: str, text: str, path: Path, recipe: Recipe | None = None, pr
     recipe = recipe or Recipe()
     recipe.validate()
     check_can_draw()
-    found = resolve(model)
+    found = resolve(str(model))
     source = open_checkpoint(found)
     if found.is_dir() and read_json(found / "config.json").get("quantization_config"):
         raise ModelLoadError(f"{found}: this model is quantised already; quantise from its float weights")
-    with new_directory(path) as folder:
-        return _Run(source, found, text, recipe, progress, model).write(folder)
+    with new_directory(Path(path)) as folder:
+        return _Run(source, found, text, recipe, progress, str(model)).write(folder)
 
 
 class _Run:
@@ -205,7 +206,14 @@ class _Run:
     def _weigh(self, transform: Transform | Identity, table: torch.Tensor, head: Head) -> tuple[Sensitivity, dict[Key, int]]:
         self._stage("Weighing blocks")
         sensitivity = measure_sensitivity(self.source, transform, self.decoder, self._embedded(table), head, self._advance)
-        return sensitivity, choose_k4(sensitivity.inputs, self.recipe.int4_share)
+        k4 = choose_k4(sensitivity.inputs, self.recipe.int4_share)
+        share = int4_share(sensitivity.inputs, k4)
+        if share < self.recipe.int4_share:
+            logger.warning(
+                "%s: %.1f %% of the multiply-adds is all that whole blocks of %d channels give INT4 activations; %.1f %% was wanted",
+                self.name, 100 * share, BLOCK_K, 100 * self.recipe.int4_share,
+            )  # fmt: skip
+        return sensitivity, k4
 
     def _nearest(self, layer_idx: int) -> RoundedLayer:
         weights = self.source.layer(layer_idx)

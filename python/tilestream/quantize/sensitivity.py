@@ -44,24 +44,26 @@ def measure_sensitivity(
     """One pass forwards and one backwards through the float model, a layer's weights at a time.
 
     Args:
-        x: [windows, tokens, hidden], token embeddings in the new basis. Every layer's input is kept until it is met again.
+        x: [windows, tokens, hidden], token embeddings in the new basis. Every layer's input is kept,
+            as bfloat16, until it is met again.
         head: in the new basis.
         advance: called after each layer, in both directions.
     """
-    streams = [x]
+    streams = []
     for i in range(source.config.num_layers):
+        streams.append(x.bfloat16())
         weights = transform.layer(i, source.layer(i))
-        streams.append(torch.cat([decoder.layer(i, weights, part) for part in streams[-1].split(_CHUNK)]))
+        x = torch.cat([decoder.layer(i, weights, part) for part in x.split(_CHUNK)])
         advance()
     generator = torch.Generator().manual_seed(0)
-    gradient = torch.stack([_drawn_tokens_gradient(window, head, generator) for window in streams.pop()])
+    gradient = torch.stack([_drawn_tokens_gradient(window, head, generator) for window in x])
     found = Sensitivity({}, {})
     for i in reversed(range(source.config.num_layers)):
         weights = transform.layer(i, source.layer(i))
         harm, lengths = dict.fromkeys(INPUTS, torch.zeros(())), {name: [] for name in INPUTS}
         before = []
         for part, part_gradient in zip(streams.pop().split(_CHUNK), gradient.split(_CHUNK), strict=True):
-            pass_back = _Backwards(i, weights, decoder, part, part_gradient)
+            pass_back = _Backwards(i, weights, decoder, part.float(), part_gradient)
             before.append(pass_back.gradient)
             for name in INPUTS:
                 harm[name] = harm[name] + pass_back.harm(name)

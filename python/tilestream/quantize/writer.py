@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from tilestream.models.errors import ModelLoadError
 from tilestream.models.fmpq_checkpoint import FILE_NAME, pack_nibbles
 from tilestream.models.tokenizer import Tokenizer
 from tilestream.ops import KeyRounding
@@ -27,19 +28,23 @@ def new_directory(path: Path) -> Iterator[Path]:
     """A directory to fill, which becomes `path` if nothing goes wrong and vanishes otherwise.
 
     Raises:
-        FileExistsError: there is something at `path`.
+        FileExistsError: there is something at `path`; if it came while the directory was filled, that stays, and the message
+            says where.
     """
-    if path.exists():
+    if os.path.lexists(path):
         raise FileExistsError(f"{path} exists; give -o a name that is not taken")
     path.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     try:
         yield folder
-        folder.chmod(0o777 & ~_umask())
-        os.rename(folder, path)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
+    folder.chmod(0o777 & ~_umask())
+    try:
+        os.rename(folder, path)
+    except OSError as error:
+        raise FileExistsError(f"{path} has been taken meanwhile; what was to be there is in {folder}") from error
 
 
 def _umask() -> int:
@@ -68,7 +73,12 @@ def table_tensors(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def write_tensors(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raises ModelLoadError: a tensor is not finite, for the model's weights go beyond float16."""
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise ModelLoadError(f"{name} is not finite: weights of the model are too large for scales of float16")
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / FILE_NAME)
+    (folder / FILE_NAME).chmod(0o666 & ~_umask())  # safetensors lets the owner alone read
 
 
 def write_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
