@@ -146,7 +146,8 @@ void pack_blocks(const PackGgufParams& p) {
   for_each_panel(p.n, [&](int64_t panel, int64_t first, int64_t num_columns) {
     const uint8_t* rows = p.rows + first * p.row_bytes;
     uint8_t* out = packed + panel * stride;
-    const auto decode = [&](int64_t column, int64_t g, GroupCodes& c) {
+    const auto decode = [&](int64_t column, int64_t group, GroupCodes& c) {
+      const int64_t g = p.skip / kGroupK + group;
       Block::decode(rows + column * p.row_bytes + g / Block::kGroups * Block::kBytes, g % Block::kGroups, c);
     };
     const auto decode_joined = [&](int64_t column, int64_t g, GroupCodes& c) {

@@ -99,9 +99,8 @@ class NarrowRows {
       };
       if constexpr (C::kConverted) {
 #pragma unroll
-        for (int k = 0; k < 4; ++k)
-          *reinterpret_cast<unsigned*>(place(fragment_column<C>(chunk * 8 + 2 * k))) =
-              reinterpret_cast<const unsigned*>(&packed)[k];
+        const auto* pairs = reinterpret_cast<const unsigned*>(&packed);
+        for (int k = 0; k < 4; ++k) *reinterpret_cast<unsigned*>(place(fragment_column<C>(chunk * 8 + 2 * k))) = pairs[k];
       } else {
         *reinterpret_cast<Vec<T>*>(place(chunk * 8)) = packed;
       }
@@ -194,8 +193,8 @@ class NarrowRows {
   // scores = K . q^T, of keys that become fragments a on the way: of this thread's two keys, in each step four of the columns
   // that are its own (fragment_column()).
   __device__ __forceinline__ void start_converted_scores(const Ring& keys) {
-    constexpr int kOwnBytes = C::kRawRowBytes / 4, kLoadBytes = kOwnBytes < 16 ? kOwnBytes : 16,
-                  kBytes = kKvBits<KV>;  // of 8 values
+    constexpr int kBytes = kKvBits<KV>;  // of 8 values
+    constexpr int kOwnBytes = C::kRawRowBytes / 4, kLoadBytes = kOwnBytes < 16 ? kOwnBytes : 16;
     using Words = std::conditional_t<kLoadBytes == 16, uint4, uint2>;
     const unsigned char* const tile = s_.slots[keys.slot()];
     const uint64_t q = ptx::wgmma_descriptor(s_.q + ptx::opaque(0), ptx::Swizzle::k128, kEightRows);
@@ -341,8 +340,7 @@ class NarrowRows {
   }
 
   // This warp's weights of the tile, and this thread's sums of them. Whether one is so large that its row's maximum has to move.
-  __device__ __forceinline__ bool store_weights(const float (&logits)[kRows / 2], unsigned buffer,
-                                                float (&sum)[kRows / 4]) const {
+  __device__ __forceinline__ bool store_weights(const float (&logits)[kRows / 2], unsigned at, float (&sum)[kRows / 4]) const {
     float most = -INFINITY;
     unsigned packed[4];
 #pragma unroll
@@ -362,7 +360,7 @@ class NarrowRows {
     }
     // To [row][key]: lane l has the place of row l % 8 of matrix l / 8.
     const unsigned row = lane() / 16 * 8 + lane() % 8, chunk = warp() * 2 + lane() / 8 % 2;
-    ptx::stmatrix_x4_trans(s_.weights[buffer] + ptx::swizzled(ptx::Swizzle::k128, row * kPanelRowBytes + chunk * 16), packed);
+    ptx::stmatrix_x4_trans(s_.weights[at] + ptx::swizzled(ptx::Swizzle::k128, row * kPanelRowBytes + chunk * 16), packed);
     return __any_sync(kFullMask, most > C::kLazyLog2);
   }
 

@@ -77,7 +77,8 @@ def test_smollm2(world_size: int, q_heads: list[int], kv_heads: list[range], col
 
 
 def test_blocks_stay_together() -> None:
-    assert [len(part.columns) for part in shards(SMOLLM2, 4, block=256)] == [256, 512, 256, 512]
+    assert [len(part.columns) for part in shards(replace(SMOLLM2, intermediate_size=640), 4)] == [128, 128, 128, 256]
+    assert [len(part.columns) for part in shards(replace(SMOLLM2, intermediate_size=384), 4)] == [96] * 4
     assert [len(part.columns) for part in shards(replace(SMOLLM2, intermediate_size=300), 4)] == [64, 96, 64, 76]
 
 
@@ -87,7 +88,7 @@ def test_blocks_stay_together() -> None:
         ({}, 0, 9, 1, "of 9 query heads, runs on 1 to 8 ranks"),
         ({"num_qo_heads": 3}, 0, 4, 1, "rank 0 of 4: this model, of 3 query heads, runs on 1 to 3 ranks"),
         ({}, 2, 2, 1, "rank 2 of 2"),
-        ({"intermediate_size": 512}, 0, 3, 256, "intermediate_size is 512, which is 2 times 256 .* with dtype bfloat16"),
+        ({"intermediate_size": 256}, 0, 3, 128, "intermediate_size is 256, which is 2 times 128 that stay together; at most 2"),
         ({"intermediate_size": 64}, 0, 3, 1, "intermediate_size is 64, which is 2 times 32 that stay together; at most 2 ranks"),
         ({"vocab_size": 90}, 0, 4, 1, "vocab_size is 90, which is 3 times 32"),
     ],

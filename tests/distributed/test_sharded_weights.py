@@ -16,11 +16,9 @@ from tilestream.models import load_model
 from tilestream.models.checkpoint import QuantisedTensor, RawTensor
 from tilestream.models.errors import ModelLoadError
 from tilestream.models.fmpq_checkpoint import FmpqCheckpoint
-from tilestream.models.gguf_reader import GgufFile
 from tilestream.models.weights import WeightLoader
 from tilestream.ops import PackedFormat
 
-from tests.models.gguf_files import finish
 from tests.models.test_weights import K, N, _blocks
 
 ROWS, HALVES = range(32, 67), [range(0, 256), range(256, K)]
@@ -72,6 +70,11 @@ def test_gguf_blocks(kind: Type) -> None:
     for columns in HALVES:
         assert torch.equal(values_of(part(tensor, columns=columns)), whole[:, columns.start : columns.stop])
     assert torch.equal(values_of(part(tensor, rows=ROWS, columns=HALVES[1])), whole[32:67, 256:])
+    for columns in (range(0, 160), range(160, 480), range(480, K)):  # within a K-quant's blocks
+        assert torch.equal(values_of(part(tensor, rows=ROWS, columns=columns)), whole[32:67, columns.start : columns.stop])
+        assert torch.equal(tensor.part(ROWS, columns).values, tensor.values[32:67, columns.start : columns.stop])
+    again = tensor.part(ROWS, range(96, 480)).part(range(3), range(192, 320))
+    assert torch.equal(again.values, tensor.values[32:35, 288:416])
 
 
 @pytest.mark.parametrize(
@@ -163,17 +166,6 @@ def test_roundings_of_keys_are_cut_by_heads(tmp_path: Path) -> None:
     assert torch.equal(rounding.feedback, stored["feedback"][1:3].float())
     loader.check_all_used()
     assert loader.key_rounding("blk.1.attn_k", 4, 16, heads=range(1, 3)) is None
-
-
-def test_blocks_that_the_mlp_is_cut_by(tmp_path: Path) -> None:
-    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
-    for layer, kind in enumerate((Type.Q8_0, Type.Q6_K)):
-        writer.add_tensor(f"blk.{layer}.ffn_down.weight", _blocks(kind), raw_dtype=kind)
-    finish(writer)
-    file = GgufFile(tmp_path / "model.gguf")
-    assert WeightLoader(file, "auto", None, 0).block(["blk.0.ffn_down"]) == 32
-    assert WeightLoader(file, "auto", None, 0).block(["blk.0.ffn_down", "blk.1.ffn_down"]) == 256
-    assert WeightLoader(file, "bfloat16", None, 0).block(["blk.0.ffn_down", "blk.1.ffn_down"]) == 1
 
 
 def test_a_model_for_too_many_ranks() -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from gguf import GGML_QUANT_SIZES, quants
 from gguf import GGMLQuantizationType as Type
-from gguf import quants
 
 from tilestream import ops, testing
 from tilestream.ops import PackedFormat
@@ -105,6 +105,19 @@ def test_every_simd_level(simd_level: str, gguf_type: Type) -> None:
     test_native_format(testing.backends()[0], 33, gguf_type)
 
 
+@each_type
+@pytest.mark.parametrize(("begin", "k"), [(32, 256), (224, 32), (96, 416)])
+def test_features_within_blocks(backend: testing.Backend, gguf_type: Type, begin: int, k: int) -> None:
+    """As a rank has them."""
+    rows = random_rows(40, 512, gguf_type)
+    block, block_bytes = GGML_QUANT_SIZES[gguf_type]
+    first, last = begin // block, -(-(begin + k) // block)
+    some = rows[:, first * block_bytes : last * block_bytes].contiguous()
+    for format in (NATIVE[gguf_type], PackedFormat.FLOAT32, PackedFormat.BFLOAT16):
+        got = unpack(ops.pack_gguf(some, int(gguf_type), k, format=format, skip=begin % block))
+        assert torch.equal(got, unpack(ops.pack_gguf(rows, int(gguf_type), 512, format=format))[:, begin : begin + k])
+
+
 def test_panels_of_one_weight(backend: testing.Backend) -> None:
     """q, k and v packed into one weight are what each is alone."""
     parts = [random_rows(n, 64, Type.Q4_0) for n in (64, 32, 32)]
@@ -134,6 +147,12 @@ def test_opcheck() -> None:
 def test_bad_input(gguf_type: int, k: int, num_bytes: int, format: PackedFormat, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ops.pack_gguf(torch.zeros(32, num_bytes, dtype=torch.uint8), gguf_type, k, format=format)
+
+
+@pytest.mark.parametrize("skip", [-32, 16, 256])
+def test_bad_skip(skip: int) -> None:
+    with pytest.raises(ValueError, match=f"skip is {skip}; this GGUF type needs a multiple of 32 from 0 to 224"):
+        ops.pack_gguf(random_rows(32, 256, Type.Q4_K), int(Type.Q4_K), 64, format=PackedFormat.U4G32, skip=skip)
 
 
 def test_panels_that_do_not_fit() -> None:

@@ -126,6 +126,7 @@ struct PackGgufParams {
   int64_t row_bytes;
   void* packed;
   int64_t n, k;
+  int64_t skip;         // leading weights of each row's first block that are none of the n x k, a multiple of 32
   int64_t panel_begin;  // first panel written: lets several tensors (q, k, v) share one packed weight, n % 32 == 0 each
   GgufType type;
   PackedFormat format;

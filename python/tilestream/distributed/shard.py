@@ -45,7 +45,7 @@ class Shard:
             config: of the whole model.
             rank: from 0.
             world_size: number of ranks; any that leaves each a query head, at most MOST_RANKS.
-            block: columns that cannot be taken apart in the checkpoint's MLP (K-quants: 256).
+            block: columns that cannot be taken apart in the checkpoint's MLP (Hadamard matrices: 128).
         Raises:
             ValueError: this model cannot be cut for so many ranks; says what is too small.
         """
@@ -110,6 +110,6 @@ def _cut(name: str, size: int, unit: int, world_size: int) -> tuple[range, ...]:
     if num_units < world_size:
         raise ValueError(
             f"{name} is {size}, which is {num_units} times {unit} that stay together; at most {num_units} ranks get a part "
-            f"of it, and there are {world_size}" + "; with dtype bfloat16 more do" * (unit > _GROUP)
+            f"of it, and there are {world_size}"
         )
     return tuple(range(part.start * unit, min(part.stop * unit, size)) for part in _even(num_units, world_size))

@@ -12,6 +12,7 @@ from tilestream.layers.norm import RmsNorm
 from tilestream.layers.rope import RopeConfig, RopeTable
 from tilestream.models.config import ModelConfig
 from tilestream.models.errors import ModelLoadError
+from tilestream.models.fmpq_checkpoint import HADAMARD_K
 from tilestream.models.llama import DecoderLayer, LlamaModel
 from tilestream.models.weights import WeightLoader
 
@@ -31,9 +32,8 @@ def build_model(config: ModelConfig, weights: WeightLoader, communicator: Commun
             many ranks.
     """
     rank, world_size = (0, 1) if communicator is None else (communicator.rank, communicator.world_size)
-    block = weights.block([f"blk.{i}.ffn_down" for i in range(config.num_layers)]) if world_size > 1 else 1
     try:
-        shard = Shard.of(config, rank, world_size, block=block)
+        shard = Shard.of(config, rank, world_size, block=HADAMARD_K if weights.down_hadamard else 1)
     except ValueError as error:
         raise ModelLoadError(f"{weights.checkpoint.path}: {error}") from error
     hidden, eps = config.hidden_size, config.rms_eps

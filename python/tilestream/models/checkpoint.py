@@ -25,11 +25,13 @@ class RawTensor:
         type: GGUF block type; plain float types are blocks of one element.
         rows: uint8 [num_rows, bytes per row].
         num_columns: elements per row.
+        skip: elements at the start of a row's first block that are not the weight's.
     """
 
     type: GGMLQuantizationType
     rows: torch.Tensor
     num_columns: int
+    skip: int = 0
 
     @property
     def num_rows(self) -> int:
@@ -41,19 +43,20 @@ class RawTensor:
 
     @property
     def block(self) -> int:
-        """Columns that stay together."""
-        return GGML_QUANT_SIZES[self.type][0]
+        """Columns that stay together: K-quants have scales for each 32 or less."""
+        return min(GGML_QUANT_SIZES[self.type][0], _GROUP_K)
 
     @property
     def values(self) -> torch.Tensor:
         """[num_rows, num_columns] float32."""
-        return torch.from_numpy(dequantize(self.rows.numpy(), self.type))
+        return torch.from_numpy(dequantize(self.rows.numpy(), self.type))[:, self.skip : self.skip + self.num_columns]
 
     def part(self, rows: range, columns: range) -> RawTensor:
-        """These rows and columns, whole blocks, in the same memory."""
+        """These rows and columns, in the same memory."""
         block, block_bytes = GGML_QUANT_SIZES[self.type]
-        bounds = slice(columns.start // block * block_bytes, columns.stop // block * block_bytes)
-        return RawTensor(self.type, self.rows[rows.start : rows.stop, bounds], len(columns))
+        begin, end = self.skip + columns.start, self.skip + columns.stop
+        bounds = slice(begin // block * block_bytes, -(-end // block) * block_bytes)
+        return RawTensor(self.type, self.rows[rows.start : rows.stop, bounds], len(columns), begin % block)
 
     def interleaved(self, up: RawTensor) -> RawTensor:
         """This gate's rows and those of `up`, of the same type, in turn."""

@@ -11,8 +11,7 @@ from gguf import GGMLQuantizationType
 from tilestream.layers.linear import Linear, StackedLinear
 from tilestream.models.checkpoint import Checkpoint, QuantisedTensor, RawTensor
 from tilestream.models.errors import ModelLoadError
-from tilestream.models.fmpq_checkpoint import HADAMARD_K, FmpqCheckpoint
-from tilestream.models.gguf_reader import GgufFile
+from tilestream.models.fmpq_checkpoint import FmpqCheckpoint
 from tilestream.ops.append_kv import KeyRounding
 from tilestream.ops.linear import PackedFormat, PackedWeight, interleave_gate_up, pack_weight
 from tilestream.ops.memory import Arena
@@ -182,14 +181,6 @@ class WeightLoader:
         """Whether what the MLPs' `down` reads is to be multiplied by Hadamard matrices."""
         return isinstance(self.checkpoint, FmpqCheckpoint) and self.checkpoint.down_hadamard
 
-    def block(self, names: Sequence[str]) -> int:
-        """The most columns of these weights of `down` that a cut must leave together."""
-        if self.down_hadamard:
-            return HADAMARD_K
-        if self._format is not None or not isinstance(self.checkpoint, GgufFile):
-            return 1  # what other checkpoints keep together is never more than what a cut does anyway
-        return max(self.checkpoint.tensor(name + ".weight").block for name in names)
-
     def _bias(self, name: str, n: int, rows: range) -> torch.Tensor | None:
         name += ".bias"
         return self.vector(name, n)[rows.start : rows.stop] if self.has(name) else None
@@ -208,7 +199,7 @@ class WeightLoader:
             for raw in raws:
                 torch.ops.tilestream.pack_gguf(
                     raw.rows, int(raw.type), packed.data, n=raw.num_rows, k=k, panel_begin=row // _PANEL_COLUMNS,
-                    format=int(format),
+                    format=int(format), skip=raw.skip,
                 )
                 row += raw.num_rows
         self.packed_bytes += packed.data.numel()

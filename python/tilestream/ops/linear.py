@@ -250,21 +250,23 @@ def pack_weight(
     return out
 
 
-def pack_gguf(rows: torch.Tensor, gguf_type: int, k: int, *, format: PackedFormat) -> PackedWeight:
+def pack_gguf(rows: torch.Tensor, gguf_type: int, k: int, *, format: PackedFormat, skip: int = 0) -> PackedWeight:
     """Pack rows of GGUF blocks without a detour through floats.
 
     Args:
         rows: [n, bytes per row], uint8, the tensor as it stands in the file.
         gguf_type: ggml's type number: F32, F16, BF16, Q4_0, Q4_1, Q8_0, Q4_K, Q5_K or Q6_K.
-        k: input features.
+        k: input features, a multiple of 32 for quantised types; the last block may have more.
         format: the type's own packed format, or a float one to dequantise.
+        skip: leading features of the first block that are left out, a multiple of 32 (of what a rank has of K-quants).
     Returns:
         The packed weight.
     Raises:
         ValueError, TypeError: which argument, what it was, what is allowed.
     """
     packed = PackedWeight.empty(rows.size(0), k, format)
-    torch.ops.tilestream.pack_gguf(rows, gguf_type, packed.data, n=rows.size(0), k=k, panel_begin=0, format=format)
+    n = rows.size(0)
+    torch.ops.tilestream.pack_gguf(rows, gguf_type, packed.data, n=n, k=k, panel_begin=0, format=format, skip=skip)
     return packed
 
 
