@@ -61,6 +61,8 @@ class HfCheckpoint:
         path: directory with model.safetensors, or model.safetensors.index.json and its shards.
         config: shape of the model (Gemma's norms are stored as weight - 1).
         quantisation: how weights are cut into tensors; None: they are whole.
+    Attributes:
+        as_floats: names of the quantised weights read so far that became floats.
     Raises:
         ModelLoadError: missing, damaged or foreign files.
     """
@@ -69,6 +71,7 @@ class HfCheckpoint:
         self.path = path
         self._quantisation, self.is_quantised = quantisation, quantisation is not None
         self._kinds = {"weight", "bias", *(quantisation.parts if quantisation else ())}
+        self.as_floats: set[str] = set()
         self._gemma = config.family == "gemma3"
         self._files: dict[Path, Any] = {}
         self._names: dict[str, tuple[Path, str]] = {}
@@ -154,15 +157,20 @@ class HfCheckpoint:
             stem = name.removesuffix(".weight")
             parts = [kind for kind in self._quantisation.parts if f"{stem}.{kind}" in self._names]
             if parts != ["weight"] and self._quantisation.parts[0] in parts:
-                return self._unpack(stem, parts)
+                weight = self._unpack(stem, parts)
+                if isinstance(weight, RawTensor):
+                    self.as_floats.add(name)
+                return weight
         values = self._read(name)
         matrix = values if values.dim() == 2 else values.unsqueeze(0)
         return RawTensor(_BLOCK_TYPES[values.dtype], matrix.view(torch.uint8), matrix.shape[1])
 
-    def _unpack(self, stem: str, parts: list[str]) -> QuantisedTensor:
+    def _unpack(self, stem: str, parts: list[str]) -> QuantisedTensor | RawTensor:
         try:
             return self._quantisation.unpack({kind: self._get(f"{stem}.{kind}") for kind in parts})
-        except (KeyError, RuntimeError, ValueError, IndexError) as error:
+        except KeyError as error:
+            raise ModelLoadError(f"{self.path}: the tensor {stem}.{error.args[0]} (in GGUF naming) is missing") from error
+        except (ModelLoadError, RuntimeError, ValueError, IndexError) as error:
             raise ModelLoadError(f"{self.path}: the tensors of {stem} do not fit each other: {error}") from error
 
     def vector(self, name: str) -> torch.Tensor:
