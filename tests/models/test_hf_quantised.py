@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,11 +14,14 @@ from safetensors.torch import load_file, save_file
 from tilestream import LLM, SamplingParams
 from tilestream.layers.embedding import Embedding
 from tilestream.layers.linear import Linear
+from tilestream.models import load_model
 from tilestream.models.errors import ModelLoadError
 from tilestream.models.hf_checkpoint import HfCheckpoint
 from tilestream.models.hf_quantised import quantisation_of
 from tilestream.models.weights import WeightLoader
 from tilestream.ops import PackedFormat
+
+from tests.models.helpers import PagedRunner
 
 AWQ = {"quant_method": "awq", "bits": 4, "version": "gemm"}
 
@@ -242,11 +246,14 @@ def test_tensors_that_do_not_fit(change: dict, message: str, tmp_path: Path) -> 
         loader_of(tmp_path, config, named(stored)).linear("blk.0.ffn_down", 32, 384)
 
 
-def quantise_layers(path: Path, config: dict, group: int) -> dict[str, torch.Tensor]:
+def quantise_layers(
+    path: Path, config: dict, group: int, *, lm_head: bool = False, shuffled: bool = False
+) -> dict[str, torch.Tensor]:
     """Puts quantised weights into the linear layers of a saved model; returns the weights that these stand for."""
     tensors, values = load_file(path / "model.safetensors"), {}
-    for name in [name for name in tensors if name.endswith("_proj.weight")]:
-        stored = Stored(*tensors[name].shape, group, config, seed=len(values))
+    kinds = ("_proj.weight", "lm_head.weight") if lm_head else "_proj.weight"
+    for name in [name for name in tensors if name.endswith(kinds)]:
+        stored = Stored(*tensors[name].shape, group, config, seed=len(values), shuffled=shuffled)
         values[name] = (4 * stored.values).float()
         stored.tensors.update({kind: 4 * t for kind, t in stored.tensors.items() if "scale" in kind})
         del tensors[name]
@@ -285,3 +292,41 @@ def test_models_run(hf_model: Callable, config: dict, group: int, tmp_path: Path
 def test_bad_configs(config: dict, message: str) -> None:
     with pytest.raises(ModelLoadError, match=f"config.json: {message}"):
         quantisation_of(config, "config.json")
+
+
+def logits(path: Path, dtype: str) -> torch.Tensor:
+    return PagedRunner(load_model(path, dtype=dtype).model).step({0: list(range(2, 30))})
+
+
+@pytest.mark.parametrize(
+    ("config", "shuffled"),
+    [
+        ({"quant_method": "gptq", "bits": 4, "group_size": 64, "lm_head": True}, False),
+        ({"quant_method": "gptq", "bits": 4, "group_size": 64, "lm_head": True, "desc_act": True}, True),
+        (with_group(compressed("pack-quantized", 4, True), 64), False),
+        (with_group(compressed("pack-quantized", 4, False), 64), False),
+        (with_group(compressed("int-quantized", 8, True), 64), False),
+    ],
+    ids=["gptq", "desc_act", "packed", "packed-zeros", "int8"],
+)
+def test_output_projection(
+    hf_model: Callable, config: dict, shuffled: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Quantised too, it is read; weights that became floats are said once."""
+    quantised, plain = tmp_path / "quantised", tmp_path / "plain"
+    for folder in (quantised, plain):
+        shutil.copytree(hf_model("llama-untied")[1], folder)
+    values = quantise_layers(quantised, config, 64, lm_head=True, shuffled=shuffled)
+    save_file(load_file(plain / "model.safetensors") | values, plain / "model.safetensors")
+    with caplog.at_level(logging.WARNING, "tilestream"):
+        torch.testing.assert_close(logits(quantised, "float32"), logits(plain, "float32"))
+        assert not caplog.records
+        loaded = load_model(quantised)
+    assert loaded.model.lm_head.weight.format.is_quantised == (not shuffled)
+    assert bool(logits(quantised, "auto").isfinite().all())
+    said = [record.getMessage() for record in caplog.records[:1]]
+    assert len(said) == (1 if shuffled else 0)
+    if shuffled:
+        assert f"{quantised}: {len(values)} quantised weights run as bfloat16" in said[0]
+        assert said[0].endswith("one is blk.0.attn_k.weight")
+        torch.testing.assert_close(logits(quantised, "auto"), logits(plain, "bfloat16"))

@@ -108,8 +108,9 @@ class HfCheckpoint:
 
     def _canonical(self, name: str, prefix: str) -> str | None:
         """GGUF's name of a tensor; None for those outside the text model (vision towers, projectors)."""
-        if name.endswith("lm_head.weight"):
-            return "output.weight"
+        stem, _, kind = name.rpartition(".")
+        if stem.endswith("lm_head") and kind in self._kinds:
+            return f"output.{kind}"
         if not name.startswith(prefix):
             return None
         name = name.removeprefix(prefix)
