@@ -20,6 +20,7 @@ from tilestream.models.hf_checkpoint import HfCheckpoint
 from tilestream.models.hf_quantised import quantisation_of
 from tilestream.models.weights import WeightLoader
 from tilestream.ops import PackedFormat
+from tilestream.quantize.run import quantize
 
 from tests.models.helpers import PagedRunner
 
@@ -330,3 +331,33 @@ def test_output_projection(
         assert f"{quantised}: {len(values)} quantised weights run as bfloat16" in said[0]
         assert said[0].endswith("one is blk.0.attn_k.weight")
         torch.testing.assert_close(logits(quantised, "auto"), logits(plain, "bfloat16"))
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "gptq_model-4bit-64g.safetensors"])
+@pytest.mark.parametrize(
+    ("name", "config", "said"),
+    [
+        ("quantize_config.json", {"quant_method": "gptq", "bits": 4}, {"bits": 4, "group_size": 64, "desc_act": False}),
+        ("quant_config.json", AWQ, {"zero_point": True, "q_group_size": 64, "w_bit": 4, "version": "GEMM"}),
+    ],
+)
+def test_old_directories(hf_model: Callable, name: str, config: dict, said: dict, file: str, tmp_path: Path) -> None:
+    """What their tools wrote beside a config.json that says nothing."""
+    new, old = tmp_path / "new", tmp_path / "old"
+    shutil.copytree(hf_model("llama")[1], new)
+    quantise_layers(new, config | {"group_size": 64}, 64)
+    shutil.copytree(new, old)
+    fields = json.loads((old / "config.json").read_text())
+    del fields["quantization_config"]
+    (old / "config.json").write_text(json.dumps(fields))
+    (old / name).write_text(json.dumps(said))
+    (old / "model.safetensors").rename(old / file)
+    assert torch.equal(logits(old, "float32"), logits(new, "float32"))
+    with pytest.raises(ModelLoadError, match="quantised already"):
+        quantize(str(old), "text", tmp_path / "out")
+    (old / name).write_text(json.dumps(said | {"bits": 3, "w_bit": 3}))
+    with pytest.raises(ModelLoadError, match=f"{name}: bits is 3; supported: 4"):
+        load_model(old)
+    (old / name).write_text("[]")
+    with pytest.raises(ModelLoadError, match=f"{name}: quantization_config is list; it must be an object"):
+        load_model(old)

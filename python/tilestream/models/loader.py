@@ -19,8 +19,7 @@ from tilestream.models.errors import ModelLoadError
 from tilestream.models.fmpq_checkpoint import FmpqCheckpoint, is_fmpq
 from tilestream.models.gguf_reader import GgufFile
 from tilestream.models.gguf_tokenizer import tokenizer_from_gguf
-from tilestream.models.hf_checkpoint import HfCheckpoint, read_json
-from tilestream.models.hf_quantised import quantisation_of
+from tilestream.models.hf_checkpoint import HfCheckpoint, quantisation_in, read_json
 from tilestream.models.hf_tokenizer import tokenizer_from_hf
 from tilestream.models.llama import LlamaModel
 from tilestream.models.tokenizer import Tokenizer
@@ -130,13 +129,11 @@ def open_checkpoint(path: Path) -> OpenCheckpoint:
         ModelLoadError: a damaged file, or a model that is not supported.
     """
     if path.is_dir():
-        source, values = str(path / "config.json"), read_json(path / "config.json")
-        config, tokenizer = config_from_hf(values, source), tokenizer_from_hf(path)
-        quantised = values.get("quantization_config")
+        values = read_json(path / "config.json")
+        config, tokenizer = config_from_hf(values, str(path / "config.json")), tokenizer_from_hf(path)
         if is_fmpq(values):
-            return OpenCheckpoint(FmpqCheckpoint(path, quantised), config, tokenizer)
-        checkpoint = HfCheckpoint(path, config, quantisation_of(quantised, source) if quantised else None)
-        return OpenCheckpoint(checkpoint, config, tokenizer)
+            return OpenCheckpoint(FmpqCheckpoint(path, values["quantization_config"]), config, tokenizer)
+        return OpenCheckpoint(HfCheckpoint(path, config, quantisation_in(path, values)), config, tokenizer)
     file = GgufFile(path)
     return OpenCheckpoint(file, config_from_gguf(file), tokenizer_from_gguf(file))
 
