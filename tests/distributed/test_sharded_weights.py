@@ -19,6 +19,7 @@ from tilestream.models.fmpq_checkpoint import FmpqCheckpoint
 from tilestream.models.weights import WeightLoader
 from tilestream.ops import PackedFormat
 
+from tests.models.test_hf_quantised import Stored, loader_of, named
 from tests.models.test_weights import K, N, _blocks
 
 ROWS, HALVES = range(32, 67), [range(0, 256), range(256, K)]
@@ -171,6 +172,21 @@ def test_roundings_of_keys_are_cut_by_heads(tmp_path: Path) -> None:
 def test_a_model_for_too_many_ranks() -> None:
     with pytest.raises(ModelLoadError, match=r"Q4_1.gguf: rank 0 of 10: this model, of 9 query heads, runs on 1 to 8 ranks"):
         load_model("smollm2-135m-instruct", connect=lambda config: SimpleNamespace(rank=0, world_size=10))
+
+
+@pytest.mark.parametrize("shuffled", [False, True])
+@pytest.mark.parametrize("dtype", ["auto", "float32"])
+@pytest.mark.parametrize("group", [48, 96, 128, 160, 256, 576])
+def test_groups_that_do_not_divide_the_columns(group: int, dtype: str, shuffled: bool, tmp_path: Path) -> None:
+    """A GPTQ weight of 576 columns: the last group is short, cuts fall inside groups, or columns of a group lie anywhere."""
+    config = {"quant_method": "gptq", "bits": 4, "group_size": group}
+    loader = loader_of(tmp_path, config, named(Stored(64, 576, group, config, shuffled=shuffled)), dtype)
+    whole = values_of(loader.linear("blk.0.ffn_down", 64, 576))
+    for bounds in ((0, 192, 576), (0, 128, 320, 576), (0, 288, 576)):
+        columns = [range(*bounds[i : i + 2]) for i in range(len(bounds) - 1)]
+        parts = [values_of(loader.linear("blk.0.ffn_down", 64, 576, columns=part)) for part in columns]
+        assert torch.equal(torch.cat(parts, 1), whole)
+    assert torch.equal(values_of(loader.linear("blk.0.ffn_down", 64, 576, rows=range(32, 64))), whole[32:])
 
 
 def test_progress_is_of_the_checkpoint() -> None:

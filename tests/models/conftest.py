@@ -42,6 +42,7 @@ HF_MODELS: dict[str, tuple[str, dict]] = {
     "gemma3-deep": ("Gemma3TextConfig", dict(num_hidden_layers=7, sliding_window=19, query_pre_attn_scalar=64,
                                              rope_parameters=_GEMMA_ROPE)),
     "gemma3-soft-cap": ("Gemma3TextConfig", dict(final_logit_softcapping=3.0)),
+    "llama-untied": ("LlamaConfig", dict(vocab_size=320, tie_word_embeddings=False)),
 }
 
 

@@ -316,13 +316,23 @@ def test_opcheck(backend: testing.Backend) -> None:
 
 
 BAD_INPUT = {
-    "slot": ({"slots": torch.tensor([0, 1, NUM_PAGES * 16], dtype=torch.int32)}, ValueError,
-             f"slot_mapping holds {NUM_PAGES * 16}; allowed: -1 to {NUM_PAGES * 16 - 1}"),
+    "slot": (
+        {"slots": torch.tensor([0, 1, NUM_PAGES * 16], dtype=torch.int32)},
+        ValueError,
+        f"slot_mapping holds {NUM_PAGES * 16}; allowed: -1 to {NUM_PAGES * 16 - 1}",
+    ),
     "negative slot": ({"slots": torch.tensor([0, -2, 1], dtype=torch.int32)}, ValueError, "slot_mapping holds -2; allowed: -1"),
     "slot dtype": ({"slots": torch.tensor([0, 1, 2])}, TypeError, "slot_mapping has dtype Long; supported: Int"),
-    "slot count": ({"slots": torch.tensor([0, 1], dtype=torch.int32)}, ValueError, r"slot_mapping has shape \[2\]; dimension 0 must be 3"),
-    "position": ({"positions": torch.tensor([0, 1, MAX_POSITION], dtype=torch.int32)}, ValueError,
-                 f"positions holds {MAX_POSITION}; allowed: 0 to {MAX_POSITION - 1}"),
+    "slot count": (
+        {"slots": torch.tensor([0, 1], dtype=torch.int32)},
+        ValueError,
+        r"slot_mapping has shape \[2\]; dimension 0 must be 3",
+    ),
+    "position": (
+        {"positions": torch.tensor([0, 1, MAX_POSITION], dtype=torch.int32)},
+        ValueError,
+        f"positions holds {MAX_POSITION}; allowed: 0 to {MAX_POSITION - 1}",
+    ),
     "negative position": ({"positions": torch.tensor([0, 1, -1], dtype=torch.int32)}, ValueError, "positions holds -1"),
     "q head_dim": ({"q": torch.zeros(3, 4, 32)}, ValueError, r"q has shape \[3, 4, 32\]; dimension 2 must be 64"),
     "q dtype": ({"q": torch.zeros(3, 4, 64).half()}, TypeError, "q has dtype Half; it must be Float as k"),
@@ -330,7 +340,11 @@ BAD_INPUT = {
     "v tokens": ({"v": torch.zeros(2, 2, 64)}, ValueError, r"v has shape \[2, 2, 64\]; dimension 0 must be 3"),
     "v stride": ({"v": torch.zeros(3, 64, 2).transpose(1, 2)}, ValueError, "v has strides .* last dimension must be contiguous"),
     "odd rotary_dim": ({"cos_sin": torch.zeros(MAX_POSITION, 33)}, ValueError, "cos_sin has rotary_dim 33; allowed: even"),
-    "rotary_dim": ({"cos_sin": torch.zeros(MAX_POSITION, 66)}, ValueError, "cos_sin has rotary_dim 66; allowed: even, at most head_dim 64"),
+    "rotary_dim": (
+        {"cos_sin": torch.zeros(MAX_POSITION, 66)},
+        ValueError,
+        "cos_sin has rotary_dim 66; allowed: even, at most head_dim 64",
+    ),
 }
 
 

@@ -146,13 +146,21 @@ def test_a_nan_in_one_request_stays_there(backend: testing.Backend) -> None:
 def test_scales_of_an_fp8_cache(backend: testing.Backend, variant: dict, dtype: str) -> None:
     """k_scale joins sm_scale, v_scale the division by the sum; of partial results too."""
     for num_workers in (1, 5):
-        check(dataclasses.replace(MIXED, dtype=dtype, kv_dtype="fp8", k_scale=0.375, v_scale=3.0, num_workers=num_workers, **variant))
+        check(
+            dataclasses.replace(
+                MIXED, dtype=dtype, kv_dtype="fp8", k_scale=0.375, v_scale=3.0, num_workers=num_workers, **variant
+            )
+        )
 
 
 def test_descales(backend: testing.Backend) -> None:
     """Each kv head's own, of a float8 q and its cache."""
     for num_workers in (1, 5):
-        check(dataclasses.replace(MIXED, dtype="fp8", kv_dtype="fp8", k_scale=0.375, v_scale=3.0, descales=True, num_workers=num_workers))
+        check(
+            dataclasses.replace(
+                MIXED, dtype="fp8", kv_dtype="fp8", k_scale=0.375, v_scale=3.0, descales=True, num_workers=num_workers
+            )
+        )
 
 
 def test_a_float8_q_gives_any_dtype(backend: testing.Backend) -> None:
@@ -270,15 +278,30 @@ def _change(t, **changes):
 
 
 BAD_INPUT = {
-    "q dtype": (lambda t: _change(t, q=t.q.double()), TypeError, "q has dtype Double; supported: Float, Half, BFloat16, Float8_e4m3fn"),
-    "q of fp8": (lambda t: _change(t, q=t.q.to(torch.float8_e4m3fn)), TypeError, "k_cache has dtype Float; it must be Float8_e4m3fn as q"),
+    "q dtype": (
+        lambda t: _change(t, q=t.q.double()),
+        TypeError,
+        "q has dtype Double; supported: Float, Half, BFloat16, Float8_e4m3fn",
+    ),
+    "q of fp8": (
+        lambda t: _change(t, q=t.q.to(torch.float8_e4m3fn)),
+        TypeError,
+        "k_cache has dtype Float; it must be Float8_e4m3fn as q",
+    ),
     "q rank": (lambda t: _change(t, q=t.q[:, 0]), ValueError, r"q has 2 dimensions \[3, 64\]; it needs 3"),
     "q tokens": (lambda t: _change(t, q=t.q[:2]), ValueError, r"q has shape \[2, 4, 64\]; the plan was made for 3 tokens"),
     "q heads": (lambda t: _change(t, q=t.q[:, :3]), ValueError, r"q has shape .*dimension 1 must be 4"),
     "q head_dim": (lambda t: _change(t, q=t.q[..., :32]), ValueError, r"q has shape .*dimension 2 must be 64"),
-    "q stride": (lambda t: _change(t, q=t.q.transpose(0, 2).contiguous().transpose(0, 2)), ValueError,
-                 "q has strides .* last dimension must be contiguous"),
-    "alibi": (lambda t: _change(t, alibi_slopes=torch.ones(5)), ValueError, r"alibi_slopes has shape \[5\]; dimension 0 must be 4"),
+    "q stride": (
+        lambda t: _change(t, q=t.q.transpose(0, 2).contiguous().transpose(0, 2)),
+        ValueError,
+        "q has strides .* last dimension must be contiguous",
+    ),
+    "alibi": (
+        lambda t: _change(t, alibi_slopes=torch.ones(5)),
+        ValueError,
+        r"alibi_slopes has shape \[5\]; dimension 0 must be 4",
+    ),
     "sinks": (lambda t: _change(t, sinks=torch.ones(4).half()), TypeError, "sinks has dtype Half; supported: Float"),
 }
 
@@ -296,7 +319,11 @@ def test_bad_input(name: str) -> None:
 
 BAD_CACHE = {
     "block_table dtype": ({"block_table": torch.zeros(2, 4).long()}, TypeError, "block_table has dtype Long; supported: Int"),
-    "block_table rows": ({"block_table": torch.zeros(1, 4).int()}, ValueError, r"block_table has shape \[1, 4\]; the plan needs 2 rows"),
+    "block_table rows": (
+        {"block_table": torch.zeros(1, 4).int()},
+        ValueError,
+        r"block_table has shape \[1, 4\]; the plan needs 2 rows",
+    ),
     "block_table columns": ({"block_table": torch.zeros(2, 1).int()}, ValueError, r"longest list has 20 tokens, that is 2 pages"),
     "plan": ({"plan": torch.zeros(100).int()}, ValueError, "host_plan does not hold a plan"),
     "short plan": ({"plan": torch.zeros(3).int()}, ValueError, "host_plan has 3 elements"),
@@ -304,19 +331,43 @@ BAD_CACHE = {
     "descale": ({"q_descale": torch.ones(2)}, ValueError, "q_descale is given for a Float q; only a Float8_e4m3fn q"),
     "lse": ({"lse": torch.zeros(3, 5)}, ValueError, r"lse has shape \[3, 5\]; dimension 1 must be 4"),
     "soft cap": ({"logits_soft_cap": -1.0}, ValueError, "logits_soft_cap is -1; allowed: 0"),
-    "page size": ({"cache": ops.KvCache(*[torch.zeros(9, 2, 32, 64)] * 2)}, ValueError, "k_cache has page_size 32; the plan was made for 16"),
-    "odd page size": ({"cache": ops.KvCache(*[torch.zeros(9, 2, 24, 64)] * 2)}, ValueError, "page_size 24; supported: 16, 32, 64"),
+    "page size": (
+        {"cache": ops.KvCache(*[torch.zeros(9, 2, 32, 64)] * 2)},
+        ValueError,
+        "k_cache has page_size 32; the plan was made for 16",
+    ),
+    "odd page size": (
+        {"cache": ops.KvCache(*[torch.zeros(9, 2, 24, 64)] * 2)},
+        ValueError,
+        "page_size 24; supported: 16, 32, 64",
+    ),
     "head_dim": ({"cache": ops.KvCache(*[torch.zeros(9, 2, 16, 72)] * 2)}, ValueError, "head_dim 72; supported: multiples of 16"),
-    "kv heads": ({"cache": ops.KvCache(*[torch.zeros(9, 4, 16, 64)] * 2)}, ValueError, "k_cache has 4 kv heads; the plan was made for 2"),
+    "kv heads": (
+        {"cache": ops.KvCache(*[torch.zeros(9, 4, 16, 64)] * 2)},
+        ValueError,
+        "k_cache has 4 kv heads; the plan was made for 2",
+    ),
     "sides": ({"cache": ops.KvCache(torch.zeros(9, 2, 16, 64), torch.zeros(8, 2, 16, 64))}, ValueError, "v_cache has shape"),
-    "dtypes": ({"cache": ops.KvCache(torch.zeros(9, 2, 16, 64), torch.zeros(9, 2, 16, 64).half())}, TypeError,
-               "v_cache has dtype Half; it must be Float as k_cache"),
-    "k_scale of a wide cache": ({"cache": ops.KvCache(*[torch.zeros(9, 2, 16, 64)] * 2, k_scale=0.5)}, ValueError,
-                                "k_scale is 0.5 for a Float cache; only a Float8_e4m3fn cache has one"),
-    "v_scale": ({"cache": ops.KvCache(*[torch.zeros(9, 2, 16, 64).to(torch.float8_e4m3fn)] * 2, v_scale=0.0)}, ValueError,
-                "v_scale is 0; allowed: positive and finite"),
-    "int4 of fp8": ({"cache": ops.KvCache(*[torch.zeros(9, 2, 16, 64).to(torch.float8_e4m3fn)] * 2, int4=True)}, TypeError,
-                    "k_cache has dtype Float8_e4m3fn; an int4 cache is stored as Byte"),
+    "dtypes": (
+        {"cache": ops.KvCache(torch.zeros(9, 2, 16, 64), torch.zeros(9, 2, 16, 64).half())},
+        TypeError,
+        "v_cache has dtype Half; it must be Float as k_cache",
+    ),
+    "k_scale of a wide cache": (
+        {"cache": ops.KvCache(*[torch.zeros(9, 2, 16, 64)] * 2, k_scale=0.5)},
+        ValueError,
+        "k_scale is 0.5 for a Float cache; only a Float8_e4m3fn cache has one",
+    ),
+    "v_scale": (
+        {"cache": ops.KvCache(*[torch.zeros(9, 2, 16, 64).to(torch.float8_e4m3fn)] * 2, v_scale=0.0)},
+        ValueError,
+        "v_scale is 0; allowed: positive and finite",
+    ),
+    "int4 of fp8": (
+        {"cache": ops.KvCache(*[torch.zeros(9, 2, 16, 64).to(torch.float8_e4m3fn)] * 2, int4=True)},
+        TypeError,
+        "k_cache has dtype Float8_e4m3fn; an int4 cache is stored as Byte",
+    ),
     "scales": ({"cache": ops.KvCache(*[torch.zeros(9, 2, 16, 64, dtype=torch.uint8)] * 2)}, ValueError, "kv_scales is missing"),
 }
 

@@ -201,7 +201,9 @@ def test_embedding_gives_back_what_was_packed(backend: testing.Backend, format: 
             got = ops.embedding(ids, weight.packed, dtype=dtype)
             bound = 1.01 * testing.unit_roundoff(dtype) * float(want.abs().max())
             if format in QUANTISED:  # q * scale + zero, each rounded to float32
-                bound += 2 * testing.unit_roundoff(torch.float32) * float((weight.scale * QUANTISED[format] + weight.zero.abs()).max())
+                bound += (
+                    2 * testing.unit_roundoff(torch.float32) * float((weight.scale * QUANTISED[format] + weight.zero.abs()).max())
+                )
             testing.assert_within(got, want, bound)
     assert ops.embedding(torch.empty(0, dtype=torch.int64), weight.packed).shape == (0, 96)
 
@@ -262,17 +264,36 @@ def test_bad_weight_and_ids() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"q": torch.full((32, 32), 16, dtype=torch.uint8), "scale": torch.ones(32, 1), "format": PackedFormat.U4G32S},
-         "q holds 16; allowed: 0 to 15"),
-        ({"q": torch.zeros(32, 32, dtype=torch.uint8), "scale": torch.ones(32, 1), "format": PackedFormat.U4G32}, "zero is missing"),
-        ({"q": torch.zeros(32, 32, dtype=torch.uint8), "scale": torch.ones(32, 1), "zero": torch.ones(32, 1),
-          "format": PackedFormat.U8G32S}, "zero is given"),
-        ({"q": torch.zeros(32, 32, dtype=torch.uint8), "scale": torch.ones(32, 2), "format": PackedFormat.U8G32S, "group": 16}, "group is 16; allowed for format 4: multiples of 32"),
-        ({"q": torch.zeros(32, 64, dtype=torch.uint8), "scale": torch.ones(31, 2), "format": PackedFormat.U8G32S},
-         r"scale has shape \[31, 2\]; dimension 0 must be 32"),
+        (
+            {"q": torch.full((32, 32), 16, dtype=torch.uint8), "scale": torch.ones(32, 1), "format": PackedFormat.U4G32S},
+            "q holds 16; allowed: 0 to 15",
+        ),
+        (
+            {"q": torch.zeros(32, 32, dtype=torch.uint8), "scale": torch.ones(32, 1), "format": PackedFormat.U4G32},
+            "zero is missing",
+        ),
+        (
+            {
+                "q": torch.zeros(32, 32, dtype=torch.uint8),
+                "scale": torch.ones(32, 1),
+                "zero": torch.ones(32, 1),
+                "format": PackedFormat.U8G32S,
+            },
+            "zero is given",
+        ),
+        (
+            {"q": torch.zeros(32, 32, dtype=torch.uint8), "scale": torch.ones(32, 2), "format": PackedFormat.U8G32S, "group": 16},
+            "group is 16; allowed for format 4: multiples of 32",
+        ),
+        (
+            {"q": torch.zeros(32, 64, dtype=torch.uint8), "scale": torch.ones(31, 2), "format": PackedFormat.U8G32S},
+            r"scale has shape \[31, 2\]; dimension 0 must be 32",
+        ),
         ({"values": torch.zeros(32, 32), "format": PackedFormat.U8G32S}, "packed from q and scale, not from values"),
-        ({"q": torch.zeros(32, 32, dtype=torch.uint8), "scale": torch.ones(32, 1), "format": PackedFormat.FLOAT32},
-         "packed from values, not from q"),
+        (
+            {"q": torch.zeros(32, 32, dtype=torch.uint8), "scale": torch.ones(32, 1), "format": PackedFormat.FLOAT32},
+            "packed from values, not from q",
+        ),
         ({"format": PackedFormat.FLOAT32}, "pack_weight needs values"),
     ],
 )

@@ -7,7 +7,17 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from tests.ops.test_linear import DTYPES, PANELS, QUANTISED, Weight, each_dtype, each_format, each_quantised, int8_bound, unambiguous
+from tests.ops.test_linear import (
+    DTYPES,
+    PANELS,
+    QUANTISED,
+    Weight,
+    each_dtype,
+    each_format,
+    each_quantised,
+    int8_bound,
+    unambiguous,
+)
 from tests.ops.test_linear_rows import each_kernel, weight_of
 from tilestream import ops, testing
 from tilestream.ops import LinearKernel, PackedFormat, PackedWeight
@@ -18,7 +28,18 @@ pytestmark = pytest.mark.simt(archs=(80, 90))
 FLOAT_ERROR = testing.unit_roundoff(torch.float32)
 each_gate = pytest.mark.parametrize("gate", list(ACTIVATIONS))
 # One row, a warp's, tiles of each size, and row counts and columns that fill none of them. k of one span, several, and a part.
-SHAPES = [(0, 32, 64), (1, 2, 32), (1, 34, 96), (3, 100, 160), (8, 96, 576), (9, 130, 96), (17, 70, 128), (33, 66, 64), (65, 40, 32), (130, 130, 96)]
+SHAPES = [
+    (0, 32, 64),
+    (1, 2, 32),
+    (1, 34, 96),
+    (3, 100, 160),
+    (8, 96, 576),
+    (9, 130, 96),
+    (17, 70, 128),
+    (33, 66, 64),
+    (65, 40, 32),
+    (130, 130, 96),
+]
 
 
 def two_ops(y: torch.Tensor, gate: str) -> torch.Tensor:
@@ -27,7 +48,15 @@ def two_ops(y: torch.Tensor, gate: str) -> torch.Tensor:
 
 
 def check(
-    m: int, n: int, k: int, format: PackedFormat, dtype: torch.dtype, gate: str | None, *, in_place: bool = False, act_bits: int = 8
+    m: int,
+    n: int,
+    k: int,
+    format: PackedFormat,
+    dtype: torch.dtype,
+    gate: str | None,
+    *,
+    in_place: bool = False,
+    act_bits: int = 8,
 ) -> None:
     """Against float64, and where results are float32 against the product and another op."""
     weight, bias = Weight(n, k, format), torch.randn(n) if m % 2 == 1 else None
@@ -52,7 +81,9 @@ def check(
         want, error = finish(y), int8_bound(x, weight, y, torch.float32)
         if gate is not None and m > 0:  # neither activation is steeper than 1.13 or larger than its argument
             error = (2.2 * float(y.abs().max()) + error) * error + 8 * FLOAT_ERROR * float(want.abs().max())
-        testing.assert_within(out.tensor, want, error + 1.01 * testing.unit_roundoff(dtype) * float(want.abs().max()) if m else 0.0)
+        testing.assert_within(
+            out.tensor, want, error + 1.01 * testing.unit_roundoff(dtype) * float(want.abs().max()) if m else 0.0
+        )
     else:
         # A bfloat16 weight meets bfloat16 activations, whose products are then summed in float32.
         x = x.bfloat16() if format == PackedFormat.BFLOAT16 else x
@@ -142,7 +173,9 @@ def rows_of(x: torch.Tensor, rows: slice, weight: PackedWeight, epilogue: dict[s
 
 @each_format
 @pytest.mark.parametrize("kind", ["gate", "residual"])
-def test_rows_do_not_depend_on_others_or_threads(backend: testing.Backend, set_num_threads, format: PackedFormat, kind: str) -> None:
+def test_rows_do_not_depend_on_others_or_threads(
+    backend: testing.Backend, set_num_threads, format: PackedFormat, kind: str
+) -> None:
     n, k, threads = (200, 192, (1, 2, 7)) if backend.name == "cpu" else (40, 1184, (1,))
     weight, x = Weight(n, k, format).packed, torch.randn(70, k).bfloat16()
     epilogue = {"gate": "silu"} if kind == "gate" else {"residual": torch.randn(70, n).bfloat16()}
@@ -221,12 +254,27 @@ def test_opcheck() -> None:
 
 BAD = {
     "gate": ({"gate": "relu", "out": torch.zeros(2, 20)}, ValueError, "gate is 'relu'; allowed: silu, gelu_tanh, or none"),
-    "out of a gate": ({"gate": "silu"}, ValueError, r"out has shape \[2, 40\]; dimension 1 must be 20 \(n / 2, for there is a gate\)"),
-    "both": ({"gate": "silu", "out": torch.zeros(2, 20), "residual": torch.zeros(2, 20)}, ValueError,
-             "gate is 'silu' and a residual is given; allowed: one of them"),
+    "out of a gate": (
+        {"gate": "silu"},
+        ValueError,
+        r"out has shape \[2, 40\]; dimension 1 must be 20 \(n / 2, for there is a gate\)",
+    ),
+    "both": (
+        {"gate": "silu", "out": torch.zeros(2, 20), "residual": torch.zeros(2, 20)},
+        ValueError,
+        "gate is 'silu' and a residual is given; allowed: one of them",
+    ),
     "residual dtype": ({"residual": torch.zeros(2, 40).half()}, TypeError, "residual has dtype Half; it must be Float as out"),
-    "residual shape": ({"residual": torch.zeros(1, 40)}, ValueError, r"residual has shape \[1, 40\]; it must be that of out, \[2, 40\]"),
-    "residual strides": ({"residual": torch.zeros(40, 2).T}, ValueError, "residual has strides .* last dimension must be contiguous"),
+    "residual shape": (
+        {"residual": torch.zeros(1, 40)},
+        ValueError,
+        r"residual has shape \[1, 40\]; it must be that of out, \[2, 40\]",
+    ),
+    "residual strides": (
+        {"residual": torch.zeros(40, 2).T},
+        ValueError,
+        "residual has strides .* last dimension must be contiguous",
+    ),
 }
 
 
@@ -242,7 +290,9 @@ def test_bad_input(name: str) -> None:
 
 def test_refusals() -> None:
     odd = Weight(41, 64, PackedFormat.U4G32).packed
-    with pytest.raises(ValueError, match="n is 41; with a gate the weight's rows alternate between gate and up, so it must be even"):
+    with pytest.raises(
+        ValueError, match="n is 41; with a gate the weight's rows alternate between gate and up, so it must be even"
+    ):
         ops.linear(torch.zeros(2, 64), odd, gate="silu")
     shared = torch.zeros(3, 40)
     with pytest.raises(ValueError, match="residual shares a part of out's memory; allowed: all of it in the same order, or none"):

@@ -64,7 +64,11 @@ def test_int4_blocks(backend: testing.Backend, rows: int, k: int, k4: int, dtype
     got = ops.fused_add_rms_norm_quant(x[:, :k], residual, weight, eps=EPS, k4=k4)
     values = norm_reference.rms_norm(residual, weight, EPS)
     check_rows(got, values, 8 * testing.unit_roundoff(torch.float32) * float(values.abs().max()))
-    check_rows(ops.rms_norm_quant(residual, weight, eps=EPS, k4=k4), values, 8 * testing.unit_roundoff(torch.float32) * float(values.abs().max()))
+    check_rows(
+        ops.rms_norm_quant(residual, weight, eps=EPS, k4=k4),
+        values,
+        8 * testing.unit_roundoff(torch.float32) * float(values.abs().max()),
+    )
 
 
 def test_int4_uses_all_of_its_sixteen_values(backend: testing.Backend) -> None:
@@ -118,7 +122,9 @@ def test_gated_activations(backend: testing.Backend, rows: int, k: int, name: st
 
 
 @each_dtype
-@pytest.mark.parametrize(("rows", "k", "k4"), [(0, 128, 0), (1, 128, 0), *K4[:1], (3, 640, 256), (5, 1536, 1408), (2, 4224, 2304)])
+@pytest.mark.parametrize(
+    ("rows", "k", "k4"), [(0, 128, 0), (1, 128, 0), *K4[:1], (3, 640, 256), (5, 1536, 1408), (2, 4224, 2304)]
+)
 def test_hadamard(backend: testing.Backend, rows: int, k: int, k4: int, dtype: torch.dtype) -> None:
     """Turned rows, as floats and as integers."""
     x = torch.randn(rows, k + 8).to(dtype)[:, 8:]
@@ -291,8 +297,16 @@ BAD = {
     "x dtype": ({"x": torch.zeros(3, 64).double()}, TypeError, "x has dtype Double; supported: Float, Half, BFloat16"),
     "q dtype": ({"q": torch.zeros(3, 64)}, TypeError, "q has dtype Float; supported: Char"),
     "q rows": ({"q": torch.zeros(2, 64, dtype=torch.int8)}, ValueError, r"q has shape \[2, 64\]; dimension 0 must be 3 \(rows\)"),
-    "scale": ({"scale": torch.zeros(3, 2)}, ValueError, r"scale has shape \[3, 2\]; dimension 1 must be 1 \(k / 128, rounded up\)"),
-    "sum": ({"sum": torch.zeros(3, 1, dtype=torch.int32)}, ValueError, r"sum has shape \[3, 1\]; dimension 1 must be 2 \(k / 32\)"),
+    "scale": (
+        {"scale": torch.zeros(3, 2)},
+        ValueError,
+        r"scale has shape \[3, 2\]; dimension 1 must be 1 \(k / 128, rounded up\)",
+    ),
+    "sum": (
+        {"sum": torch.zeros(3, 1, dtype=torch.int32)},
+        ValueError,
+        r"sum has shape \[3, 1\]; dimension 1 must be 2 \(k / 32\)",
+    ),
     "strides": ({"q": torch.zeros(3, 96, dtype=torch.int8)[:, :64]}, ValueError, "q has strides .* must be contiguous"),
 }
 

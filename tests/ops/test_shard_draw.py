@@ -72,7 +72,9 @@ class Case:
         return got
 
 
-def uniform(logits: torch.Tensor, bounds: list[int], temperature: float = 1.0, top_p: float = 1.0, min_p: float = 0.0, **rest) -> Case:
+def uniform(
+    logits: torch.Tensor, bounds: list[int], temperature: float = 1.0, top_p: float = 1.0, min_p: float = 0.0, **rest
+) -> Case:
     """The same settings in all rows."""
     return Case(logits, bounds, *(torch.full((len(logits),), value) for value in (temperature, top_p, min_p)), **rest)
 
@@ -83,7 +85,14 @@ FILTERS = [
 ]  # fmt: skip
 each_filter = pytest.mark.parametrize("filters", FILTERS, ids=lambda f: ",".join(f"{k}={v}" for k, v in f.items()) or "plain")
 
-BOUNDS = [[0, 1], [0, 1, 2], [0, 255, 257, 700], [0, 1024, 2049], [0, 32, 4000, 4001, 5000], [0, 700, 1400, 2100, 2800, 3000, 3001, 3002, 3100]]
+BOUNDS = [
+    [0, 1],
+    [0, 1, 2],
+    [0, 255, 257, 700],
+    [0, 1024, 2049],
+    [0, 32, 4000, 4001, 5000],
+    [0, 700, 1400, 2100, 2800, 3000, 3001, 3002, 3100],
+]
 
 
 @pytest.mark.simt
@@ -162,7 +171,9 @@ def test_masses_of_the_largest_vocabulary() -> None:
         uniform(logits, [0, 1 << 18, 1 << 19, (1 << 20) - 1], top_p=top_p).check()
 
 
-values = st.one_of(st.integers(-3, 3).map(float), st.floats(width=32, allow_nan=False), st.sampled_from([-math.inf, math.nan, -0.0]))
+values = st.one_of(
+    st.integers(-3, 3).map(float), st.floats(width=32, allow_nan=False), st.sampled_from([-math.inf, math.nan, -0.0])
+)
 
 
 @given(
@@ -200,7 +211,9 @@ def test_histograms_against_float64(backend: testing.Backend, temperature: float
         bits = int(reference.ordered_bits(threshold))
         for i in range(4):
             got = ops.shard_histogram(part, case.rows(), histograms[:i])[row]
-            want = reference.histogram(part[row], maximum=float(ordered[0]), temperature=scale, prefix=bits >> 32 - 8 * i, num_known=8 * i)
+            want = reference.histogram(
+                part[row], maximum=float(ordered[0]), temperature=scale, prefix=bits >> 32 - 8 * i, num_known=8 * i
+            )
             assert_masses(got, want, 1100)
             assert bool((got[want == 0] == 0).all()) and bool((want > 0).any() or i > 1)
 
@@ -239,7 +252,9 @@ def test_opcheck() -> None:
     case = uniform(torch.randn(2, 100), [0, 100], top_p=0.5)
     rows, histograms = case.rows(), case.histograms()
     filters = (case.logits, rows.maxima, rows.temperature, rows.top_p, rows.min_p)
-    torch.library.opcheck(torch.ops.tilestream.shard_histogram.default, (*filters[:4], histograms[:1], torch.zeros(2, 256).long()))
+    torch.library.opcheck(
+        torch.ops.tilestream.shard_histogram.default, (*filters[:4], histograms[:1], torch.zeros(2, 256).long())
+    )
     chunks = ops.shard_masses(case.logits, rows, histograms)
     torch.library.opcheck(torch.ops.tilestream.shard_masses.default, (*filters, histograms, torch.empty_like(chunks)))
     tokens = torch.empty(2, dtype=torch.int64)
@@ -257,8 +272,16 @@ def test_opcheck() -> None:
         ({"top_p": torch.tensor([0.0, 1.0])}, ValueError, r"top_p\[0\] is 0; allowed: above 0 to 1"),
         ({"min_p": torch.tensor([0.0, 1.5])}, ValueError, r"min_p\[1\] is 1.5; allowed: from 0 to 1"),
         ({"seeds": torch.zeros(2)}, TypeError, "seeds has dtype Float; supported: Long"),
-        ({"histograms": torch.zeros(3, 2, 256).long()}, ValueError, r"histograms has shape \[3, 2, 256\]; dimension 0 must be 4 \(rounds\)"),
-        ({"histograms": torch.zeros(4, 3, 256).long()}, ValueError, r"histograms has shape \[4, 3, 256\], but logits only 2 rows"),
+        (
+            {"histograms": torch.zeros(3, 2, 256).long()},
+            ValueError,
+            r"histograms has shape \[3, 2, 256\]; dimension 0 must be 4 \(rounds\)",
+        ),
+        (
+            {"histograms": torch.zeros(4, 3, 256).long()},
+            ValueError,
+            r"histograms has shape \[4, 3, 256\], but logits only 2 rows",
+        ),
         ({"histograms": torch.zeros(4, 2, 255).long()}, ValueError, r"histograms has shape .*; dimension 2 must be 256"),
         ({"histograms": torch.zeros(256, 2, 4).long().transpose(0, 2)}, ValueError, "histograms has strides"),
         ({"chunk_masses": torch.zeros(2, 2).long()}, ValueError, r"chunk_masses has shape \[2, 2\]; dimension 1 must be 1"),

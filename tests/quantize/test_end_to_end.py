@@ -235,7 +235,9 @@ def test_int4_where_it_cannot_run(hf_model, tmp_path: Path, caplog: pytest.LogCa
         has_int4 = True
 
     ampere = Ampere(torch.device("cuda"), torch.bfloat16, blocked_kv=False, asynchronous=True)
-    with pytest.raises(ModelLoadError, match="need weights in groups of 128 on a GPU, and these are in groups of 32; take act_bits 8"):
+    with pytest.raises(
+        ModelLoadError, match="need weights in groups of 128 on a GPU, and these are in groups of 32; take act_bits 8"
+    ):
         load_model(out, act_bits="4", placement=ampere)
     with suppress(RuntimeError, AssertionError):  # where there is no GPU
         load_model(out, placement=ampere)

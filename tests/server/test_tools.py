@@ -68,7 +68,12 @@ WEATHER_CALL, TIME_CALL = ("weather", PARIS), ("time", "{}")
 CASES = [
     (HERMES, "Just text < with <tool_ in it", "Just text < with <tool_ in it", []),
     (HERMES, f"<tool_call>\n{CALL}\n</tool_call>", "", [WEATHER_CALL]),
-    (HERMES, f"Let me see.\n<tool_call>\n{CALL}\n</tool_call>\n<tool_call>{OTHER}</tool_call>\n", "Let me see.\n", [WEATHER_CALL, TIME_CALL]),
+    (
+        HERMES,
+        f"Let me see.\n<tool_call>\n{CALL}\n</tool_call>\n<tool_call>{OTHER}</tool_call>\n",
+        "Let me see.\n",
+        [WEATHER_CALL, TIME_CALL],
+    ),
     (HERMES, f"<tool_call>{CALL}</tool_call> Done.", "Done.", [WEATHER_CALL]),
     (HERMES, f"<tool_call>{CALL}", "", [WEATHER_CALL]),
     (HERMES, f"<tool_call>{OTHER[:-1]}", "", [TIME_CALL]),
@@ -77,11 +82,26 @@ CASES = [
     (HERMES, '<tool_call>{"name": "time", "arguments": "{\\"a\\": 2}"}</tool_call>', "", [("time", '{"a": 2}')]),
     (HERMES, '<tool_call>{"name": "time", "arguments": {}, "id": "x}"}</tool_call>', "", [TIME_CALL]),
     (HERMES, '<tool_call>{"name": "no"', '<tool_call>{"name": "no"', []),
-    (HERMES, '<tool_call>{"name": "other", "arguments": {}}</tool_call>', '<tool_call>{"name": "other", "arguments": {}}</tool_call>', []),
-    (HERMES, '<tool_call>{"name": ["a"], "arguments": {}}</tool_call>', '<tool_call>{"name": ["a"], "arguments": {}}</tool_call>', []),
+    (
+        HERMES,
+        '<tool_call>{"name": "other", "arguments": {}}</tool_call>',
+        '<tool_call>{"name": "other", "arguments": {}}</tool_call>',
+        [],
+    ),
+    (
+        HERMES,
+        '<tool_call>{"name": ["a"], "arguments": {}}</tool_call>',
+        '<tool_call>{"name": ["a"], "arguments": {}}</tool_call>',
+        [],
+    ),
     (HERMES, f"<tool_call>{{oh}}</tool_call><tool_call>{OTHER}</tool_call>", "<tool_call>{oh}</tool_call>", [TIME_CALL]),
     (HERMES, "<tool_call>no json</tool_call>", "<tool_call>no json</tool_call>", []),
-    (HERMES, '<tool_call>{"name": "\\q", "arguments": {}}</tool_call>', '<tool_call>{"name": "\\q", "arguments": {}}</tool_call>', []),
+    (
+        HERMES,
+        '<tool_call>{"name": "\\q", "arguments": {}}</tool_call>',
+        '<tool_call>{"name": "\\q", "arguments": {}}</tool_call>',
+        [],
+    ),
     (MISTRAL, f"[TOOL_CALLS] [{CALL}, {OTHER}]", "", [WEATHER_CALL, TIME_CALL]),
     (MISTRAL, f"[TOOL_CALLS][{OTHER}]", "", [TIME_CALL]),
     (MISTRAL, "a list [1, 2] and [TOOL", "a list [1, 2] and [TOOL", []),
@@ -105,7 +125,12 @@ def test_parser(options: dict, text: str, content: str, calls: list[tuple[str, s
 
 def test_arguments_stream_as_they_come() -> None:
     parser = ToolParser(NAMES, **HERMES)
-    calls = [call for char in f"Hm. <tool_call>{CALL}</tool_call>" for delta in parser.feed(char) for call in delta.get("tool_calls", ())]
+    calls = [
+        call
+        for char in f"Hm. <tool_call>{CALL}</tool_call>"
+        for delta in parser.feed(char)
+        for call in delta.get("tool_calls", ())
+    ]
     assert calls[0]["function"] == {"name": "weather", "arguments": ""}
     assert [call["function"]["arguments"] for call in calls[1:]] == list(PARIS)
 
@@ -169,7 +194,9 @@ def test_one_call_at_a_time(openai_client: openai.OpenAI, live_engine: FakeAsync
     assert [call.function.name for call in choice.message.tool_calls] == ["time"]
 
 
-def test_plain_answer_and_cut_call(openai_client: openai.OpenAI, live_engine: FakeAsyncEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plain_answer_and_cut_call(
+    openai_client: openai.OpenAI, live_engine: FakeAsyncEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(live_engine, "answer", "It rains.")
     (choice,) = openai_client.chat.completions.create(**fields()).choices
     assert (choice.finish_reason, choice.message.content, choice.message.tool_calls) == ("stop", "It rains.", None)
@@ -179,7 +206,9 @@ def test_plain_answer_and_cut_call(openai_client: openai.OpenAI, live_engine: Fa
     assert PARIS.startswith(choice.message.tool_calls[0].function.arguments)
 
 
-def test_logprobs_stay_beside_calls(openai_client: openai.OpenAI, live_engine: FakeAsyncEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logprobs_stay_beside_calls(
+    openai_client: openai.OpenAI, live_engine: FakeAsyncEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     answer = f"<tool_call>{CALL}</tool_call>"
     monkeypatch.setattr(live_engine, "answer", answer)
     chunks = list(openai_client.chat.completions.create(**fields(logprobs=True, stream=True)))
@@ -205,7 +234,10 @@ async def test_required_forces_json(client: httpx.AsyncClient, engine: FakeAsync
     else:
         choice = answer.json()["choices"][0]
         assert choice["finish_reason"] == "tool_calls" and choice["message"]["content"] is None
-        assert [(c["function"]["name"], c["function"]["arguments"]) for c in choice["message"]["tool_calls"]] == [WEATHER_CALL, TIME_CALL]
+        assert [(c["function"]["name"], c["function"]["arguments"]) for c in choice["message"]["tool_calls"]] == [
+            WEATHER_CALL,
+            TIME_CALL,
+        ]
     schema = json.loads(engine.seen[0][1].constraint.text)
     assert schema["$defs"]["tool0"]["properties"]["days"] == {"$ref": "#/$defs/tool0/$defs/days"}
     assert "maxItems" not in schema
@@ -255,8 +287,15 @@ async def test_a_template_without_tools(engine: FakeAsyncEngine) -> None:
         answer = {"role": "assistant", "content": None, "tool_calls": calls}
         result = {"role": "tool", "tool_call_id": calls[0]["id"], "content": "12:00"}
         system = {"role": "system", "content": "Be brief."}
-        more = fields(messages=[system, *MESSAGES, answer, result], tools=[TIME], tool_choice={"type": "function", "function": {"name": "time"}})
+        more = fields(
+            messages=[system, *MESSAGES, answer, result],
+            tools=[TIME],
+            tool_choice={"type": "function", "function": {"name": "time"}},
+        )
         engine.answer = "{}"
         assert (await client.post("/v1/chat/completions", json=more)).status_code == 200
         shown = bytes(engine.seen[-1][0]).decode()
-        assert shown.startswith("<system>Be brief.\n\nYou can call") and '<assistant>[{"name": "time", "arguments": {}}]<tool>12:00' in shown
+        assert (
+            shown.startswith("<system>Be brief.\n\nYou can call")
+            and '<assistant>[{"name": "time", "arguments": {}}]<tool>12:00' in shown
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from tilestream.models.checkpoint import QuantisedTensor, RawTensor
 from tilestream.models.config import ModelConfig
 from tilestream.models.errors import ModelLoadError
-from tilestream.models.hf_quantised import Quantisation
+from tilestream.models.hf_quantised import Quantisation, quantisation_of
 
 _BLOCK_TYPES = {
     torch.float32: GGMLQuantizationType.F32,
@@ -42,6 +43,8 @@ _GEMMA_LAYER_NAMES = _LAYER_NAMES | {
     "post_feedforward_layernorm": "post_ffw_norm",
 }
 _LAYER_PATTERN = re.compile(r"layers\.(\d+)\.(.+)\.(\w+)")
+# What AutoGPTQ and AutoAWQ wrote while config.json had no quantization_config -> quant_method, which these may not name.
+_OLD_QUANTISATION_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 
 
 def read_json(path: Path) -> Any:
@@ -54,13 +57,30 @@ def read_json(path: Path) -> Any:
         raise ModelLoadError(f"{path}: not readable JSON: {error}") from error
 
 
+def quantisation_in(path: Path, values: Mapping[str, Any]) -> Quantisation | None:
+    """How the weights of a directory whose config.json has these values are cut into tensors; None: they are whole.
+
+    Raises:
+        ModelLoadError: a damaged file, or a method, or a choice of it, that is not supported.
+    """
+    if values.get("quantization_config"):
+        return quantisation_of(values["quantization_config"], str(path / "config.json"))
+    for name, method in _OLD_QUANTISATION_FILES.items():
+        if (path / name).exists():
+            config = read_json(path / name)
+            return quantisation_of({"quant_method": method} | config if isinstance(config, dict) else config, str(path / name))
+    return None
+
+
 class HfCheckpoint:
     """The safetensors files of a directory.
 
     Args:
-        path: directory with model.safetensors, or model.safetensors.index.json and its shards.
+        path: directory with one safetensors file, or model.safetensors.index.json and its shards.
         config: shape of the model (Gemma's norms are stored as weight - 1).
         quantisation: how weights are cut into tensors; None: they are whole.
+    Attributes:
+        as_floats: names of the quantised weights read so far that became floats.
     Raises:
         ModelLoadError: missing, damaged or foreign files.
     """
@@ -69,6 +89,7 @@ class HfCheckpoint:
         self.path = path
         self._quantisation, self.is_quantised = quantisation, quantisation is not None
         self._kinds = {"weight", "bias", *(quantisation.parts if quantisation else ())}
+        self.as_floats: set[str] = set()
         self._gemma = config.family == "gemma3"
         self._files: dict[Path, Any] = {}
         self._names: dict[str, tuple[Path, str]] = {}
@@ -85,10 +106,13 @@ class HfCheckpoint:
     def _shards(self) -> list[Path]:
         index = self.path / "model.safetensors.index.json"
         if not index.exists():
-            single = self.path / "model.safetensors"
-            if not single.exists():
-                raise ModelLoadError(f"{self.path}: neither model.safetensors nor {index.name} is there")
-            return [single]
+            single, files = self.path / "model.safetensors", sorted(self.path.glob("*.safetensors"))
+            if single not in files and len(files) != 1:
+                raise ModelLoadError(
+                    f"{self.path}: neither model.safetensors nor {index.name} is there, and {len(files)} other .safetensors "
+                    "files are; expected one of these two, or a single file"
+                )
+            return [single if single in files else files[0]]
         weight_map = read_json(index)
         weight_map = weight_map.get("weight_map") if isinstance(weight_map, dict) else None
         if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
@@ -105,8 +129,9 @@ class HfCheckpoint:
 
     def _canonical(self, name: str, prefix: str) -> str | None:
         """GGUF's name of a tensor; None for those outside the text model (vision towers, projectors)."""
-        if name.endswith("lm_head.weight"):
-            return "output.weight"
+        stem, _, kind = name.rpartition(".")
+        if stem.endswith("lm_head") and kind in self._kinds:
+            return f"output.{kind}"
         if not name.startswith(prefix):
             return None
         name = name.removeprefix(prefix)
@@ -154,15 +179,20 @@ class HfCheckpoint:
             stem = name.removesuffix(".weight")
             parts = [kind for kind in self._quantisation.parts if f"{stem}.{kind}" in self._names]
             if parts != ["weight"] and self._quantisation.parts[0] in parts:
-                return self._unpack(stem, parts)
+                weight = self._unpack(stem, parts)
+                if isinstance(weight, RawTensor):
+                    self.as_floats.add(name)
+                return weight
         values = self._read(name)
         matrix = values if values.dim() == 2 else values.unsqueeze(0)
         return RawTensor(_BLOCK_TYPES[values.dtype], matrix.view(torch.uint8), matrix.shape[1])
 
-    def _unpack(self, stem: str, parts: list[str]) -> QuantisedTensor:
+    def _unpack(self, stem: str, parts: list[str]) -> QuantisedTensor | RawTensor:
         try:
             return self._quantisation.unpack({kind: self._get(f"{stem}.{kind}") for kind in parts})
-        except (KeyError, RuntimeError, ValueError, IndexError) as error:
+        except KeyError as error:
+            raise ModelLoadError(f"{self.path}: the tensor {stem}.{error.args[0]} (in GGUF naming) is missing") from error
+        except (ModelLoadError, RuntimeError, ValueError, IndexError) as error:
             raise ModelLoadError(f"{self.path}: the tensors of {stem} do not fit each other: {error}") from error
 
     def vector(self, name: str) -> torch.Tensor:

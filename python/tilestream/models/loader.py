@@ -19,8 +19,7 @@ from tilestream.models.errors import ModelLoadError
 from tilestream.models.fmpq_checkpoint import FmpqCheckpoint, is_fmpq
 from tilestream.models.gguf_reader import GgufFile
 from tilestream.models.gguf_tokenizer import tokenizer_from_gguf
-from tilestream.models.hf_checkpoint import HfCheckpoint, read_json
-from tilestream.models.hf_quantised import quantisation_of
+from tilestream.models.hf_checkpoint import HfCheckpoint, quantisation_in, read_json
 from tilestream.models.hf_tokenizer import tokenizer_from_hf
 from tilestream.models.llama import LlamaModel
 from tilestream.models.tokenizer import Tokenizer
@@ -65,7 +64,8 @@ def load_model(
             tokenizer.json (or with one .gguf file), or a Hugging Face hub id ("owner/name").
         dtype: "auto" keeps a GGUF file's quantised and float32 weights as they are and makes everything else (its
             16-bit floats, all unquantised Hugging Face weights) bfloat16; GPTQ's, AWQ's and compressed-tensors' integers
-            stay, too. "float32" and "bfloat16" hold all weights in that type.
+            stay, too, but for weights whose groups are not of consecutive columns (GPTQ's desc_act), or not of a multiple of
+            32: these become bfloat16, and the log says how many. "float32" and "bfloat16" hold all weights in that type.
         act_bits: of the activations that meet quantised weights. "8"; "4": INT4 blocks as such, of a directory that `tilestream
             quantize` wrote; "16": floats times dequantised weights; "auto": 4 for such a directory on sm_80 to sm_89,
             whose tensor cores multiply INT4, else 8.
@@ -86,11 +86,12 @@ def load_model(
     path = resolve(str(spec))
     source = open_checkpoint(path)
     _check_int4(path, source.checkpoint, dtype, act_bits, placement)
-    if dtype == "auto" and isinstance(source.checkpoint, HfCheckpoint) and not source.checkpoint.is_quantised:
-        dtype = "bfloat16"
     size_bytes = sum(file.stat().st_size for file in path.glob("*.safetensors")) if path.is_dir() else path.stat().st_size
     weights = WeightLoader(source.checkpoint, dtype, progress, size_bytes, placement, act_bits)
-    model = build_model(source.config, weights, None if connect is None else connect(source.config))
+    communicator = None if connect is None else connect(source.config)
+    model = build_model(source.config, weights, communicator)
+    if dtype == "auto" and isinstance(source.checkpoint, HfCheckpoint) and (communicator is None or communicator.rank == 0):
+        _warn_of_floats(path, source.checkpoint)
     if progress is not None:
         progress(size_bytes, size_bytes)
     return LoadedModel(model, source.tokenizer, source.config, _name(str(spec), path), weights.packed_bytes)
@@ -128,15 +129,21 @@ def open_checkpoint(path: Path) -> OpenCheckpoint:
         ModelLoadError: a damaged file, or a model that is not supported.
     """
     if path.is_dir():
-        source, values = str(path / "config.json"), read_json(path / "config.json")
-        config, tokenizer = config_from_hf(values, source), tokenizer_from_hf(path)
-        quantised = values.get("quantization_config")
+        values = read_json(path / "config.json")
+        config, tokenizer = config_from_hf(values, str(path / "config.json")), tokenizer_from_hf(path)
         if is_fmpq(values):
-            return OpenCheckpoint(FmpqCheckpoint(path, quantised), config, tokenizer)
-        checkpoint = HfCheckpoint(path, config, quantisation_of(quantised, source) if quantised else None)
-        return OpenCheckpoint(checkpoint, config, tokenizer)
+            return OpenCheckpoint(FmpqCheckpoint(path, values["quantization_config"]), config, tokenizer)
+        return OpenCheckpoint(HfCheckpoint(path, config, quantisation_in(path, values)), config, tokenizer)
     file = GgufFile(path)
     return OpenCheckpoint(file, config_from_gguf(file), tokenizer_from_gguf(file))
+
+
+def _warn_of_floats(path: Path, checkpoint: HfCheckpoint) -> None:
+    if checkpoint.as_floats:
+        logger.warning(
+            "%s: %d quantised weights run as bfloat16, which takes more memory: their groups are not of consecutive columns "
+            "(desc_act), or not of a multiple of 32; one is %s", path, len(checkpoint.as_floats), min(checkpoint.as_floats),
+        )
 
 
 def resolve(spec: str) -> Path:

@@ -12,6 +12,7 @@ from tilestream.layers.linear import Linear, StackedLinear
 from tilestream.models.checkpoint import Checkpoint, QuantisedTensor, RawTensor
 from tilestream.models.errors import ModelLoadError
 from tilestream.models.fmpq_checkpoint import FmpqCheckpoint
+from tilestream.models.hf_checkpoint import HfCheckpoint
 from tilestream.ops.append_kv import KeyRounding
 from tilestream.ops.linear import PackedFormat, PackedWeight, interleave_gate_up, pack_weight
 from tilestream.ops.memory import Arena
@@ -41,7 +42,8 @@ class WeightLoader:
 
     Args:
         checkpoint: where tensors come from.
-        dtype: "auto" keeps each tensor's own format; "float32" and "bfloat16" dequantise to that type.
+        dtype: "auto" keeps each tensor's own format, but for a Hugging Face checkpoint's floats, which become bfloat16;
+            "float32" and "bfloat16" dequantise to that type.
         progress: called with (bytes done, bytes in all), or None.
         total_bytes: size of the checkpoint, for `progress`.
         placement: where the model runs.
@@ -152,7 +154,10 @@ class WeightLoader:
         return KeyRounding(*(getattr(rounding, part)[heads.start : heads.stop].to(self.placement.device) for part in parts))
 
     def _packed_format(self, raw: RawTensor | QuantisedTensor) -> PackedFormat:
-        own = raw.packed_format if isinstance(raw, QuantisedTensor) else _OWN_FORMATS[raw.type]
+        if isinstance(raw, QuantisedTensor):
+            own = raw.packed_format
+        else:
+            own = PackedFormat.BFLOAT16 if isinstance(self.checkpoint, HfCheckpoint) else _OWN_FORMATS[raw.type]
         format = own if self._format is None else self._format
         # A GPU's activations are bfloat16, and such weights are best left as cuBLAS takes them too.
         as_rows = self.placement.dtype == torch.bfloat16 and raw.num_columns % 8 == 0

@@ -12,9 +12,9 @@ import torch
 
 from tilestream.models.config import ModelConfig
 from tilestream.models.errors import ModelLoadError
-from tilestream.models.hf_checkpoint import read_json
+from tilestream.models.fmpq_checkpoint import GROUP_SIZES, QUANT_METHOD, VERSION, FmpqCheckpoint
+from tilestream.models.hf_checkpoint import HfCheckpoint
 from tilestream.models.loader import OpenCheckpoint, open_checkpoint, resolve
-from tilestream.models.fmpq_checkpoint import GROUP_SIZES, QUANT_METHOD, VERSION
 from tilestream.quantize.calibration import gather_statistics
 from tilestream.quantize.config_json import config_json
 from tilestream.quantize.decoder import Decoder
@@ -84,7 +84,9 @@ class Recipe:
 
 
 @torch.no_grad()
-def quantize(model: str | Path, text: str, path: str | Path, recipe: Recipe | None = None, progress: Progress | None = None) -> float:
+def quantize(
+    model: str | Path, text: str, path: str | Path, recipe: Recipe | None = None, progress: Progress | None = None
+) -> float:
     """Quantise a model.
 
     Args:
@@ -106,7 +108,8 @@ def quantize(model: str | Path, text: str, path: str | Path, recipe: Recipe | No
     check_can_draw()
     found = resolve(str(model))
     source = open_checkpoint(found)
-    if found.is_dir() and read_json(found / "config.json").get("quantization_config"):
+    checkpoint = source.checkpoint
+    if isinstance(checkpoint, FmpqCheckpoint) or (isinstance(checkpoint, HfCheckpoint) and checkpoint.is_quantised):
         raise ModelLoadError(f"{found}: this model is quantised already; quantise from its float weights")
     with new_directory(Path(path)) as folder:
         return _Run(source, found, text, recipe, progress, str(model)).write(folder)
