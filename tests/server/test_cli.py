@@ -16,6 +16,7 @@ import typer
 from tilestream.cli import main
 from tilestream.cli.bench import _parse_sizes
 from tilestream.cli.plan import parse_requests
+from tilestream.models import ModelLoadError
 
 MODULE = (sys.executable, "-m", "tilestream")
 
@@ -121,6 +122,23 @@ def test_help(run: Callable[..., Done], arguments: list[str], words: list[str]) 
 )
 def test_bad_input(run: Callable[..., Done], arguments: list[str], code: int, words: list[str]) -> None:
     check_one_line_error(run(*arguments), code, *words)
+
+
+@pytest.mark.parametrize("command", ["generate", "serve", "batch"])
+def test_what_the_model_is_told(run: Callable[..., Done], command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = {}
+
+    def load(*arguments: object, **options: object) -> None:
+        told.update(options)
+        raise ModelLoadError("enough is known")
+
+    monkeypatch.setattr("tilestream.LLM", load)
+    request = {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {"prompt": "x", "max_tokens": 1}}
+    (tmp_path / "in.jsonl").write_text(json.dumps(request))
+    of_command = {"generate": ["x"], "serve": ["--port", "0"], "batch": [str(tmp_path / "in.jsonl"), str(tmp_path / "out.jsonl")]}
+    done = run(command, *of_command[command], "--dtype", "bfloat16", "--kv-dtype", "int8", "--act-bits", "16")
+    check_one_line_error(done, 1, "enough is known")
+    assert (told["dtype"], told["kv_dtype"], told["act_bits"]) == ("bfloat16", "int8", "16")
 
 
 def test_an_empty_key_opens_no_server(run: Callable[..., Done], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,6 +42,7 @@ def command(
     served_model_name: options.ServedModelName = None,
     token_budget: options.TokenBudget = 1024,
     max_model_len: options.MaxModelLen = None,
+    dtype: options.WeightDtypeOption = options.WeightDtype.auto,
     kv_dtype: options.KvDtypeOption = options.KvDtype.auto,
     act_bits: options.ActBitsOption = options.ActBits.auto,
     kv_cache_tokens: options.KvCacheTokens = None,
@@ -79,6 +80,7 @@ def command(
     with loading_bar(model) as progress:
         llm = LLM(
             model,
+            dtype=dtype.value,
             kv_dtype=kv_dtype.value,
             act_bits=act_bits.value,
             kv_cache_tokens=kv_cache_tokens,

@@ -55,6 +55,7 @@ def command(
         ),
     ] = None,
     stats: Annotated[bool, typer.Option("--stats/--no-stats", help="A line of timings on stderr at the end.")] = True,
+    dtype: options.WeightDtypeOption = options.WeightDtype.auto,
     kv_dtype: options.KvDtypeOption = options.KvDtype.auto,
     act_bits: options.ActBitsOption = options.ActBits.auto,
     device: options.Device = "cpu",
@@ -70,7 +71,7 @@ def command(
     start_s = time.perf_counter()
     with loading_bar(model) as progress:
         llm = LLM(
-            model, device=device, kv_dtype=kv_dtype.value, act_bits=act_bits.value,
+            model, device=device, dtype=dtype.value, kv_dtype=kv_dtype.value, act_bits=act_bits.value,
             tensor_parallel_size=tensor_parallel_size, num_threads=num_threads, progress=progress,
         )  # fmt: skip
     load_s = time.perf_counter() - start_s

@@ -56,6 +56,7 @@ def command(
     tbt_ms: options.TbtMs = None,
     policy: options.PolicyOption = options.Policy.fcfs,
     max_model_len: options.MaxModelLen = None,
+    dtype: options.WeightDtypeOption = options.WeightDtype.auto,
     kv_dtype: options.KvDtypeOption = options.KvDtype.auto,
     act_bits: options.ActBitsOption = options.ActBits.auto,
     kv_cache_tokens: options.KvCacheTokens = None,
@@ -175,6 +176,7 @@ def command(
 
     llm_options = {
         "model": model,
+        "dtype": dtype.value,
         "kv_dtype": kv_dtype.value,
         "act_bits": act_bits.value,
         "kv_cache_tokens": kv_cache_tokens,
