@@ -142,8 +142,8 @@ void pack_gguf(const at::Tensor& rows, int64_t gguf_type, const at::Tensor& pack
                     "; supported: F32 (0), F16 (1), Q4_0 (2), Q4_1 (3), Q8_0 (8), Q4_K (12), Q5_K (13), Q6_K (14), BF16 (30)");
   const int64_t unit = std::min<int64_t>(known->block, kGroupK);
   TORCH_CHECK_VALUE(k % unit == 0, "k is ", k, "; this GGUF type needs a multiple of ", unit);
-  TORCH_CHECK_VALUE(skip >= 0 && skip < known->block && skip % unit == 0, "skip is ", skip, "; this GGUF type needs a multiple of ",
-                    unit, " from 0 to ", known->block - unit);
+  TORCH_CHECK_VALUE(skip >= 0 && skip < known->block && skip % unit == 0, "skip is ", skip,
+                    "; this GGUF type needs a multiple of ", unit, " from 0 to ", known->block - unit);
   check_size(rows, "rows", 1, ceil_div(skip + k, known->block) * known->bytes, "bytes of the blocks of one row");
   TORCH_CHECK_VALUE(f == known->packed || !is_quantised(f), "format is ", format, "; this GGUF type packs to ",
                     int(known->packed), ", 0, 1, 9 or 10");
@@ -226,7 +226,8 @@ TORCH_LIBRARY_FRAGMENT(tilestream, m) {
         "str? gate=None, Tensor? residual=None) -> ()");
   m.def("linear_quant(Tensor q, Tensor scale, Tensor sum, Tensor weight, Tensor? bias, Tensor(a!) out, *, int n, int format, "
         "str? gate=None, Tensor? residual=None) -> ()");
-  m.def("pack_gguf(Tensor rows, int gguf_type, Tensor(a!) packed, *, int n, int k, int panel_begin, int format, int skip=0) -> ()");
+  m.def(
+      "pack_gguf(Tensor rows, int gguf_type, Tensor(a!) packed, *, int n, int k, int panel_begin, int format, int skip=0) -> ()");
   m.def(
       "pack_weight(Tensor? values, Tensor? q, Tensor? scale, Tensor? zero, int group, Tensor(a!) packed, *, int n, int k, int "
       "format) -> ()");

@@ -143,8 +143,14 @@ class LLM:
             self._model.on_failure(self._async_engine.fail)
         return self._async_engine
 
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def close(self) -> None:
-        """End the other ranks, where there are some. The end of the process does it, too."""
+        """End the other ranks, where there are some. The end of a `with` does it, and that of the process, too."""
         if self._async_engine is not None:
             self._async_engine.shutdown()
         self._model.close()

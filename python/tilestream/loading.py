@@ -12,8 +12,8 @@ import torch
 from tilestream._native import _C
 from tilestream.calibrate import use_softmax_ranges
 from tilestream.distributed.communicator import Communicator, connect
-from tilestream.distributed.launch import Place
 from tilestream.distributed.shard import MOST_RANKS
+from tilestream.distributed.torchrun import Place
 from tilestream.engine.config import EngineConfig
 from tilestream.engine.errors import EngineDeadError
 from tilestream.engine.runner import ModelRunner

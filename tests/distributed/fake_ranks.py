@@ -12,9 +12,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from tilestream.distributed.control import Build
-from tilestream.distributed.launch import Place, gather
+from tilestream.distributed.launch import gather
 from tilestream.distributed.ranks import Ranks
 from tilestream.distributed.tensor_parallel_runner import TensorParallelRunner
+from tilestream.distributed.torchrun import Place
 from tilestream.engine.config import EngineConfig
 from tilestream.engine.engine import Engine
 from tilestream.engine.step_plan import SampledTokens, StepPlan

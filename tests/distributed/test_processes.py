@@ -8,6 +8,7 @@ import pickle
 import random
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from tilestream import SamplingParams
 from tilestream.distributed import launch
 from tilestream.distributed.control import Link, StepReader, StepWriter
@@ -225,18 +227,58 @@ def test_a_rank_that_does_not_come(
     assert left() == []
 
 
-def test_rank_0_does_not_come(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(RankDiedError, match="rank 0 of 2 has not come to 127.0.0.1:1 within 1 s; rank 1 ends"):
-        launch.find_rank_0(launch.Torchrun.find(2), timeout_s=1)
+class DiesUnpickled:
+    """Ends the rank that reads it: before its torch.distributed is there."""
+
+    def __reduce__(self) -> tuple:
+        return os._exit, (3,)
 
 
-def test_torchruns_number_of_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"RANK": "0", "WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(ValueError, match="tensor_parallel_size is 2, but torchrun has started 4 ranks"):
-        launch.gather(2, print)
+def test_a_new_model_after_a_death(start: Callable[..., Ranks], left: Callable[[], list]) -> None:
+    """Whether or not somebody has closed the old one, and whatever rank 0 was in."""
+    dead = start(2, {1: ("kill", 1)})
+    with pytest.raises(RankDiedError, match="killed by SIGKILL"):
+        run_one(make_engine(dead, make_config()))
+    with pytest.raises(RankDiedError, match="rank 1 of 2 .* has ended with exit code 3; all ranks end"):
+        launch.gather(2, DiesUnpickled())
+    engine = make_engine(start(2, {}), make_config())
+    dead.close()  # the new one's torch.distributed stays
+    run_one(engine)
+
+
+def test_a_live_model_has_torch_distributed_to_itself(start: Callable[..., Ranks]) -> None:
+    start(2, {})
+    with pytest.raises(ValueError, match=r"torch.distributed is in use .* close\(\) the LLM"):
+        start(2, {})
+
+
+def test_what_cannot_be_sent_leaves_no_rank(left: Callable[[], list]) -> None:
+    with pytest.raises((AttributeError, pickle.PicklingError), match="lambda"):
+        launch.gather(2, lambda place: None)
+    assert left() == [] and not torch.distributed.is_initialized()
+
+
+def test_the_environment_is_as_before(monkeypatch: pytest.MonkeyPatch, start: Callable[..., Ranks]) -> None:
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "eth7")
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    before = dict(os.environ)
+    ranks = start(2, {})
+    assert os.environ["NCCL_SOCKET_IFNAME"] == "eth7" and os.environ["GLOO_SOCKET_IFNAME"].startswith("lo")
+    ranks.close()
+    assert os.environ == before
+
+
+def test_a_closed_model_says_so(start: Callable[..., Ranks]) -> None:
+    ranks = start(2, {})
+    told: list[RankDiedError] = []
+    ranks.on_failure(told.append)
+    engine = make_engine(ranks, make_config())
+    ranks.close()
+    for run in (run_one, Engine.step):
+        with pytest.raises(RankDiedError) as raised:
+            run(engine)
+        assert str(raised.value) == "the ranks have ended, for this model was closed"
+    assert told == []
 
 
 RUN = """
@@ -266,12 +308,22 @@ def test_a_machine_that_is_gone_without_a_word_is_noticed() -> None:
         def recv(self) -> None:
             raise TimeoutError(errno.ETIMEDOUT, "Connection timed out")  # as when TCP's probes find nobody
 
+    assert failure_after(Gone, b"x").startswith("rank 1 of 2 (process 4711 on far) has broken off without a word")
+
+
+def test_an_answer_that_cannot_be_read() -> None:
+    text = failure_after(Connection, struct.pack("!i", 4) + b"junk")
+    assert text.startswith("rank 1 of 2 (process 4711 on far) has failed: its answer cannot be read: UnpicklingError: ")
+
+
+def failure_after(kind: type[Connection], sent: bytes) -> str:
+    """What Ranks say of one that has sent this."""
     (orders, _orders), (life, other_end) = socket.socketpair(), socket.socketpair()
-    other_end.send(b"x")
-    ranks = Ranks([Worker(Link(1, 4711, "far", Connection(orders.detach()), Gone(life.detach())), None)])
+    other_end.send(sent)
+    ranks = Ranks([Worker(Link(1, 4711, "far", Connection(orders.detach()), kind(life.detach())), None)])
     wait_until(lambda: ranks.failure is not None, "nobody has noticed")
-    assert str(ranks.failure).startswith("rank 1 of 2 (process 4711 on far) ")
     ranks.close()
+    return str(ranks.failure)
 
 
 def test_rank_0s_death_ends_all() -> None:
@@ -281,21 +333,6 @@ def test_rank_0s_death_ends_all() -> None:
     pids = [int(pid) for pid in output.split()]
     wait_until(lambda: not any(map(psutil.pid_exists, pids)), "a worker outlives rank 0")
     assert len(pids) == 1 and errors == "tilestream: rank 1 of 2 ends: rank 0 is gone\n"
-
-
-@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
-def test_ranks_come_in_any_order(order: tuple[int, ...]) -> None:
-    """As torchrun starts them: each finds its rank in the environment."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = str(free.getsockname()[1])
-    environment = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    processes = {}
-    for rank in order:
-        processes[rank] = script(2, RANK=str(rank), **environment)
-        time.sleep(1)
-    results = {rank: process.communicate(timeout=60) for rank, process in processes.items()}
-    assert [processes[rank].returncode for rank in (0, 1)] == [0, 0], results
-    assert results == {0: ("rank 0 is done\n", ""), 1: ("", "")}
 
 
 def wait_until(condition: Callable[[], bool], what: str, limit_s: float = 5.0) -> None:

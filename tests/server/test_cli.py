@@ -146,6 +146,15 @@ def test_an_empty_key_opens_no_server(run: Callable[..., Done], monkeypatch: pyt
     check_one_line_error(run("serve", "--port", "0"), 2, "TILESTREAM_API_KEY is set but empty")
 
 
+def test_torchrun_without_ranks(run: Callable[..., Done], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of its processes would answer with a whole model."""
+    torchrun = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for name, value in (torchrun | {"TORCHELASTIC_RUN_ID": "none"}).items():
+        monkeypatch.setenv(name, value)
+    for command in (["generate", "Hi"], ["serve", "--port", "0"], ["bench"]):
+        check_one_line_error(run(*command), 1, "tensor_parallel_size is 1, but torchrun has started 2 ranks (WORLD_SIZE)")
+
+
 def test_as_a_process() -> None:
     """What the tests above see is what a shell sees."""
     check_one_line_error(shell(*MODULE, "generate", "--max-tokens", "0", "x"), 2, "--max-tokens")

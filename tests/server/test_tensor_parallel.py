@@ -16,6 +16,8 @@ import openai
 import psutil
 import pytest
 from tilestream import LLM, SamplingParams
+from tilestream._native import _C
+from tilestream.engine.errors import RankDiedError
 
 from .conftest import wait_until
 
@@ -141,6 +143,22 @@ def test_a_killed_rank_ends_the_server(start: Callable[..., Server]) -> None:
     assert sorted(getattr(error, "status_code", 200) for error in errors) == [200, 503, 503]
     assert server.wait() == 1 and time.monotonic() - begin_s < 8
     assert sum(words in line for line in server.lines) == 1 and "Traceback" not in "".join(server.lines)
+
+
+def test_a_new_model_after_a_death() -> None:
+    """Nobody has closed the old one; `with` closes the new one."""
+    known, num_threads = psutil.Process().children(), _C.num_threads()
+    params = SamplingParams(temperature=0, max_tokens=4)
+    dead = LLM(**MODEL, tensor_parallel_size=2)
+    (rank_1,) = (process for process in psutil.Process().children() if process not in known)
+    rank_1.kill()
+    with pytest.raises(RankDiedError, match=rf"rank 1 of 2 \(process {rank_1.pid}\) was killed by SIGKILL"):
+        dead.generate(PROMPTS, params)
+    with LLM(**MODEL, tensor_parallel_size=2) as llm:
+        assert [len(output.token_ids) for output in llm.generate(PROMPTS, params)] == [4] * len(PROMPTS)
+    assert psutil.Process().children() == known
+    dead.close()
+    assert _C.num_threads() == num_threads
 
 
 def test_torchrun(start: Callable[..., Server]) -> None:

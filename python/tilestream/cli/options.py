@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from enum import Enum
 from typing import Annotated
 
@@ -11,8 +12,12 @@ DEFAULT_MODEL = "smollm2-135m-instruct"
 
 
 def leave_to_rank_0(tensor_parallel_size: int) -> None:
-    """What follows is rank 0's; where torchrun has made this process another rank, it works for that one, and ends here."""
-    if tensor_parallel_size > 1:
+    """What follows is rank 0's; where torchrun has made this process another rank, it works for that one, and ends here.
+
+    Raises:
+        ValueError: torchrun has started another number of ranks: without the option each would load a model of its own.
+    """
+    if tensor_parallel_size > 1 or "TORCHELASTIC_RUN_ID" in os.environ:
         from tilestream.distributed.worker import work_if_not_first
 
         work_if_not_first(tensor_parallel_size)

@@ -200,7 +200,7 @@ class Link:
         rank: the other one's.
         pid, host: of its process.
         orders: messages of rank 0, and nothing the other way.
-        life: answers and a last word of the other rank. Both ends watch it: that it ends says that the process has.
+        life: answers of the other rank, and a last word of either. Both ends watch it: that it ends says that the process has.
     """
 
     rank: int
@@ -209,8 +209,10 @@ class Link:
     orders: Connection = field(repr=False)
     life: Connection = field(repr=False)
 
-    def hang_up(self) -> None:
-        """End both connections; whoever waits on one of them, here or there, hears it."""
+    def hang_up(self, reason: str) -> None:
+        """End both connections, with a last word for the other rank; whoever waits on one of them, here or there, hears it."""
+        with suppress(OSError):
+            self.life.send(reason)
         for connection in (self.orders, self.life):
             with suppress(OSError), _socket_of(connection) as link:
                 link.shutdown(socket.SHUT_RDWR)
@@ -246,7 +248,7 @@ class Listener:
     def __init__(self, host: str, key: bytes) -> None:
         self._server = socket.create_server((host, 0), backlog=64)
         self._key = key
-        self._half: dict[int, Connection] = {}  # a rank's first connection
+        self._half: dict[tuple[int, int, str], Connection] = {}  # a process's first connection
         self.port: int = self._server.getsockname()[1]
 
     def accept(self, timeout_s: float) -> Link | None:
@@ -266,9 +268,9 @@ class Listener:
             connection.close()
             return None
         if role == "orders":
-            self._half[rank] = connection
+            self._half[rank, pid, host] = connection
             return None
-        return Link(rank, pid, host, self._half.pop(rank), connection)
+        return Link(rank, pid, host, self._half.pop((rank, pid, host)), connection)
 
     def close(self) -> None:
         self._server.close()

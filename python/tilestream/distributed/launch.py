@@ -14,83 +14,31 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager, suppress
 from datetime import timedelta
+from multiprocessing import AuthenticationError
 from typing import Any
 
 from tilestream.distributed.control import Link, Listener, Loaded, Setup, connect
-from tilestream.distributed.ranks import Ranks, Worker
+from tilestream.distributed.ranks import Ranks, Worker, in_words, reason_of
+from tilestream.distributed.torchrun import Place, Torchrun
 from tilestream.engine.errors import RankDiedError
 
 KEY_VARIABLE = "TILESTREAM_RANKS_KEY"  # what rank 0 and the ranks that it starts know each other by
-_JOIN_S = 120  # from the first rank's coming to the last one's
+JOIN_S = 120  # from the first rank's coming to the last one's
 _POLL_S = 0.2
 _COLLECTIVE_S = 600  # longer than one rank loads after another; a death is noticed at once in other ways
 LOOPBACK = "127.0.0.1"
 _LOOPBACK_INTERFACE = "lo0" if sys.platform == "darwin" else "lo"
-
+_latest: Ranks | None = None  # who had torch.distributed last: there is one for the process
 
 # Modules are found as rank 0 finds them, and not, as with `python -m`, in the current directory first.
 _WORK = "import sys; sys.path[:] = filter(None, sys.path); from tilestream.distributed.worker import main; main()"
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
-    """A process among the ranks.
-
-    Args:
-        rank, world_size: its number, and how many there are.
-        local_rank, local_world_size: the same among those of its machine.
-    """
-
-    rank: int
-    world_size: int
-    local_rank: int
-    local_world_size: int
-
-
-@dataclass(frozen=True, slots=True)
-class Torchrun:
-    """What torchrun has told this process."""
-
-    place: Place
-    host: str
-    port: int
-
-    @staticmethod
-    def find(world_size: int) -> Torchrun | None:
-        """None if torchrun has not started this process.
-
-        Args:
-            world_size: how many ranks are wanted.
-        Raises:
-            ValueError: torchrun has started another number.
-        """
-        names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-        if not all(name in os.environ for name in names):
-            return None
-        rank, size, host, port = (os.environ[name] for name in names)
-        if int(size) != world_size:
-            raise ValueError(f"tensor_parallel_size is {world_size}, but torchrun has started {size} ranks (WORLD_SIZE)")
-        local_rank, local_size = os.environ.get("LOCAL_RANK", rank), os.environ.get("LOCAL_WORLD_SIZE", size)
-        return Torchrun(Place(int(rank), world_size, int(local_rank), int(local_size)), host, int(port))
-
-    def store(self, timeout_s: float) -> Any:
-        """torchrun's store, where the ranks find each other."""
-        from torch.distributed import PrefixStore, TCPStore
-
-        is_torchruns = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        store = TCPStore(
-            self.host, self.port, is_master=self.place.rank == 0 and not is_torchruns, wait_for_workers=False,
-            timeout=timedelta(seconds=timeout_s),
-        )  # fmt: skip
-        return PrefixStore(f"tilestream/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-
-
 def gather(
-    world_size: int, load: Callable[[Place], Loaded], *, device_type: str = "cpu", timeout_s: float = _JOIN_S
+    world_size: int, load: Callable[[Place], Loaded], *, device_type: str = "cpu", timeout_s: float = JOIN_S
 ) -> tuple[Ranks, Place]:
     """Bring all ranks together; called by rank 0. torch.distributed is initialised afterwards.
 
@@ -107,6 +55,9 @@ def gather(
     """
     import torch.distributed as dist
 
+    global _latest
+    if _latest is not None and _latest.failure is not None:
+        _latest.close()  # nobody has, perhaps
     if dist.is_initialized():
         raise ValueError(
             "torch.distributed is in use in this process, and a tensor-parallel model has it to itself; close() the LLM that "
@@ -114,34 +65,21 @@ def gather(
         )
     torchrun = Torchrun.find(world_size)
     place = Place(0, world_size, 0, world_size) if torchrun is None else torchrun.place
-    if torchrun is None:
-        for backend in ("GLOO", "NCCL"):  # the others inherit it
-            os.environ.setdefault(f"{backend}_SOCKET_IFNAME", _LOOPBACK_INTERFACE)
-    key = secrets.token_bytes(32)
     here = torchrun is None or (place.local_world_size == world_size and _is_loopback(torchrun.host))
     host = LOOPBACK if here else ""
     address = host or torchrun.host
-    listener = Listener(host, key)
-    processes: dict[int, subprocess.Popen] = {}
-    links: dict[int, Link] = {}
-    try:
+    with ExitStack() as undo:
         if torchrun is None:
-            processes = {rank: _start(rank, world_size, listener.port, key) for rank in range(1, world_size)}
-        else:
-            torchrun_store = torchrun.store(timeout_s)  # lives as long as others may ask it
-            torchrun_store.set("rank 0", f"{address} {listener.port} {key.hex()}")
-        _wait_for(links, world_size, listener, processes, timeout_s)
+            undo.enter_context(_on_loopback())
+        workers = _meet(torchrun, world_size, host, address, timeout_s)
+        ranks = _latest = Ranks(workers, undo.pop_all().close)
+    try:
+        store, port = _open_store(host)
+        ranks.tell(Setup((address, port), device_type, load))
+        ranks.unless_one_dies(lambda: initialise(place, store, device_type))
     except BaseException:
-        for process in processes.values():
-            process.kill()
-            process.wait()
+        ranks.close()
         raise
-    finally:
-        listener.close()
-    ranks = Ranks([Worker(links[rank], processes.get(rank)) for rank in range(1, world_size)])
-    store, port = _open_store(host)
-    ranks.tell(Setup((address, port), device_type, load))
-    ranks.unless_one_dies(lambda: initialise(place, store, device_type))
     return ranks, place
 
 
@@ -153,31 +91,17 @@ def join(place: Place, address: tuple[str, int], key: bytes) -> Link:
     """
     try:
         return connect(address, key, place.rank, os.getpid())
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, AuthenticationError) as error:
         host, port = address
-        who = f"rank {place.rank} of {place.world_size}"
-        raise RankDiedError(f"{who} cannot reach rank 0 at {host}:{port}: {error}") from None
-
-
-def find_rank_0(torchrun: Torchrun, timeout_s: float = _JOIN_S) -> tuple[tuple[str, int], bytes]:
-    """Where rank 0 is, and the key to it.
-
-    Raises:
-        RankDiedError: rank 0 has not come.
-    """
-    try:
-        host, port, key = torchrun.store(timeout_s).get("rank 0").decode().split()
-    except RuntimeError as error:  # torch's errors of stores are such
-        place = torchrun.place
-        text = f"rank 0 of {place.world_size} has not come to {torchrun.host}:{torchrun.port} within {timeout_s:g} s"
-        raise RankDiedError(f"{text}; rank {place.rank} ends") from error
-    return (host, int(port)), bytes.fromhex(key)
+        raise RankDiedError(f"{place} cannot reach rank 0 at {host}:{port}: {in_words(error)}") from None
 
 
 def initialise(place: Place, store: Any, device_type: str) -> None:
     """torch.distributed, in all ranks at the same time."""
     import torch.distributed as dist
 
+    # A call that was left alone, as its ranks had died, has counted; the stores' keys go by that number.
+    dist.distributed_c10d._world.group_count = 0
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo", store=store, rank=place.rank,
         world_size=place.world_size, timeout=timedelta(seconds=_COLLECTIVE_S),
@@ -188,7 +112,7 @@ def store_at(address: tuple[str, int]) -> Any:
     """The store that rank 0 has opened for torch.distributed."""
     from torch.distributed import TCPStore
 
-    return TCPStore(*address, is_master=False, timeout=timedelta(seconds=_JOIN_S))
+    return TCPStore(*address, is_master=False, timeout=timedelta(seconds=JOIN_S))
 
 
 def _open_store(host: str) -> tuple[Any, int]:
@@ -197,10 +121,51 @@ def _open_store(host: str) -> tuple[Any, int]:
     server = socket.create_server((host, 0))
     port = server.getsockname()[1]
     store = TCPStore(
-        host or "localhost", port, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=_JOIN_S),
+        host or "localhost", port, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=JOIN_S),
         master_listen_fd=server.detach(),
     )  # fmt: skip
     return store, port
+
+
+@contextmanager
+def _on_loopback() -> Iterator[None]:
+    """torch.distributed's connections stay on this machine: in this process, and in those that it starts."""
+    ours = [name for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME") if name not in os.environ]
+    os.environ.update(dict.fromkeys(ours, _LOOPBACK_INTERFACE))
+    try:
+        yield
+    finally:
+        for name in ours:
+            os.environ.pop(name, None)
+
+
+def _meet(torchrun: Torchrun | None, world_size: int, host: str, address: str, timeout_s: float) -> list[Worker]:
+    """All other ranks; none of them is left if one does not come.
+
+    Args:
+        host: where rank 0 listens; "": everywhere.
+        address: where the others find it.
+    """
+    key = secrets.token_bytes(32)
+    processes: dict[int, subprocess.Popen] = {}
+    links: dict[int, Link] = {}
+    with closing(Listener(host, key)) as listener:
+        try:
+            if torchrun is None:
+                for rank in range(1, world_size):
+                    processes[rank] = _start(rank, world_size, listener.port, key)
+            else:
+                torchrun_store = torchrun.store(timeout_s)  # lives as long as others may ask it
+                torchrun_store.set("rank 0", f"{address} {listener.port} {key.hex()}")
+            _wait_for(links, world_size, listener, processes, timeout_s)
+        except BaseException as error:
+            for process in processes.values():
+                process.kill()
+                process.wait()
+            for link in links.values():
+                link.hang_up(reason_of(error, world_size))
+            raise
+    return [Worker(links[rank], processes.get(rank)) for rank in range(1, world_size)]
 
 
 def _start(rank: int, world_size: int, port: int, key: bytes) -> subprocess.Popen:
@@ -225,8 +190,18 @@ def _wait_for(
             word = "rank" if len(missing) == 1 else "ranks"
             raise RankDiedError(f"{word} {names} of {world_size} did not come within {timeout_s:g} s")
         link = listener.accept(_POLL_S)
-        if link is not None:
+        if link is None:
+            continue
+        if not 1 <= link.rank < world_size:
+            text = f"process {link.pid} on {link.host} came as rank {link.rank}; allowed: 1 to {world_size - 1}"
+        elif link.rank in links:
+            first, second = (f"process {one.pid} on {one.host}" for one in (links[link.rank], link))
+            text = f"rank {link.rank} of {world_size} came twice ({first}, {second})"
+        else:
             links[link.rank] = link
+            continue
+        link.hang_up(text)
+        raise RankDiedError(text)
 
 
 def _is_loopback(host: str) -> bool:

@@ -41,10 +41,12 @@ class Leader:
             self._part = options.load(place, progress)
             others = self._ranks.answers()
         except (ModelLoadError, ValueError, KeyboardInterrupt):  # the first two: every rank finds the same
-            self._ranks.close()
+            self.close()
             raise
         except BaseException as error:  # perhaps what another rank's death has done to this one
-            raise self._ranks.fail(error) from None
+            failure = self._ranks.fail(error)
+            self.close()
+            raise failure from None
         self.loaded = self._part.loaded
         self.room_tokens = min([self._part.room_tokens, *(room_tokens for room_tokens, _ in others)])
         self.weight_bytes = sum([self._part.weight_bytes, *(weight_bytes for _, weight_bytes in others)])

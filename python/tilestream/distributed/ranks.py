@@ -60,13 +60,14 @@ class Ranks:
 
     Args:
         workers: in order of their ranks, from 1 on.
+        at_close: called when close() is through.
     Attributes:
         world_size: how many ranks there are, this one included.
         failure: None while all live; once it is there, the others are gone.
     """
 
-    def __init__(self, workers: list[Worker]) -> None:
-        self._workers = workers
+    def __init__(self, workers: list[Worker], at_close: Callable[[], None] = lambda: None) -> None:
+        self._workers, self._at_close = workers, at_close
         self.world_size = len(workers) + 1
         self.failure: RankDiedError | None = None
         self._told: list[Callable[[RankDiedError], None]] = []
@@ -138,12 +139,11 @@ class Ranks:
         """What to raise for an error in this rank: the others are in the middle of a step, so it ends all.
 
         Args:
-            error: the error of another rank's death, perhaps; that is told then.
+            error: the error of another rank's death, perhaps, or of what was called after close(); that is told then.
         """
         with self._changed:
             self._changed.wait_for(lambda: self.failure is not None, 3 * _LAST_WORD_S)
-        ours = f"rank 0 of {self.world_size} has failed: {in_words(error)}"
-        self._end(str(error) if isinstance(error, RankDiedError) else ours)
+        self._end(reason_of(error, self.world_size))
         return self.failure
 
     def on_failure(self, told: Callable[[RankDiedError], None]) -> None:
@@ -155,29 +155,33 @@ class Ranks:
             told(failure)
 
     def close(self) -> None:
-        """End the other ranks, and torch.distributed here. May be called twice."""
+        """End the other ranks, and torch.distributed here. The second call does nothing: others may have it by then."""
         import torch.distributed as dist
 
-        atexit.unregister(self.close)
+        if self._stopping:
+            return
         self._stopping = True
+        atexit.unregister(self.close)
         if self.failure is None:
             with suppress(RankDiedError):
                 self.tell(Stop())
             self._watcher.join(_STOP_S)
-        self._kill()
+        closed = "the ranks have ended, for this model was closed"
+        self._kill(closed)
         with self._changed:
-            self.failure = self.failure or RankDiedError("the ranks have ended, for this model was closed")
+            self.failure = self.failure or RankDiedError(closed)
         if dist.is_initialized():
             dist.destroy_process_group()
+        self._at_close()
 
     def _end(self, text: str) -> None:
-        """Nothing goes on: end the others, and say why. Only the first call counts."""
+        """Nothing goes on: end the others, and say why. Only the first call counts, and none after close()."""
         with self._changed:
-            if self._ending:
+            if self._ending or self.failure is not None:
                 self._changed.wait_for(lambda: self.failure is not None)
                 return
             self._ending = True
-        self._kill()
+        self._kill(text)
         with self._changed:
             self.failure = RankDiedError(f"{text}; all ranks end")
             self._changed.notify_all()
@@ -185,11 +189,11 @@ class Ranks:
             told(self.failure)
         _abort_nccl()  # last, for it may hang itself
 
-    def _kill(self) -> None:
+    def _kill(self, reason: str) -> None:
         for worker in self._workers:
             if worker.process is not None:
                 worker.process.kill()
-            worker.link.hang_up()  # enough for those that somebody else has started
+            worker.link.hang_up(reason)  # enough for those that somebody else has started
         for worker in self._workers:
             if worker.process is not None:
                 with suppress(subprocess.TimeoutExpired):
@@ -229,6 +233,8 @@ class Ranks:
                 if all(worker is not other for other, _ in words):
                     silent.append(worker)
                 continue
+            except Exception as error:
+                answer = Failed(f"its answer cannot be read: {in_words(error)}")
             if isinstance(answer, Failed):
                 words.append((worker, answer))
             else:
@@ -252,3 +258,8 @@ def _abort_nccl() -> None:
 def in_words(error: BaseException) -> str:
     """One line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def reason_of(error: BaseException, world_size: int) -> str:
+    """Why all ranks end, where rank 0 has met this error."""
+    return str(error) if isinstance(error, RankDiedError) else f"rank 0 of {world_size} has failed: {in_words(error)}"

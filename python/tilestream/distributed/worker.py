@@ -11,8 +11,9 @@ from contextlib import suppress
 from typing import Any, NoReturn
 
 from tilestream.distributed.control import Build, ClearPages, Link, Setup, Step, StepReader, Stop
-from tilestream.distributed.launch import KEY_VARIABLE, LOOPBACK, Place, Torchrun, find_rank_0, initialise, join, store_at
+from tilestream.distributed.launch import JOIN_S, KEY_VARIABLE, LOOPBACK, initialise, join, store_at
 from tilestream.distributed.ranks import Failed, in_words
+from tilestream.distributed.torchrun import Place, Torchrun
 from tilestream.engine.errors import RankDiedError
 
 
@@ -20,15 +21,15 @@ def work_if_not_first(world_size: int) -> None:
     """Returns in rank 0. Where torchrun has started this process as another rank, it works, and the process ends with it.
 
     Args:
-        world_size: the wanted tensor_parallel_size; 1: nothing happens.
+        world_size: the wanted tensor_parallel_size.
     Raises:
         ValueError: torchrun has started another number of ranks.
         RankDiedError: rank 0 has not come.
     """
-    torchrun = Torchrun.find(world_size) if world_size > 1 else None
+    torchrun = Torchrun.find(world_size)
     if torchrun is not None and torchrun.place.rank > 0:
         stay_through_signals()
-        address, key = find_rank_0(torchrun)
+        address, key = torchrun.find_rank_0(JOIN_S)
         work(join(torchrun.place, address, key), torchrun.place)
 
 
@@ -80,15 +81,25 @@ def _receive(link: Link) -> Any:
     except (EOFError, OSError):
         threading.Event().wait()
     if isinstance(message, Stop):
+        _end_gloo()
         sys.exit()
     return message
 
 
+def _end_gloo() -> None:
+    """Its threads end before Python does: one that then still lets go of a tensor would abort the process."""
+    import torch.distributed as dist
+
+    if dist.is_initialized() and "nccl" not in dist.get_backend_config():
+        dist.destroy_process_group()
+
+
 def _end_with_rank_0(link: Link, place: Place) -> NoReturn:
     """Wait until rank 0's process is gone, and end this one, whatever it is in: perhaps a wait for rank 0 in a kernel."""
-    with suppress(EOFError, OSError):
-        link.life.recv_bytes()
-    print(f"tilestream: rank {place.rank} of {place.world_size} ends: rank 0 is gone", file=sys.stderr, flush=True)
+    reason = "rank 0 is gone"
+    with suppress(Exception):  # whatever comes is the end
+        reason = link.life.recv()
+    print(f"tilestream: {place} ends: {reason}", file=sys.stderr, flush=True)
     os._exit(1)
 
 
