@@ -161,9 +161,8 @@ TORCH_LIBRARY_FRAGMENT(tilestream, m) {
   m.def(
       "attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor? kv_scales, Tensor block_table, Tensor plan, "
       "Tensor host_plan, Tensor(a!) workspace, Tensor(b!) out, Tensor(c!)? lse, Tensor? alibi_slopes, Tensor? sinks, *, "
-      "float sm_scale, float logits_soft_cap, float k_scale=1.0, float v_scale=1.0, bool blocked, bool int4, float? "
-      "unified_max=None, "
-      "Tensor? q_descale=None, Tensor? k_descale=None, Tensor? v_descale=None) -> ()");
+      "float sm_scale, float logits_soft_cap, float k_scale=1.0, float v_scale=1.0, bool blocked, bool int4, "
+      "float? unified_max=None, Tensor? q_descale=None, Tensor? k_descale=None, Tensor? v_descale=None) -> ()");
   m.def("merge_states(Tensor v, Tensor lse, Tensor(a!) out, Tensor(b!) out_lse) -> ()");
 }
 TORCH_LIBRARY_IMPL(tilestream, CPU, m) { implement(m); }
