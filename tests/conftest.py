@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import zlib
 from collections.abc import Callable, Iterator
 
@@ -23,6 +24,17 @@ hypothesis.settings.load_profile("tilestream")
 def _seed(request: pytest.FixtureRequest) -> None:
     """Random numbers depend on the test's name alone, not on which tests ran before."""
     torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))
+
+
+@pytest.fixture(autouse=True)
+def _log_of_its_own() -> Iterator[None]:
+    """A command that runs in this process takes the log for itself, and binds it to a stderr that is closed after the test."""
+    loggers = [logging.getLogger(name) for name in ("tilestream", "tilestream.access", "uvicorn")]
+    before = [(logger.handlers[:], logger.level, logger.propagate) for logger in loggers]
+    yield
+    for logger, (handlers, level, propagate) in zip(loggers, before, strict=True):
+        logger.handlers[:], logger.propagate = handlers, propagate
+        logger.setLevel(level)
 
 
 @pytest.fixture(autouse=True, scope="session")
