@@ -8,14 +8,13 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from importlib.util import find_spec
 
+import httpx
 import openai
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from tests.server.conftest import wait_until
-
-pytestmark = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed: pip install 'tilestream[ray]'")
 
 MODEL = "smollm2-135m-instruct"
 
@@ -27,7 +26,7 @@ def server() -> Iterator[tuple[subprocess.Popen[str], openai.OpenAI]]:
     lines: list[str] = []
     reader = threading.Thread(target=lambda: lines.extend(process.stderr), daemon=True)
     reader.start()
-    wait_until(lambda: "Ready: " in "".join(lines) or process.poll() is not None, "not ready", 120)
+    wait_until(lambda: "Ready: " in "".join(lines) or process.poll() is not None, "not ready", 300)
     found = re.search(r"Ready: (http://\S+/v1)", "".join(lines))
     assert found, lines
     yield process, openai.OpenAI(base_url=found[1], api_key="unused", max_retries=0)
@@ -55,6 +54,23 @@ def test_the_servers_own_answers(server: tuple[subprocess.Popen[str], openai.Ope
         client.completions.create(model=MODEL, prompt="x", temperature=-1)
     with pytest.raises(openai.NotFoundError):
         client.completions.create(model="another", prompt="x")
+
+
+def test_metrics_of_all(server: tuple[subprocess.Popen[str], openai.OpenAI]) -> None:
+    client = server[1]
+    url = str(client.base_url).removesuffix("/v1/") + "/metrics"
+
+    def answered() -> dict[str, float]:
+        families = text_string_to_metric_families(httpx.get(url).raise_for_status().text)
+        samples = [s for family in families for s in family.samples if s.name == "tilestream:e2e_request_latency_seconds_count"]
+        return {sample.labels["replica"]: sample.value for sample in samples}
+
+    before = answered()
+    assert len(before) == 2
+    for _ in range(3):
+        client.completions.create(model=MODEL, prompt="Once upon a time", max_tokens=2)
+    after = answered()
+    assert after.keys() == before.keys() and sum(after.values()) == sum(before.values()) + 3
 
 
 def test_a_stop_signal_lets_answers_end(server: tuple[subprocess.Popen[str], openai.OpenAI]) -> None:

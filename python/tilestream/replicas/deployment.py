@@ -19,14 +19,17 @@ try:
 except ImportError as error:
     text = f"--replicas needs Ray Serve, which is not installed: pip install 'tilestream[ray]' ({error})"
     raise ImportError(text) from None
+from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.requests import Request
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import PlainTextResponse, Response, StreamingResponse
 
 from tilestream.replicas.affinity import in_order, prefix_key
+from tilestream.replicas.metrics import merge_metrics
 from tilestream.server.settings import ServerSettings
 
 _APPLICATION = "tilestream"
 _HEALTH_S = 2  # between two looks at a replica; one that has failed is started anew
+_METRICS_S = 5  # that replicas have to show theirs
 _NO_LIMIT = 1 << 20
 _OBJECTS_BYTES = 200 << 20  # of Ray's store on a machine of our own: requests and answers are small
 _FORWARDED = (
@@ -94,6 +97,15 @@ class Replica:
             rest.set()
             task.cancel()
 
+    async def metrics(self, scope: dict[str, Any]) -> tuple[str, str]:
+        """This replica's name and its page of metrics.
+
+        Args:
+            scope: of a request for it.
+        """
+        parts = [message.get("body", b"") async for message in self.answer(None, scope, b"")]
+        return serve.get_replica_context().replica_id.unique_id, b"".join(parts).decode()
+
     def check_health(self) -> None:
         """Ray asks this now and then."""
         if self._engine.failure is not None:
@@ -117,7 +129,7 @@ class PrefixRouter(RequestRouter):
 
 
 class Ingress:
-    """Takes every request, and passes it on.
+    """Takes every request, and passes it on; shows the metrics of all replicas.
 
     Args:
         replicas: a handle to them.
@@ -136,6 +148,8 @@ class Ingress:
                 break
         body = bytes(body)
         scope = {name: request.scope[name] for name in _FORWARDED if name in request.scope}
+        if request.method == "GET" and request.url.path == "/metrics":
+            return await self._metrics(scope)
         messages = self._replicas.answer.remote(prefix_key(body), scope, body)
         start = await anext(messages)
 
@@ -146,6 +160,14 @@ class Ingress:
         response = StreamingResponse(rest(), status_code=start["status"])
         response.raw_headers = [(name, value) for name, value in start["headers"] if name != b"x-request-id"]  # Ray adds it
         return response
+
+    async def _metrics(self, scope: dict[str, Any]) -> Response:
+        try:
+            found = await self._replicas.broadcast("metrics", scope).results_async(timeout_s=_METRICS_S, return_exceptions=True)
+        except TimeoutError:
+            return PlainTextResponse(f"not every replica has shown its metrics within {_METRICS_S} s\n", 503)
+        pages = dict(page for page in found if not isinstance(page, BaseException))  # others are being started anew
+        return Response(merge_metrics(pages), media_type=CONTENT_TYPE_LATEST)
 
 
 def serve_replicas(options: ReplicaOptions, num_replicas: int, *, host: str, port: int) -> None:
