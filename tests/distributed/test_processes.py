@@ -320,7 +320,7 @@ def failure_after(kind: type[Connection], sent: bytes) -> str:
     """What Ranks say of one that has sent this."""
     (orders, _orders), (life, other_end) = socket.socketpair(), socket.socketpair()
     other_end.send(sent)
-    ranks = Ranks([Worker(Link(1, 4711, "far", Connection(orders.detach()), kind(life.detach())), None)])
+    ranks = Ranks([Worker(Link(1, 2, 4711, "far", Connection(orders.detach()), kind(life.detach())), None)])
     wait_until(lambda: ranks.failure is not None, "nobody has noticed")
     ranks.close()
     return str(ranks.failure)

@@ -126,20 +126,21 @@ def test_rank_0_is_not_at_its_address(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("others", "words"),
     [
-        ([(1, 11), (7, 12)], r"process 12 on \S+ came as rank 7; allowed: 1 to 2"),
-        ([(1, 11), (1, 12)], r"rank 1 of 3 came twice \(process 11 on \S+, process 12 on \S+\)"),
+        ([(1, 11, 3), (2, 12, 4)], r"process 12 on \S+ came as rank 2 of 4, and rank 0 waits for 3 ranks \(WORLD_SIZE\)"),
+        ([(1, 11, 3), (7, 12, 3)], r"process 12 on \S+ came as rank 7; allowed: 1 to 2"),
+        ([(1, 11, 3), (1, 12, 3)], r"rank 1 of 3 came twice \(process 11 on \S+, process 12 on \S+\)"),
     ],
 )
-def test_a_wrong_rank_comes(environment: Callable[..., None], others: list[tuple[int, int]], words: str) -> None:
+def test_a_wrong_rank_comes(environment: Callable[..., None], others: list[tuple[int, int, int]], words: str) -> None:
     """All hear of it: rank 0, who was right, and who was not."""
     environment(WORLD_SIZE="3", MASTER_PORT=str(free_port()))
     heard: list[str] = []
 
     def come() -> None:
         links = []
-        for rank, pid in others:
-            address, key = torchrun(rank, 3, int(os.environ["MASTER_PORT"])).find_rank_0(20)
-            links.append(connect(address, key, rank, pid))
+        for rank, pid, world_size in others:
+            address, key = torchrun(rank, world_size, int(os.environ["MASTER_PORT"])).find_rank_0(20)
+            links.append(connect(address, key, rank, world_size, pid))
         heard.extend(link.life.recv() for link in links)
 
     other = threading.Thread(target=come)
@@ -162,7 +163,7 @@ def test_two_processes_of_one_rank_stay_apart(monkeypatch: pytest.MonkeyPatch) -
     links: dict[int, Link] = {}
 
     def come(pid: int) -> None:
-        links[pid] = connect(("127.0.0.1", listener.port), b"key", 1, pid)
+        links[pid] = connect(("127.0.0.1", listener.port), b"key", 1, 2, pid)
 
     others = [threading.Thread(target=come, args=(pid,)) for pid in (11, 12)]
     for other in others:

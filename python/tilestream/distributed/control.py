@@ -198,12 +198,14 @@ class Link:
 
     Args:
         rank: the other one's.
+        world_size: how many ranks it was told there are.
         pid, host: of its process.
         orders: messages of rank 0, and nothing the other way.
         life: answers of the other rank, and a last word of either. Both ends watch it: that it ends says that the process has.
     """
 
     rank: int
+    world_size: int
     pid: int
     host: str
     orders: Connection = field(repr=False)
@@ -218,7 +220,7 @@ class Link:
                 link.shutdown(socket.SHUT_RDWR)
 
 
-def connect(address: tuple[str, int], key: bytes, rank: int, pid: int) -> Link:
+def connect(address: tuple[str, int], key: bytes, rank: int, world_size: int, pid: int) -> Link:
     """Another rank's way to rank 0.
 
     Raises:
@@ -230,9 +232,9 @@ def connect(address: tuple[str, int], key: bytes, rank: int, pid: int) -> Link:
         connection = _wrap(socket.create_connection(address, timeout=_HANDSHAKE_S))
         answer_challenge(connection, key)
         deliver_challenge(connection, key)
-        connection.send((rank, role, pid, socket.gethostname()))
+        connection.send((role, rank, world_size, pid, socket.gethostname()))
         connections.append(connection)
-    return Link(rank, pid, socket.gethostname(), *connections)
+    return Link(rank, world_size, pid, socket.gethostname(), *connections)
 
 
 class Listener:
@@ -248,7 +250,7 @@ class Listener:
     def __init__(self, host: str, key: bytes) -> None:
         self._server = socket.create_server((host, 0), backlog=64)
         self._key = key
-        self._half: dict[tuple[int, int, str], Connection] = {}  # a process's first connection
+        self._half: dict[tuple[int, int, int, str], Connection] = {}  # a process's first connection
         self.port: int = self._server.getsockname()[1]
 
     def accept(self, timeout_s: float) -> Link | None:
@@ -262,15 +264,15 @@ class Listener:
             _limit_reads(connection, _HANDSHAKE_S)
             deliver_challenge(connection, self._key)
             answer_challenge(connection, self._key)
-            rank, role, pid, host = connection.recv()
+            role, *process = connection.recv()
             _limit_reads(connection, 0)
         except (OSError, EOFError, AuthenticationError):  # none of ours
             connection.close()
             return None
         if role == "orders":
-            self._half[rank, pid, host] = connection
+            self._half[tuple(process)] = connection
             return None
-        return Link(rank, pid, host, self._half.pop((rank, pid, host)), connection)
+        return Link(*process, self._half.pop(tuple(process)), connection)
 
     def close(self) -> None:
         self._server.close()

@@ -90,7 +90,7 @@ def join(place: Place, address: tuple[str, int], key: bytes) -> Link:
         RankDiedError: it is not there.
     """
     try:
-        return connect(address, key, place.rank, os.getpid())
+        return connect(address, key, place.rank, place.world_size, os.getpid())
     except (OSError, EOFError, AuthenticationError) as error:
         host, port = address
         raise RankDiedError(f"{place} cannot reach rank 0 at {host}:{port}: {in_words(error)}") from None
@@ -192,7 +192,10 @@ def _wait_for(
         link = listener.accept(_POLL_S)
         if link is None:
             continue
-        if not 1 <= link.rank < world_size:
+        if link.world_size != world_size:
+            one = f"rank {link.rank} of {link.world_size}"
+            text = f"process {link.pid} on {link.host} came as {one}, and rank 0 waits for {world_size} ranks (WORLD_SIZE)"
+        elif not 1 <= link.rank < world_size:
             text = f"process {link.pid} on {link.host} came as rank {link.rank}; allowed: 1 to {world_size - 1}"
         elif link.rank in links:
             first, second = (f"process {one.pid} on {one.host}" for one in (links[link.rank], link))
