@@ -19,21 +19,22 @@ from tilestream.quantize.source import INPUTS, Source
 from tilestream.quantize.transform import Identity
 from tilestream.quantize.tune import tune
 
-TOKENS = torch.randint(2, 250, (5, 40), generator=torch.Generator().manual_seed(3))
+TOKENS = torch.randint(2, 250, (64, 40), generator=torch.Generator().manual_seed(3))
+NUM_SEEN = 56  # an eighth is held out
 
 
-def _open(path: Path) -> tuple[Source, Decoder, Head, torch.Tensor]:
+def _open(path: Path, num_windows: int = len(TOKENS)) -> tuple[Source, Decoder, Head, torch.Tensor]:
     opened = open_checkpoint(path)
     source = Source(opened.checkpoint, opened.config)
     config, table = source.config, source.matrix("token_embd")
     weight = table if config.tied_embeddings else source.matrix("output")
     head = Head(source.vector("output_norm.weight"), weight, config.rms_eps, config.final_soft_cap)
-    return source, Decoder(config, TOKENS.size(1)), head, table[TOKENS] * config.embedding_scale
+    return source, Decoder(config, TOKENS.size(1)), head, table[TOKENS[:num_windows]] * config.embedding_scale
 
 
 @pytest.mark.parametrize("name", ["llama-wide-mlp", "gemma3"])
 def test_gradients_are_those_of_the_whole_model(name: str, hf_model) -> None:
-    source, decoder, head, x = _open(hf_model(name)[1])
+    source, decoder, head, x = _open(hf_model(name)[1], num_windows=5)
     found = measure_sensitivity(source, Identity(), decoder, x, head, lambda: None)
     rows, outputs, stream = {}, {}, x.requires_grad_()
     for i in range(source.config.num_layers):
@@ -50,7 +51,7 @@ def test_gradients_are_those_of_the_whole_model(name: str, hf_model) -> None:
     loss.backward()
     for (i, name), kept in rows.items():
         entry, weights = found.inputs[i, name], found.token_weights[i, name]
-        harm = block_harm(kept.detach().flatten(0, 1), kept.grad.flatten(0, 1)) / TOKENS.numel()
+        harm = block_harm(kept.detach().flatten(0, 1), kept.grad.flatten(0, 1)) / x[..., 0].numel()
         assert torch.allclose(entry.harm, harm, rtol=2e-2)  # layers' inputs are kept as bfloat16
         assert entry.k == kept.size(-1) and entry.n == sum(outputs[i, reader].size(-1) for reader in INPUTS[name])
         lengths = sum(outputs[i, reader].grad.square().sum(-1) for reader in INPUTS[name]).sqrt()
@@ -78,10 +79,10 @@ def test_tuning_lessens_the_divergence_and_leaves_codes(name: str, group: int, h
 
     before, steps = divergence(layers, head), []
     codes = [{linear: c.q.clone() for linear, c in layer.codes.items()} for layer in layers]
-    tuned = tune(layers, head, k4, decoder, x, lambda window: wanted[window], 6, lambda: steps.append(1))
-    assert len(steps) == 6 * 4  # one of five windows is held out
-    assert divergence(layers, tuned.head) < 0.95 * before
-    assert len(tuned.divergence) == 7 and min(tuned.divergence) < tuned.divergence[0]
+    tuned = tune(layers, head, k4, decoder, x, lambda window: wanted[window], lambda: steps.append(1))
+    assert len(steps) == NUM_SEEN
+    assert divergence(layers, tuned.head) < 0.97 * before
+    assert tuned.after < 0.99 * tuned.before
     assert all(
         torch.equal(c.q, kept[linear]) for layer, kept in zip(layers, codes, strict=True) for linear, c in layer.codes.items()
     )
@@ -103,9 +104,9 @@ def test_what_tuning_makes_worse_stays(hf_model, monkeypatch: pytest.MonkeyPatch
     for i in range(len(layers)):
         stream = decoder.layer(i, source.layer(i), stream)
     wanted = head.logits(stream)
-    tuned = tune(layers, head, k4, decoder, x, lambda window: wanted[window], 2, lambda: None)
-    assert tuned.divergence[0] == min(tuned.divergence)
-    assert torch.equal(tuned.head.norm, head.norm)
+    tuned = tune(layers, head, k4, decoder, x, lambda window: wanted[window], lambda: None)
+    assert not tuned.after < tuned.before
+    assert tuned.head is head
     for layer, (codes, norm) in zip(layers, kept, strict=True):
         assert all(torch.equal(layer.norm[name], norm[name]) for name in norm)
         assert all(

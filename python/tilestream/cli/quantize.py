@@ -52,10 +52,10 @@ def command(
         ),
     ] = True,
     method: Annotated[Method, typer.Option(help="rtn: round to nearest and nothing else, for comparison.")] = Method.fmpq,
-    tune_epochs: Annotated[
-        int, typer.Option(metavar="N", min=0, help="How often scales see the windows as they learn the model's distribution.")
-    ] = 2,
-    calib_windows: Annotated[int, typer.Option(metavar="N", min=1, help="Windows of 512 tokens to calibrate on.")] = 32,
+    tune: Annotated[
+        bool, typer.Option("--tune/--no-tune", help="Let scales learn the model's distribution, after all is rounded.")
+    ] = True,
+    calib_windows: Annotated[int, typer.Option(metavar="N", min=1, help="Windows of 512 tokens to calibrate on.")] = 64,
     num_threads: options.NumThreads = None,
 ) -> None:
     """Quantise a model to 4-bit weights, and find where its activations may have 4 bits too."""
@@ -73,7 +73,7 @@ def command(
     torch.set_num_threads(num_threads or _C.num_threads())  # here torch computes, not our kernels
     recipe = Recipe(
         method=method.value, group_size=int(group_size.value), int4_share=int4_share, rotate=rotate, num_windows=calib_windows,
-        tune_epochs=tune_epochs,
+        tune=tune,
     )  # fmt: skip
     with stage_bar(model) as progress:
         share = quantize(model, text, out, recipe, progress)

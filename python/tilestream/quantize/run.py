@@ -55,16 +55,16 @@ class Recipe:
         int4_share: of the decoder's multiply-adds that are to meet INT4 activations, at least; 0 to 1.
         rotate: turn the residual stream and the values; otherwise channels are only sorted. Not with post norms.
         num_windows, window_tokens: of the calibration text.
-        tune_epochs: how often scales, zeros and norms see these windows as they learn the float model's distribution; 0: never.
+        tune: let scales, zeros and norms learn the float model's distribution on these windows.
     """
 
     method: str = "fmpq"
     group_size: int = 128
     int4_share: float = 0.84
     rotate: bool = True
-    num_windows: int = 32
+    num_windows: int = 64
     window_tokens: int = 512
-    tune_epochs: int = 2
+    tune: bool = True
 
     def validate(self) -> None:
         if self.method not in METHODS:
@@ -75,12 +75,8 @@ class Recipe:
             raise ValueError(f"int4_share is {self.int4_share}; it must be between 0 and 1")
         if self.num_windows < 1 or self.window_tokens < 2:
             raise ValueError(f"{self.num_windows} windows of {self.window_tokens} tokens; at least 1 of 2 are needed")
-        if self.tune_epochs < 0:
-            raise ValueError(f"tune_epochs is {self.tune_epochs}; it must be 0 or more")
-        if self.method == "fmpq" and self.tune_epochs and self.num_windows < 2:
-            raise ValueError(
-                "tuning holds windows out, so it needs 2 at least; give 2 (--calib-windows) or 0 epochs (--tune-epochs)"
-            )
+        if self.method == "fmpq" and self.tune and self.num_windows < 2:
+            raise ValueError("tuning holds windows out, so it needs 2 at least; give 2 (--calib-windows) or leave it out (--no-tune)")
 
 
 @torch.no_grad()
@@ -142,7 +138,7 @@ class _Run:
         if self._progress is not None:
             num_layers, windows = self.config.num_layers, self.recipe.num_windows
             # Forwards and backwards, and rounding; before that watching, after it tuning and teaching.
-            tuning = self.recipe.tune_epochs * (windows - num_held_out(windows))
+            tuning = windows - num_held_out(windows) if self.recipe.tune else 0
             total = 3 * num_layers if self.recipe.method == "rtn" else 5 * num_layers + tuning
             self._progress(self._done, total, self._what)
 
@@ -173,7 +169,7 @@ class _Run:
             float_head, head, table = head, transform.head(head), transform.table(table)
             sensitivity, k4 = self._weigh(transform, table, head)
             layers, errors = self._round_layers(transform, table, sensitivity, k4)
-            if recipe.tune_epochs:
+            if recipe.tune:
                 head = self._tune(layers, head, k4, table, lambda window: float_head.logits(statistics.final[window]))
             tensors = self._teach(layers, k4, table)
         down_hadamard = layers[0].down_hadamard
@@ -246,9 +242,9 @@ class _Run:
         teacher: Callable[[int], torch.Tensor],
     ) -> Head:
         self._stage("Tuning scales")
-        tuned = tune(layers, head, k4, self.decoder, self._embedded(table), teacher, self.recipe.tune_epochs, self._advance)
-        found = ", ".join(f"{divergence:.4f}" for divergence in tuned.divergence)
-        self._facts["divergence on held-out windows, before tuning and after each epoch, nats per token"] = found
+        tuned = tune(layers, head, k4, self.decoder, self._embedded(table), teacher, self._advance)
+        found = f"{tuned.before:.4f}, {tuned.after:.4f}"
+        self._facts["divergence on held-out windows, before tuning and after, nats per token"] = found
         return tuned.head
 
     def _teach(self, layers: list[RoundedLayer], k4: dict[Key, int], table: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -4,7 +4,7 @@ Codes stay what GPTQ made them. A window at a time, the Kullback-Leibler diverge
 distributions is followed down by Adam through the rounded layers, rounding of activations passing gradients through as if it
 were not there (end-to-end training of quantisation parameters: EfficientQAT, 2407.11062, section 3.3; of norms: Norm Tweaking,
 2309.02784). What was rounded layer by layer learns here what the layers behind it make of its errors. Some windows are held
-out: of the states before tuning and after each epoch, that with the least divergence on them is kept.
+out: unless the divergence on them has fallen, nothing is changed.
 """
 
 from __future__ import annotations
@@ -35,11 +35,12 @@ class Tuned:
 
     Attributes:
         head: with its norm tuned.
-        divergence: Kullback-Leibler, nats per token, on the held-out windows: before, then after each epoch.
+        before, after: the Kullback-Leibler divergence on the held-out windows, nats per token.
     """
 
     head: Head
-    divergence: list[float]
+    before: float
+    after: float
 
 
 def num_held_out(num_windows: int) -> int:
@@ -55,10 +56,9 @@ def tune(
     decoder: Decoder,
     x: torch.Tensor,
     teacher: Callable[[int], torch.Tensor],
-    num_epochs: int,
     advance: Advance,
 ) -> Tuned:
-    """Replaces the layers' scales, zeros and norms by tuned ones, if there are any that are better.
+    """Replaces the layers' scales, zeros and norms by tuned ones, if these are better.
 
     Args:
         layers: of the rounded model; overwritten.
@@ -66,42 +66,39 @@ def tune(
         k4: how many channels of each input are INT4.
         x: [windows, tokens, hidden], token embeddings; at least two windows, the last num_held_out() of which are held out.
         teacher: window -> [tokens, vocabulary], the float model's logits.
-        num_epochs: how often every window is seen.
-        advance: called after each window.
+        advance: called after each window that is seen.
     """
     tuned = [_TunedLayer(i, layer, k4, decoder) for i, layer in enumerate(layers)]
-    head = replace(head, norm=head.norm.clone().requires_grad_())
-    parameters = [head.norm, *(parameter for layer in tuned for parameter in layer.parameters())]
+    tuned_head = replace(head, norm=head.norm.clone().requires_grad_())
+    parameters = [tuned_head.norm, *(parameter for layer in tuned for parameter in layer.parameters())]
+    num_seen = len(x) - num_held_out(len(x))
 
     def divergence(window: int) -> torch.Tensor:
         stream = x[window : window + 1]
         for layer in tuned:
             stream = checkpoint(layer.run, stream, use_reentrant=False)
-        logprobs, wanted = (logits.log_softmax(-1) for logits in (head.logits(stream[0]), teacher(window)))
+        logprobs, wanted = (logits.log_softmax(-1) for logits in (tuned_head.logits(stream[0]), teacher(window)))
         return F.kl_div(logprobs, wanted, log_target=True, reduction="batchmean")
 
-    num_seen = len(x) - num_held_out(len(x))
+    def held_out() -> float:
+        return sum(float(divergence(window)) for window in range(num_seen, len(x))) / (len(x) - num_seen)
+
+    before = held_out()
     adam = torch.optim.Adam(parameters, lr=_RATE)
-    falling = torch.optim.lr_scheduler.CosineAnnealingLR(adam, num_epochs * num_seen)
-    generator = torch.Generator().manual_seed(0)
-    found, best = [], []
-    for epoch in range(num_epochs + 1):
-        if epoch > 0:
-            for window in torch.randperm(num_seen, generator=generator).tolist():
-                adam.zero_grad()
-                with torch.enable_grad():
-                    divergence(window).backward()
-                adam.step()
-                falling.step()
-                advance()
-        found.append(sum(float(divergence(window)) for window in range(num_seen, len(x))) / (len(x) - num_seen))
-        if found[-1] == min(found):
-            best = [parameter.detach().clone() for parameter in parameters]
-    for parameter, kept in zip(parameters, best, strict=True):
-        parameter.detach().copy_(kept)
+    falling = torch.optim.lr_scheduler.CosineAnnealingLR(adam, num_seen)
+    for window in torch.randperm(num_seen, generator=torch.Generator().manual_seed(0)).tolist():
+        adam.zero_grad()
+        with torch.enable_grad():
+            divergence(window).backward()
+        adam.step()
+        falling.step()
+        advance()
+    after = held_out()
+    if not after < before:
+        return Tuned(head, before, after)
     for layer, learnt in zip(layers, tuned, strict=True):
         layer.codes, layer.norm = learnt.result()
-    return Tuned(replace(head, norm=head.norm.detach()), found)
+    return Tuned(replace(head, norm=tuned_head.norm.detach()), before, after)
 
 
 class _Steps:
