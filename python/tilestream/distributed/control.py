@@ -197,8 +197,7 @@ class Link:
     """The two connections between rank 0 and another one.
 
     Args:
-        rank: the other one's.
-        world_size: how many ranks it was told there are.
+        rank, world_size: the other one's, and how many it was told there are.
         pid, host: of its process.
         orders: messages of rank 0, and nothing the other way.
         life: answers of the other rank, and a last word of either. Both ends watch it: that it ends says that the process has.
