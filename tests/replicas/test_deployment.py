@@ -21,8 +21,8 @@ MODEL = "smollm2-135m-instruct"
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[tuple[subprocess.Popen[str], openai.OpenAI]]:
-    command = ["serve", "--replicas", "2", "--num-threads", "1", "--kv-cache-tokens", "4096", "--port", "0"]
-    process = subprocess.Popen([sys.executable, "-m", "tilestream", *command], stderr=subprocess.PIPE, text=True)
+    command = "serve --replicas 2 --num-threads 1 --kv-cache-tokens 4096 --port 0 --drain-timeout 120"
+    process = subprocess.Popen([sys.executable, "-m", "tilestream", *command.split()], stderr=subprocess.PIPE, text=True)
     lines: list[str] = []
     reader = threading.Thread(target=lambda: lines.extend(process.stderr), daemon=True)
     reader.start()
@@ -75,11 +75,11 @@ def test_metrics_of_all(server: tuple[subprocess.Popen[str], openai.OpenAI]) -> 
 
 def test_a_stop_signal_lets_answers_end(server: tuple[subprocess.Popen[str], openai.OpenAI]) -> None:
     process, client = server
-    fields = {"model": MODEL, "prompt": "Once upon a time", "max_tokens": 200, "extra_body": {"ignore_eos": True}}
+    fields = {"model": MODEL, "prompt": "Once upon a time", "max_tokens": 100, "extra_body": {"ignore_eos": True}}
     num_chunks = 0
     for _ in client.completions.create(**fields, stream=True):
         if num_chunks == 0:
             process.send_signal(signal.SIGTERM)
         num_chunks += 1
-    assert num_chunks > 100
+    assert num_chunks > 50
     assert process.wait(60) == 0

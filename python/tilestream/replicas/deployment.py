@@ -29,6 +29,8 @@ from tilestream.server.settings import ServerSettings
 
 _APPLICATION = "tilestream"
 _HEALTH_S = 2  # between two looks at a replica; one that has failed is started anew
+_PROXY_START_S = 20  # a try, of three: a busy machine needs more than Ray's 5 to import it
+_POLL_S = 0.2  # between two looks at whether all answers have ended
 _METRICS_S = 5  # that replicas have to show theirs
 _NO_LIMIT = 1 << 20
 _OBJECTS_BYTES = 200 << 20  # of Ray's store on a machine of our own: requests and answers are small
@@ -119,6 +121,10 @@ class Replica:
 class PrefixRouter(RequestRouter):
     """Ray's question to tilestream.replicas.affinity."""
 
+    # A replica is asked how much it has to do before it is chosen. A busy machine's answer is worth waiting for, as another
+    # replica would have to compute the prefix.
+    queue_len_response_deadline_s = 1.0
+
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
@@ -171,7 +177,7 @@ class Ingress:
 
 
 def serve_replicas(options: ReplicaOptions, num_replicas: int, *, host: str, port: int) -> None:
-    """Serves until SIGINT or SIGTERM; then running answers may end.
+    """Serves until SIGINT or SIGTERM; then running answers may end, unless a second one comes.
 
     Uses the Ray cluster that RAY_ADDRESS names, or one of its own on this machine.
 
@@ -184,7 +190,9 @@ def serve_replicas(options: ReplicaOptions, num_replicas: int, *, host: str, por
         ray.init()
     else:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", str(_PROXY_START_S))
         ray.init(address="local", include_dashboard=False, object_store_memory=_OBJECTS_BYTES)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray's own prints where it was
     try:
         serve.start(http_options={"host": host, "port": port})
         serve.run(_application(options, num_replicas), name=_APPLICATION)
@@ -193,8 +201,12 @@ def serve_replicas(options: ReplicaOptions, num_replicas: int, *, host: str, por
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: stop.set())
         stop.wait()
-        serve.delete(_APPLICATION)
-        serve.shutdown()
+        stop.clear()
+        serve.delete(_APPLICATION, _blocking=False)  # blocking it gives up after a minute
+        while _APPLICATION in serve.status().applications and not stop.wait(_POLL_S):
+            pass
+        if not serve.status().applications:  # the cluster may have others, or a second signal has come
+            serve.shutdown()
     finally:
         ray.shutdown()
 
