@@ -2,34 +2,44 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import closing
 
 import httpx
 import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from tilestream.server.run import bind
+
 from tests.server.conftest import wait_until
 
 MODEL = "smollm2-135m-instruct"
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[tuple[subprocess.Popen[str], openai.OpenAI]]:
-    command = "serve --replicas 2 --num-threads 1 --kv-cache-tokens 4096 --port 0 --drain-timeout 120"
-    process = subprocess.Popen([sys.executable, "-m", "tilestream", *command.split()], stderr=subprocess.PIPE, text=True)
+def started(options: str, **environment: str) -> tuple[subprocess.Popen[str], str]:
+    """A server, and where it is ready."""
+    command = [sys.executable, "-m", "tilestream", "serve", "--num-threads", "1", "--kv-cache-tokens", "4096", *options.split()]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | environment)
     lines: list[str] = []
     reader = threading.Thread(target=lambda: lines.extend(process.stderr), daemon=True)
     reader.start()
     wait_until(lambda: "Ready: " in "".join(lines) or process.poll() is not None, "not ready", 300)
-    found = re.search(r"Ready: (http://\S+/v1)", "".join(lines))
+    found = re.search(r"Ready: (.+), \d replicas", "".join(lines))
     assert found, lines
-    yield process, openai.OpenAI(base_url=found[1], api_key="unused", max_retries=0)
+    return process, found[1]
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[tuple[subprocess.Popen[str], openai.OpenAI]]:
+    process, url = started("--replicas 2 --port 0 --drain-timeout 120")
+    yield process, openai.OpenAI(base_url=url, api_key="unused", max_retries=0)
     process.kill()
     process.wait()
 
@@ -83,3 +93,36 @@ def test_a_stop_signal_lets_answers_end(server: tuple[subprocess.Popen[str], ope
         num_chunks += 1
     assert num_chunks > 50
     assert process.wait(60) == 0
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_cluster_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its Serve keeps its address and its applications, and takes us once."""
+    import ray
+    from ray import serve
+
+    monkeypatch.setenv("RAY_worker_niceness", "0")
+    cluster = ray.init(address="local", include_dashboard=False, num_cpus=2, object_store_memory=200 << 20).address_info
+    try:
+        with closing(bind("127.0.0.1", 0)) as listener:
+            port = listener.getsockname()[1]
+        serve.start(http_options={"port": port})
+
+        @serve.deployment(ray_actor_options={"num_cpus": 0})
+        class Other:
+            async def __call__(self) -> str:
+                return "hi"
+
+        serve.run(Other.bind(), name="other", route_prefix="/other")
+        process, where = started("--replicas 1", RAY_ADDRESS=cluster["gcs_address"])
+        assert where.startswith("where the cluster's Serve listens")
+        url = f"http://127.0.0.1:{port}"
+        assert httpx.get(f"{url}/v1/models").json()["data"][0]["id"] == MODEL
+        with pytest.raises(AssertionError, match="has a Serve application 'tilestream' already; stop that one first"):
+            started("--replicas 1", RAY_ADDRESS=cluster["gcs_address"])
+        assert httpx.get(f"{url}/v1/models").status_code == 200
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+        assert httpx.get(f"{url}/other").text == "hi" and list(serve.status().applications) == ["other"]
+    finally:
+        ray.shutdown()

@@ -197,17 +197,15 @@ def command(
 
     # What cannot be is told now, not after the model is loaded.
     exporter_class()
-    listener = bind(host, port)
     if replicas is not None:
         if trace is not None:
             raise typer.BadParameter("--trace is of one engine; it cannot be had with --replicas.")
         from tilestream.replicas.deployment import ReplicaOptions, serve_replicas
 
-        host, port = listener.getsockname()[:2]
-        listener.close()
         one = ReplicaOptions(llm=llm_options, model_name=served_model_name, settings=settings)
         serve_replicas(one, replicas, host=host, port=port)
         return
+    listener = bind(host, port)
     if trace_kernels and trace is None:
         raise typer.BadParameter(f"--trace-kernels {trace_kernels} needs --trace FILE")
     trace_file = None if trace is None else Trace(trace)

@@ -25,11 +25,11 @@ from starlette.responses import PlainTextResponse, Response, StreamingResponse
 
 from tilestream.replicas.affinity import in_order, prefix_key
 from tilestream.replicas.metrics import merge_metrics
+from tilestream.server.run import bind
 from tilestream.server.settings import ServerSettings
 
 _APPLICATION = "tilestream"
 _HEALTH_S = 2  # between two looks at a replica; one that has failed is started anew
-_PROXY_START_S = 20  # a try, of three: a busy machine needs more than Ray's 5 to import it
 _POLL_S = 0.2  # between two looks at whether all answers have ended
 _METRICS_S = 5  # that replicas have to show theirs
 _NO_LIMIT = 1 << 20
@@ -179,36 +179,63 @@ class Ingress:
 def serve_replicas(options: ReplicaOptions, num_replicas: int, *, host: str, port: int) -> None:
     """Serves until SIGINT or SIGTERM; then running answers may end, unless a second one comes.
 
-    Uses the Ray cluster that RAY_ADDRESS names, or one of its own on this machine.
+    Uses the Ray cluster that RAY_ADDRESS names, and the Serve that may run there, or a cluster of its own on this machine.
 
     Args:
         options: of each replica.
         num_replicas: how many.
-        host, port: where to listen; on every machine of the cluster that has a replica.
+        host, port: where to listen; on every machine of the cluster that has a replica. 0: any port that is free here.
+    Raises:
+        OSError: the address is not ours, or the port is taken.
+        ValueError: the cluster serves Tilestream already.
     """
     if "RAY_ADDRESS" in os.environ:
         ray.init()
     else:
+        host, port = _free(host, port)
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", str(_PROXY_START_S))
+        os.environ.setdefault("RAY_worker_niceness", "0")  # 15 by default: next to nothing on a busy machine
         ray.init(address="local", include_dashboard=False, object_store_memory=_OBJECTS_BYTES)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray's own prints where it was
     try:
-        serve.start(http_options={"host": host, "port": port})
-        serve.run(_application(options, num_replicas), name=_APPLICATION)
-        print(f"Ready: http://{host}:{port}/v1, {num_replicas} replicas (Ctrl-C stops)", file=sys.stderr, flush=True)
-        stop = threading.Event()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: stop.set())
-        stop.wait()
-        stop.clear()
-        serve.delete(_APPLICATION, _blocking=False)  # blocking it gives up after a minute
-        while _APPLICATION in serve.status().applications and not stop.wait(_POLL_S):
-            pass
-        if not serve.status().applications:  # the cluster may have others, or a second signal has come
+        found = serve.status()
+        if _APPLICATION in found.applications:
+            raise ValueError(f"The Ray cluster has a Serve application {_APPLICATION!r} already; stop that one first.")
+        if found.proxies:
+            where = "where the cluster's Serve listens, which runs already: --host and --port do not count"
+        else:
+            host, port = _free(host, port)
+            serve.start(http_options={"host": host, "port": port})
+            where = f"http://{host}:{port}/v1"
+        try:
+            serve.run(_application(options, num_replicas), name=_APPLICATION)
+        except BaseException:  # a cluster of others does not keep what failed
+            serve.delete(_APPLICATION, _blocking=False) if found.proxies else serve.shutdown()
+            raise
+        print(f"Ready: {where}, {num_replicas} replicas (Ctrl-C stops)", file=sys.stderr, flush=True)
+        _until_stopped()
+        if not found.proxies and not serve.status().applications:  # others' may have come, or a second signal
             serve.shutdown()
     finally:
         ray.shutdown()
+
+
+def _free(host: str, port: int) -> tuple[str, int]:
+    """The address, if nobody listens there yet; for port 0 one that is free."""
+    with bind(host, port) as listener:
+        return listener.getsockname()[:2]
+
+
+def _until_stopped() -> None:
+    """Until a stop signal has come and all answers have ended, or a second one has come."""
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    stop.wait()
+    stop.clear()
+    serve.delete(_APPLICATION, _blocking=False)  # blocking it gives up after a minute
+    while _APPLICATION in serve.status().applications and not stop.wait(_POLL_S):
+        pass
 
 
 def _application(options: ReplicaOptions, num_replicas: int) -> serve.Application:
