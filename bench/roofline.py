@@ -88,7 +88,8 @@ def draw_shares(axes, rows: list[dict]) -> None:
             offset = 0.44 * (i / max(1, len(cases) - 1) - 0.5)
             marker = "o" if bound_by_memory(row) else "s"
             axes.plot(share(row), y + offset, marker=marker, color=colour, ms=4.5, mec=PAPER, mew=0.5, zorder=3, clip_on=False)
-        axes.annotate(f"{middle:.0%}", (right + 0.01, y), va="center", fontsize=9, color=colour, fontweight="bold", annotation_clip=False)
+        style = dict(va="center", fontsize=9, color=colour, fontweight="bold", annotation_clip=False)
+        axes.annotate(f"{middle:.0%}", (right + 0.01, y), **style)
     axes.axvline(1, color=INK, lw=1.2, zorder=2)
     axes.set(xlim=(0, right), ylim=(len(ops) - 0.4, -0.6), yticks=range(len(ops)), yticklabels=ops)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import contextmanager
 
 import httpx
 import openai
@@ -23,25 +23,28 @@ from tests.server.conftest import wait_until
 MODEL = "smollm2-135m-instruct"
 
 
-def started(options: str, **environment: str) -> tuple[subprocess.Popen[str], str]:
+@contextmanager
+def started(options: str, **environment: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """A server, and where it is ready."""
     command = [sys.executable, "-m", "tilestream", "serve", "--num-threads", "1", "--kv-cache-tokens", "4096", *options.split()]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | environment)
     lines: list[str] = []
     reader = threading.Thread(target=lambda: lines.extend(process.stderr), daemon=True)
     reader.start()
-    wait_until(lambda: "Ready: " in "".join(lines) or process.poll() is not None, "not ready", 300)
-    found = re.search(r"Ready: (.+), \d replicas", "".join(lines))
-    assert found, lines
-    return process, found[1]
+    try:
+        wait_until(lambda: "Ready: " in "".join(lines) or process.poll() is not None, "not ready", 300)
+        found = re.search(r"Ready: (.+), \d replicas", "".join(lines))
+        assert found, lines
+        yield process, found[1]
+    finally:
+        process.kill()
+        process.wait()
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[tuple[subprocess.Popen[str], openai.OpenAI]]:
-    process, url = started("--replicas 2 --port 0 --drain-timeout 120")
-    yield process, openai.OpenAI(base_url=url, api_key="unused", max_retries=0)
-    process.kill()
-    process.wait()
+    with started("--replicas 2 --port 0 --drain-timeout 120") as (process, url):
+        yield process, openai.OpenAI(base_url=url, api_key="unused", max_retries=0)
 
 
 def test_a_prefix_is_cached_where_it_goes(server: tuple[subprocess.Popen[str], openai.OpenAI]) -> None:
@@ -104,7 +107,7 @@ def test_a_cluster_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_worker_niceness", "0")
     cluster = ray.init(address="local", include_dashboard=False, num_cpus=2, object_store_memory=200 << 20).address_info
     try:
-        with closing(bind("127.0.0.1", 0)) as listener:
+        with bind("127.0.0.1", 0) as listener:
             port = listener.getsockname()[1]
         serve.start(http_options={"port": port})
 
@@ -114,15 +117,18 @@ def test_a_cluster_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
                 return "hi"
 
         serve.run(Other.bind(), name="other", route_prefix="/other")
-        process, where = started("--replicas 1", RAY_ADDRESS=cluster["gcs_address"])
-        assert where.startswith("where the cluster's Serve listens")
         url = f"http://127.0.0.1:{port}"
-        assert httpx.get(f"{url}/v1/models").json()["data"][0]["id"] == MODEL
-        with pytest.raises(AssertionError, match="has a Serve application 'tilestream' already; stop that one first"):
-            started("--replicas 1", RAY_ADDRESS=cluster["gcs_address"])
-        assert httpx.get(f"{url}/v1/models").status_code == 200
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 0
+        with started("--replicas 1", RAY_ADDRESS=cluster["gcs_address"]) as (process, where):
+            assert where.startswith("where the cluster's Serve listens")
+            assert httpx.get(f"{url}/v1/models").json()["data"][0]["id"] == MODEL
+            with (
+                pytest.raises(AssertionError, match="has a Serve application 'tilestream' already; stop that one first"),
+                started("--replicas 1", RAY_ADDRESS=cluster["gcs_address"]),
+            ):
+                pass
+            assert httpx.get(f"{url}/v1/models").status_code == 200
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(60) == 0
         assert httpx.get(f"{url}/other").text == "hi" and list(serve.status().applications) == ["other"]
     finally:
         ray.shutdown()

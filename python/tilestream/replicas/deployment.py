@@ -192,7 +192,6 @@ def serve_replicas(options: ReplicaOptions, num_replicas: int, *, host: str, por
     if "RAY_ADDRESS" in os.environ:
         ray.init()
     else:
-        host, port = _free(host, port)
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_worker_niceness", "0")  # 15 by default: next to nothing on a busy machine
         ray.init(address="local", include_dashboard=False, object_store_memory=_OBJECTS_BYTES)
@@ -204,13 +203,17 @@ def serve_replicas(options: ReplicaOptions, num_replicas: int, *, host: str, por
         if found.proxies:
             where = "where the cluster's Serve listens, which runs already: --host and --port do not count"
         else:
-            host, port = _free(host, port)
+            with bind(host, port) as listener:  # a taken port is told now, in our words
+                host, port = listener.getsockname()[:2]
             serve.start(http_options={"host": host, "port": port})
             where = f"http://{host}:{port}/v1"
         try:
             serve.run(_application(options, num_replicas), name=_APPLICATION)
         except BaseException:  # a cluster of others does not keep what failed
-            serve.delete(_APPLICATION, _blocking=False) if found.proxies else serve.shutdown()
+            if found.proxies:
+                serve.delete(_APPLICATION, _blocking=False)
+            else:
+                serve.shutdown()
             raise
         print(f"Ready: {where}, {num_replicas} replicas (Ctrl-C stops)", file=sys.stderr, flush=True)
         _until_stopped()
@@ -218,12 +221,6 @@ def serve_replicas(options: ReplicaOptions, num_replicas: int, *, host: str, por
             serve.shutdown()
     finally:
         ray.shutdown()
-
-
-def _free(host: str, port: int) -> tuple[str, int]:
-    """The address, if nobody listens there yet; for port 0 one that is free."""
-    with bind(host, port) as listener:
-        return listener.getsockname()[:2]
 
 
 def _until_stopped() -> None:
